@@ -1,0 +1,1 @@
+//! Calibration tables for Accordion graphs.

@@ -1,0 +1,14 @@
+//! Everything that can be said about a model and a method without running anything.
+//!
+//! - [`architecture`]: what a checkpoint's `config.json` says, typed.
+//! - [`weights`]: where each tensor of a checkpoint lies on disk; never its bytes.
+//! - [`plan`]: a method's lengths and layer ranges for one prompt, computed from lengths alone.
+//! - [`dtype`]: the element types that appear in checkpoints and graphs.
+//!
+//! `architecture` and `plan` are shared facts: the reference implementation uses them too. Nothing else in this crate
+//! may be used by it, so that a bug cannot sit on both sides of a comparison.
+
+pub mod architecture;
+pub mod dtype;
+pub mod plan;
+pub mod weights;

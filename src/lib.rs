@@ -1,0 +1,13 @@
+//! Accordion folds long contexts: it builds the graphs of context-compression methods as ONNX, runs them on ONNX
+//! Runtime, proves that what runs is what the papers' code computes, and says what it costs.
+//!
+//! Data flows one way:
+//!
+//! [`checkpoint`] → plan and graphs ([`accordion_graphs`]) → [`bundle`] → [`runtime`] → [`pipeline`] →
+//! [`verify`] / [`profile`] → [`report`].
+//!
+//! [`reference`](mod@reference) computes the same methods a second time, in plain `ndarray`, and shares nothing with the graphs but the
+//! [plan](accordion_graphs::plan) and the [architecture](accordion_graphs::architecture).
+
+pub mod taps;
+pub mod tensor;

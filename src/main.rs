@@ -1,0 +1,3 @@
+//! The `accordion` command.
+
+fn main() {}

@@ -1,0 +1,202 @@
+//! The tensor that travels between checkpoints, engines, the reference and the comparison: host memory, row-major,
+//! cheap to clone.
+
+use accordion_graphs::dtype::DType;
+use half::{bf16, f16};
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Memory that a [`Tensor`] may point into: a vector, a file mapping, a value a runtime owns.
+pub trait Storage: Send + Sync {
+    /// All bytes of the storage, aligned for the element type of the tensors that point into it.
+    fn bytes(&self) -> &[u8];
+}
+
+macro_rules! vector_storage {
+    ($($element:ty),*) => {$(
+        impl Storage for Vec<$element> {
+            fn bytes(&self) -> &[u8] {
+                // SAFETY: plain numbers have no padding and every byte of them is initialised; the length is the
+                // vector's own.
+                unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), std::mem::size_of_val(self.as_slice())) }
+            }
+        }
+    )*};
+}
+vector_storage!(u8, f32, f16, bf16, i64, i32);
+
+/// A dense row-major tensor on the host. Clones share the memory.
+#[derive(Clone)]
+pub struct Tensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    storage: Arc<dyn Storage>,
+    offset: usize,
+}
+
+/// Why a [`Tensor`] could not be made or read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TensorError {
+    /// The storage is too short for the shape, or the byte count of the shape overflows.
+    #[error("a {dtype} tensor of shape {shape:?} does not fit into {available} bytes")]
+    TooShort {
+        /// Element type.
+        dtype: DType,
+        /// Requested shape.
+        shape: Vec<usize>,
+        /// Bytes there are from the offset on.
+        available: usize,
+    },
+    /// The first element is not aligned.
+    #[error("a {dtype} tensor cannot start at this address: it is not a multiple of {} bytes", dtype.size())]
+    Misaligned {
+        /// Element type.
+        dtype: DType,
+    },
+    /// Read as another type than it has.
+    #[error("the tensor is {found}, expected {expected}")]
+    WrongType {
+        /// Its type.
+        found: DType,
+        /// The type it was read as.
+        expected: DType,
+    },
+}
+
+fn byte_count(dtype: DType, shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(dtype.size(), |n, &dim| n.checked_mul(dim))
+}
+
+macro_rules! typed_view {
+    ($view:ident, $from:ident, $element:ty, $dtype:ident) => {
+        #[doc = concat!("The elements of a `", stringify!($element), "` tensor.\n\n# Errors\n\nThe tensor has another type.")]
+        pub fn $view(&self) -> Result<&[$element], TensorError> {
+            if self.dtype != DType::$dtype {
+                return Err(TensorError::WrongType { found: self.dtype, expected: DType::$dtype });
+            }
+            let bytes = self.bytes();
+            // SAFETY: `from_storage` checked the alignment of the first element and that all of them lie inside the
+            // storage, which `self` keeps alive; every bit pattern is a valid number.
+            Ok(unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len() / size_of::<$element>()) })
+        }
+
+        #[doc = concat!("A tensor over a vector of `", stringify!($element), "`.\n\n# Errors\n\nThe vector is shorter than the shape.")]
+        pub fn $from(shape: impl Into<Vec<usize>>, data: Vec<$element>) -> Result<Self, TensorError> {
+            Self::from_storage(DType::$dtype, shape, Arc::new(data), 0)
+        }
+    };
+}
+
+impl Tensor {
+    /// A tensor over `storage`, starting `offset` bytes into it.
+    ///
+    /// # Errors
+    ///
+    /// The shape does not fit, or the first element is not aligned.
+    pub fn from_storage(
+        dtype: DType,
+        shape: impl Into<Vec<usize>>,
+        storage: Arc<dyn Storage>,
+        offset: usize,
+    ) -> Result<Self, TensorError> {
+        let shape = shape.into();
+        let available = storage.bytes().len().saturating_sub(offset);
+        let fits = byte_count(dtype, &shape).is_some_and(|needed| needed <= available);
+        if !fits {
+            return Err(TensorError::TooShort { dtype, shape, available });
+        }
+        if !(storage.bytes().as_ptr().addr() + offset).is_multiple_of(dtype.size()) {
+            return Err(TensorError::Misaligned { dtype });
+        }
+        Ok(Self { dtype, shape, storage, offset })
+    }
+
+    typed_view!(as_f32, from_f32, f32, F32);
+    typed_view!(as_i64, from_i64, i64, I64);
+    typed_view!(as_i32, from_i32, i32, I32);
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The raw little-endian bytes.
+    pub fn bytes(&self) -> &[u8] {
+        let len = byte_count(self.dtype, &self.shape).unwrap_or(0);
+        &self.storage.bytes()[self.offset..self.offset + len]
+    }
+
+    /// Rows `range` of the first dimension, sharing the memory.
+    ///
+    /// # Panics
+    ///
+    /// The tensor is a scalar or the range does not lie inside the first dimension.
+    pub fn rows(&self, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= self.shape[0],
+            "rows {range:?} of a tensor of shape {:?}",
+            self.shape
+        );
+        let row_bytes = self.bytes().len().checked_div(self.shape[0]).unwrap_or(0);
+        let mut shape = self.shape.clone();
+        shape[0] = range.len();
+        Self {
+            dtype: self.dtype,
+            shape,
+            storage: Arc::clone(&self.storage),
+            offset: self.offset + range.start * row_bytes,
+        }
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Errors
+    ///
+    /// The shape asks for more elements than there are.
+    pub fn reshaped(&self, shape: impl Into<Vec<usize>>) -> Result<Self, TensorError> {
+        let shape = shape.into();
+        match byte_count(self.dtype, &shape) {
+            Some(n) if n == self.bytes().len() => Ok(Self { shape, ..self.clone() }),
+            _ => Err(TensorError::TooShort { dtype: self.dtype, shape, available: self.bytes().len() }),
+        }
+    }
+
+    /// Every element as `f32`, whatever the type (booleans as 0 and 1).
+    pub fn to_f32(&self) -> Vec<f32> {
+        fn each<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+            bytes.as_chunks::<N>().0.iter().map(|&b| convert(b)).collect()
+        }
+        let bytes = self.bytes();
+        match self.dtype {
+            DType::F32 => each(bytes, f32::from_le_bytes),
+            DType::F16 => each(bytes, |b| f16::from_le_bytes(b).to_f32()),
+            DType::Bf16 => each(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            DType::I64 => each(bytes, |b| i64::from_le_bytes(b) as f32),
+            DType::I32 => each(bytes, |b| i32::from_le_bytes(b) as f32),
+            DType::Bool | DType::U8 => each(bytes, |[b]| f32::from(b)),
+        }
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:?}", self.dtype, self.shape)
+    }
+}
