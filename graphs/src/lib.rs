@@ -2,6 +2,7 @@
 //!
 //! - [`architecture`]: what a checkpoint's `config.json` says, typed.
 //! - [`weights`]: where each tensor of a checkpoint lies on disk; never its bytes.
+//! - [`onnx`]: a scoped, typed, shape-checked builder of ONNX graphs.
 //! - [`plan`]: a method's lengths and layer ranges for one prompt, computed from lengths alone.
 //! - [`dtype`]: the element types that appear in checkpoints and graphs.
 //!
@@ -9,6 +10,10 @@
 //! may be used by it, so that a bug cannot sit on both sides of a comparison.
 
 pub mod architecture;
+pub mod blocks;
 pub mod dtype;
+pub mod functions;
+pub mod methods;
+pub mod onnx;
 pub mod plan;
 pub mod weights;

@@ -1,0 +1,21 @@
+//! The pieces of a decoder, each one a formula: rotary angles, attention, the gated MLP, a layer.
+
+mod attention;
+mod layer;
+pub mod rope;
+
+pub use attention::{Attended, CachedRows, Rows};
+pub use layer::{embed, head, mlp_residual, unflatten};
+
+use serde::{Deserialize, Serialize};
+
+/// What runtime a graph is written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// Standard operators only, besides model-local functions of standard operators: any runtime, TensorRT included.
+    Portable,
+    /// ONNX Runtime's CPU provider: attention and the gated activation become functions that its contributed
+    /// operators, or our fused kernels, run faster.
+    OrtCpu,
+}

@@ -1,0 +1,61 @@
+//! Causal attention for ONNX Runtime on CPU: two functions over its contributed `GroupQueryAttention`, which skips the
+//! masked half and can append to a cache in place.
+
+use crate::dtype::DType;
+use crate::onnx::{Attribute, BuildError, Dim, Function, Scope, Value};
+use std::rc::Rc;
+
+const HEADS: [&str; 2] = ["num_heads", "kv_num_heads"];
+
+/// Queries, keys and values of one call: `[batch, sequence, heads * d]`.
+fn projections(g: &Scope) -> [Value; 3] {
+    let input = |name, width: &str| g.input(name, DType::F32, &["batch".into(), "sequence".into(), width.into()]);
+    [input("query", "q_width"), input("key", "kv_width"), input("value", "kv_width")]
+}
+
+/// The contributed operator; `total [1]` is the number of rows attended to by the last query.
+fn group_query_attention(g: &Scope, [q, k, v]: &[Value; 3], past: Option<[&Value; 2]>, total: &Value, capacity: Dim) {
+    let batch = q.shape_at_run_time(0, 1);
+    let last = (total - &g.ints(&[1])).expand(&batch, &["batch".into()]).cast(DType::I32);
+    let total = total.to_scalar().cast(DType::I32);
+    let cache = vec![Dim::from("batch"), "kv_heads".into(), capacity, "head".into()];
+    let results = vec![(DType::F32, q.shape().to_vec()), (DType::F32, cache.clone()), (DType::F32, cache)];
+    let inputs = [Some(q), Some(k), Some(v), past.map(|p| p[0]), past.map(|p| p[1]), Some(&last), Some(&total)];
+    let attributes = HEADS.iter().map(|&name| (name, Attribute::IntOf(name))).collect();
+    let outputs = g.contributed("GroupQueryAttention", &inputs, attributes, results);
+    for (name, value) in ["output", "present_key", "present_value"].iter().zip(&outputs) {
+        g.output(name, value);
+    }
+}
+
+/// `CausalAttention(query, key, value) -> output, present_key, present_value`: row `t` attends to rows `0 ..= t`. The
+/// keys and values come out heads first, `[batch, G, sequence, d]`.
+///
+/// # Errors
+///
+/// The body is inconsistent.
+pub fn causal_attention() -> Result<Function, BuildError> {
+    let g = Scope::new("CausalAttention", Rc::default());
+    let qkv = projections(&g);
+    let rows = qkv[0].shape_at_run_time(1, 2);
+    group_query_attention(&g, &qkv, None, &rows, "sequence".into());
+    Function::new("CausalAttention", &HEADS, &g)
+}
+
+/// `CachedAttention(query, key, value, past_key, past_value, past_length [1])`: as [`causal_attention`], after the first
+/// `past_length` rows of a cache `[batch, G, capacity, d]`. The new rows are written behind them; a caller that binds
+/// past and present to one buffer appends in place.
+///
+/// # Errors
+///
+/// The body is inconsistent.
+pub fn cached_attention() -> Result<Function, BuildError> {
+    let g = Scope::new("CachedAttention", Rc::default());
+    let qkv = projections(&g);
+    let cache = ["batch".into(), "kv_heads".into(), "capacity".into(), "head".into()];
+    let past = ["past_key", "past_value"].map(|name| g.input(name, DType::F32, &cache));
+    let past_length = g.input("past_length", DType::I64, &[1.into()]);
+    let total = past_length + qkv[0].shape_at_run_time(1, 2);
+    group_query_attention(&g, &qkv, Some([&past[0], &past[1]]), &total, "capacity".into());
+    Function::new("CachedAttention", &HEADS, &g)
+}

@@ -1,0 +1,229 @@
+//! HOMER: one graph per tree level. A leaf embeds its chunk; every other node first merges its two children. Both then
+//! run the level's layers, and in the last of them drop the least significant tokens between attention and MLP.
+
+use super::Source;
+use crate::blocks::{Rows, embed, mlp_residual, unflatten};
+use crate::dtype::DType;
+use crate::functions;
+use crate::onnx::{Dim, Scope, Value};
+use std::ops::Range;
+
+/// A node's state: hidden `[batch, L, D]`, position ids `[batch, L]`, and the cache of all layers so far
+/// `[batch, n, 2, G, L, d]` (none before the first layer).
+struct State {
+    hidden: Value,
+    positions: Value,
+    kv: Option<Value>,
+}
+
+/// The run-time lengths a stage takes, each `[1]`.
+struct Affixes {
+    prefix: Value,
+    suffix: Value,
+}
+
+/// The leaf graph over `layers`, which start at 0.
+///
+/// Inputs: `input_ids` and `position_ids [batch, length]`, and those of [`stage`].
+pub fn leaf(source: &Source, layers: &Range<usize>) -> Scope {
+    let g = source.graph("leaf");
+    let shape = [Dim::from("batch"), "length".into()];
+    let [ids, positions] = ["input_ids", "position_ids"].map(|name| g.input(name, DType::I64, &shape));
+    let affixes = Affixes::inputs(&g);
+    let embedded = embed(&g, &source.arch, &ids);
+    let hidden = unflatten(&embedded, &positions);
+    stage(&g, source, layers, State { hidden, positions, kv: None }, &affixes);
+    g
+}
+
+/// The graph that merges two nodes and runs `layers`, possibly none.
+///
+/// Inputs: for each of `left` and `right` `<side>.hidden`, `<side>.position_ids` and `<side>.kv`, and those of [`stage`].
+pub fn merge(source: &Source, layers: &Range<usize>) -> Scope {
+    let g = source.graph("merge");
+    let arch = &source.arch;
+    let [left, right] = ["left", "right"].map(|side| {
+        let [batch, rows] = [Dim::from("batch"), Dim::from(side)];
+        let kv = [
+            batch.clone(),
+            layers.start.into(),
+            2.into(),
+            arch.num_kv_heads.into(),
+            rows.clone(),
+            arch.head_dim.into(),
+        ];
+        State {
+            hidden: g.input(
+                &format!("{side}.hidden"),
+                DType::F32,
+                &[batch.clone(), rows.clone(), arch.hidden_size.into()],
+            ),
+            positions: g.input(&format!("{side}.position_ids"), DType::I64, &[batch, rows]),
+            kv: Some(g.input(&format!("{side}.kv"), DType::F32, &kv)),
+        }
+    });
+    let affixes = Affixes::inputs(&g);
+    let state = join(&g.scope("merge"), &left, &right, &affixes);
+    stage(&g, source, layers, state, &affixes);
+    g
+}
+
+/// `concat((A.prefix + B.prefix) / 2, A.context, B.context, (A.suffix + B.suffix) / 2)` of hidden states and caches;
+/// position ids are taken from the left, the suffix's from the right.
+fn join(g: &Scope, left: &State, right: &State, affixes: &Affixes) -> State {
+    let (zero, end) = (g.ints(&[0]), g.ints(&[i64::MAX]));
+    let prefix = &affixes.prefix.within(g);
+    let from_end = &(&zero - &affixes.suffix.within(g));
+    let half = g.float(0.5);
+    let halves = |a: &Value, b: &Value, axis: usize| {
+        let part = |x: &Value, from: &Value, to: &Value, name: &str| x.within(g).slice(axis, from, to, name.into());
+        let mean = |from: &Value, to: &Value, name: &str| (part(a, from, to, name) + part(b, from, to, name)) * &half;
+        let before = mean(&zero, prefix, "prefix");
+        let [a_context, b_context] =
+            [(a, "left_context"), (b, "right_context")].map(|(x, name)| part(x, prefix, from_end, name));
+        g.concat(&[&before, &a_context, &b_context, &mean(from_end, &end, "suffix")], axis)
+    };
+    let positions = {
+        let part = |x: &Value, from: &Value, to: &Value, name: &str| x.within(g).slice(1, from, to, name.into());
+        let (a, b) = (&left.positions, &right.positions);
+        let parts = [
+            part(a, &zero, prefix, "prefix"),
+            part(a, prefix, from_end, "left_context"),
+            part(b, prefix, from_end, "right_context"),
+            part(b, from_end, &end, "suffix"),
+        ];
+        g.concat(&parts.each_ref(), 1)
+    };
+    State {
+        hidden: halves(&left.hidden, &right.hidden, 1),
+        positions,
+        kv: left.kv.as_ref().zip(right.kv.as_ref()).map(|(a, b)| halves(a, b, 4)),
+    }
+}
+
+/// The layers of a stage over the node's state, and its outputs.
+///
+/// Inputs: `prefix_length` and `suffix_length [1]`, and if there are layers `keep [1]` (rows that leave) and
+/// `significance_bias [distances]` (the table's row of the last layer). Outputs: `hidden [batch, keep, D]`,
+/// `kept_position_ids [batch, keep]`, `kv [batch, n, 2, G, keep, d]` and, if there are layers, `keep_idx [batch, keep]`.
+fn stage(g: &Scope, source: &Source, layers: &Range<usize>, state: State, affixes: &Affixes) {
+    let arch = &source.arch;
+    g.tap("in_hidden", &state.hidden);
+    g.tap("in_position_ids", &state.positions);
+    if let Some(kv) = &state.kv {
+        g.tap("in_kv", kv);
+    }
+    let Some(last) = layers.clone().last() else {
+        output(g, &state);
+        return;
+    };
+    let keep = g.input("keep", DType::I64, &[1.into()]);
+    let bias = g.input("significance_bias", DType::F32, &["distances".into()]);
+    let rows = Rows::new(g, arch, source.target, &state.positions, None);
+    let mut x = state.hidden.flatten_rows();
+    let mut new_kv = Vec::with_capacity(2 * layers.len());
+    let mut kept = None;
+    for l in layers.clone() {
+        let layer = g.scope("model.layers").scope(l);
+        let attended = rows.attend(&layer, &x, None);
+        x = attended.hidden;
+        new_kv.extend([attended.key.clone(), attended.value]);
+        if l == last {
+            let prune = g.scope("prune");
+            let pruned = Pruned::new(
+                &prune,
+                source,
+                &State {
+                    hidden: unflatten(&x, &state.positions),
+                    positions: state.positions.clone(),
+                    kv: Some(stack(&prune, arch.num_kv_heads, state.kv.as_ref(), &new_kv, l + 1)),
+                },
+                [&attended.query, &attended.key],
+                [&bias, &keep],
+                affixes,
+            );
+            x = pruned.state.hidden.flatten_rows();
+            kept = Some(pruned);
+        }
+        x = mlp_residual(&layer, arch, source.target, &x);
+    }
+    if let Some(Pruned { state: mut end, keep_idx }) = kept {
+        end.hidden = unflatten(&x.within(g), &end.positions);
+        output(g, &end);
+        g.output("keep_idx", &keep_idx);
+    }
+}
+
+fn output(g: &Scope, state: &State) {
+    g.output("hidden", &state.hidden);
+    g.output("kept_position_ids", &state.positions);
+    if let Some(kv) = &state.kv {
+        g.output("kv", kv);
+    }
+}
+
+/// What the reduction leaves.
+struct Pruned {
+    state: State,
+    keep_idx: Value,
+}
+
+impl Pruned {
+    fn new(
+        g: &Scope,
+        source: &Source,
+        state: &State,
+        [query, key]: [&Value; 2],
+        [bias, keep]: [&Value; 2],
+        affixes: &Affixes,
+    ) -> Self {
+        let arch = &source.arch;
+        let [batch, rows] = [state.positions.dim(0), state.positions.dim(1)];
+        let [heads, groups, d] = [arch.num_heads, arch.num_kv_heads, arch.head_dim];
+        let query_last = query.within(g).last(1).reshape(&[batch.clone(), heads.into(), d.into()]);
+        let scale = (1.0 / (d as f64).sqrt()) as f32;
+        let kept = Dim::from("keep");
+        let kv = state.kv.as_ref().unwrap_or(key);
+        let inputs =
+            [&query_last, key, bias, &state.positions, &state.hidden, kv, keep, &affixes.prefix, &affixes.suffix];
+        let results = vec![
+            (DType::I64, vec![batch.clone(), kept.clone()]),
+            (DType::F32, vec![batch.clone(), kept.clone(), arch.hidden_size.into()]),
+            (DType::I64, vec![batch.clone(), kept.clone()]),
+            (DType::F32, vec![batch.clone(), kv.dim(1), 2.into(), groups.into(), kept, d.into()]),
+            (DType::F32, vec![batch.clone(), rows.clone()]),
+            (DType::F32, vec![batch, heads.into(), rows]),
+        ];
+        let outputs = g.call(functions::topk_prune(), &inputs, vec![("scale", scale.into())], results);
+        g.tap("attn_out_hidden", &state.hidden);
+        g.tap("keep_idx", &outputs[0]);
+        g.tap("scores", &outputs[4]);
+        g.tap("metric_last", &outputs[5]);
+        let [keep_idx, hidden, positions, kv] = [0, 1, 2, 3].map(|i: usize| outputs[i].clone());
+        Self { state: State { hidden, positions, kv: Some(kv) }, keep_idx }
+    }
+}
+
+/// The cache of all `layers` layers, `[batch, layers, 2, G, L, d]`: that of the children and the new keys and values.
+fn stack(g: &Scope, groups: usize, below: Option<&Value>, new: &[Value], layers: usize) -> Value {
+    let Some([batch, _, rows, d]) = new.first().map(|v| [0, 1, 2, 3].map(|axis| v.dim(axis))) else {
+        g.fail("a stage with layers has no keys to stack");
+        return g.int(0);
+    };
+    let groups = Dim::from(groups);
+    // Layer and key/value axes are one while joining, so that everything is copied once.
+    let below = below.map(|kv| {
+        let planes = 2 * (layers - new.len() / 2);
+        kv.within(g).reshape(&[batch.clone(), planes.into(), groups.clone(), rows.clone(), d.clone()])
+    });
+    let new: Vec<Value> = new.iter().map(|v| v.within(g).unsqueeze(1)).collect();
+    let parts: Vec<&Value> = below.iter().chain(&new).collect();
+    g.concat(&parts, 1).reshape(&[batch, layers.into(), 2.into(), groups, rows, d])
+}
+
+impl Affixes {
+    fn inputs(g: &Scope) -> Self {
+        let [prefix, suffix] = ["prefix_length", "suffix_length"].map(|name| g.input(name, DType::I64, &[1.into()]));
+        Self { prefix, suffix }
+    }
+}

@@ -1,0 +1,84 @@
+//! The baseline, and what every method ends in: a decoder that continues from a cache.
+
+use super::Source;
+use crate::blocks::{CachedRows, Rows, Target, embed, head, mlp_residual, unflatten};
+use crate::dtype::DType;
+use crate::onnx::{Dim, Scope, Value};
+
+/// The decoder with past, under the names the ecosystem uses.
+///
+/// Inputs: `input_ids` and `position_ids [batch, sequence]`, `num_logits_to_keep [1]`, and per layer
+/// `past_key_values.<l>.key` and `.value`. Outputs: `logits [batch, kept, V]` of the last `num_logits_to_keep` rows and
+/// per layer `present.<l>.key` and `.value`.
+///
+/// The portable cache is `[batch, G, past, d]` and grows by `sequence`. For ONNX Runtime on CPU it is
+/// `[batch, G, capacity, d]` with an input `past_length [1]`, and past and present may be one buffer.
+pub fn decoder(source: &Source) -> Scope {
+    let g = source.graph("decoder");
+    let arch = &source.arch;
+    let [batch, sequence] = [Dim::from("batch"), Dim::from("sequence")];
+    let rows_of = |name| g.input(name, DType::I64, &[batch.clone(), sequence.clone()]);
+    let (ids, positions) = (rows_of("input_ids"), rows_of("position_ids"));
+    let keep = g.input("num_logits_to_keep", DType::I64, &[1.into()]);
+    let (extent, cached) = match source.target {
+        Target::OrtCpu => ("capacity", Some(g.input("past_length", DType::I64, &[1.into()]))),
+        Target::Portable => ("past", None),
+    };
+    let cache_shape = [batch.clone(), arch.num_kv_heads.into(), extent.into(), arch.head_dim.into()];
+    let past: Vec<[Value; 2]> = (0..arch.num_layers)
+        .map(|l| ["key", "value"].map(|part| g.input(&format!("past_key_values.{l}.{part}"), DType::F32, &cache_shape)))
+        .collect();
+
+    let cache = cached.map_or_else(
+        || past.first().map(|[key, _]| CachedRows::Growing { visible: visible_rows(&g, key, &positions) }),
+        |past_length| Some(CachedRows::InPlace { past_length }),
+    );
+    let rows = Rows::new(&g, arch, source.target, &positions, cache);
+    let mut x = embed(&g, arch, &ids);
+    g.tap("embed", &x);
+    for (l, [past_key, past_value]) in past.iter().enumerate() {
+        let layer = g.scope("model.layers").scope(l);
+        let attended = rows.attend(&layer, &x, Some([past_key, past_value]));
+        x = attended.hidden;
+        // Only the last layer's cache needs all rows; its MLP is run for the rows whose logits are asked for.
+        if l + 1 == arch.num_layers {
+            x = last_rows(&x, &positions, &keep);
+        }
+        x = mlp_residual(&layer, arch, source.target, &x);
+        g.output(&format!("present.{l}.key"), &attended.key);
+        g.output(&format!("present.{l}.value"), &attended.value);
+    }
+    let kept = g.concat(&[&positions.shape_at_run_time(0, 1), &g.ints(&[-1, arch.vocab_size as i64])], 0);
+    let logits = head(&g, arch, &x).within(&g).reshape_as(&kept, &[batch, "kept".into(), arch.vocab_size.into()]);
+    g.output("logits", &logits);
+    g
+}
+
+/// `[sequence, past + sequence]`: new row `t` sees the past and the new rows up to itself.
+fn visible_rows(g: &Scope, past_key: &Value, positions: &Value) -> Value {
+    let g = g.scope("visible");
+    let past = past_key.within(&g).shape_at_run_time(2, 3);
+    let new = positions.within(&g).shape_at_run_time(1, 2);
+    let (past_dim, new_dim) = (past_key.dim(2), positions.dim(1));
+    let row = g.range(&new.to_scalar(), new_dim.clone()) + &past;
+    let column = g.range(&(&past + &new).to_scalar(), &past_dim + &new_dim);
+    row.unsqueeze(1).greater_or_equal(&column.unsqueeze(0))
+}
+
+/// The last `keep [1]` rows of every batch entry of `x [batch * sequence, D]`.
+fn last_rows(x: &Value, positions: &Value, keep: &Value) -> Value {
+    let g = x.scope();
+    let start = g.ints(&[0]) - keep;
+    unflatten(x, positions).slice(1, &start, &g.ints(&[i64::MAX]), "kept".into()).flatten_rows()
+}
+
+/// Logits of hidden states that a context graph left: `hidden [batch, sequence, D] -> logits [batch, sequence, V]`.
+pub fn output_head(source: &Source) -> Scope {
+    let g = source.graph("head");
+    let arch = &source.arch;
+    let hidden = g.input("hidden", DType::F32, &["batch".into(), "sequence".into(), arch.hidden_size.into()]);
+    let shape = g.concat(&[&hidden.shape_at_run_time(0, 2), &g.ints(&[arch.vocab_size as i64])], 0);
+    let logits = head(&g, arch, &hidden.flatten_rows()).within(&g);
+    g.output("logits", &logits.reshape_as(&shape, &[hidden.dim(0), hidden.dim(1), arch.vocab_size.into()]));
+    g
+}

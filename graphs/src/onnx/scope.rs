@@ -1,0 +1,331 @@
+//! Scopes and values: the two handles a graph is built with.
+
+use super::{Attribute, BuildError, Dim, Function, shape};
+use crate::dtype::DType;
+use crate::weights::{WeightIndex, WeightRef};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::rc::Rc;
+
+/// A place in the module tree of one graph. Cheap to clone; all scopes of a graph write into the same graph.
+#[derive(Clone)]
+pub struct Scope {
+    pub(super) graph: Rc<RefCell<GraphData>>,
+    path: Rc<str>,
+}
+
+/// A tensor of the graph: which one, its element type and its symbolic shape. Cheap to clone.
+#[derive(Clone)]
+pub struct Value {
+    pub(super) scope: Scope,
+    pub(super) id: usize,
+    dtype: DType,
+    shape: Rc<[Dim]>,
+}
+
+/// Everything recorded so far about one graph.
+pub(super) struct GraphData {
+    pub(super) name: String,
+    pub(super) weights: Rc<WeightIndex>,
+    pub(super) nodes: Vec<NodeData>,
+    pub(super) values: Vec<ValueData>,
+    pub(super) inputs: Vec<usize>,
+    pub(super) outputs: Vec<usize>,
+    pub(super) taps: Vec<(String, usize)>,
+    pub(super) linked: BTreeMap<String, (usize, WeightRef)>,
+    pub(super) constants: Vec<(usize, Constant)>,
+    pub(super) functions: BTreeMap<String, Function>,
+    names_used: HashMap<String, usize>,
+    error: Option<BuildError>,
+}
+
+pub(super) struct NodeData {
+    pub(super) name: String,
+    pub(super) domain: &'static str,
+    pub(super) op: String,
+    pub(super) inputs: Vec<Option<usize>>,
+    pub(super) outputs: Vec<usize>,
+    pub(super) attributes: Vec<(&'static str, Attribute)>,
+}
+
+pub(super) struct ValueData {
+    pub(super) name: String,
+    pub(super) dtype: DType,
+    pub(super) shape: Rc<[Dim]>,
+}
+
+/// A small tensor stored in the graph itself.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Constant {
+    /// One-dimensional, or a scalar.
+    I64 { values: Vec<i64>, scalar: bool },
+    /// One-dimensional, or a scalar.
+    F32 { values: Vec<f32>, scalar: bool },
+}
+
+impl Scope {
+    /// The root scope of a new graph called `name`, over the tensors of `weights`.
+    pub fn new(name: &str, weights: Rc<WeightIndex>) -> Self {
+        let data = GraphData {
+            name: name.to_owned(),
+            weights,
+            nodes: Vec::new(),
+            values: Vec::new(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            taps: Vec::new(),
+            linked: BTreeMap::new(),
+            constants: Vec::new(),
+            functions: BTreeMap::new(),
+            names_used: HashMap::new(),
+            error: None,
+        };
+        Self { graph: Rc::new(RefCell::new(data)), path: "".into() }
+    }
+
+    /// The scope `name` inside this one.
+    #[must_use]
+    pub fn scope(&self, name: impl fmt::Display) -> Self {
+        Self { graph: Rc::clone(&self.graph), path: self.join(&name.to_string()).into() }
+    }
+
+    /// Dotted path of the scope; empty for the root.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    pub(super) fn join(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    /// Keeps the first problem of the graph; [`Scope::finish`] will return it.
+    pub fn fail(&self, problem: impl Into<String>) {
+        let scope = if self.path.is_empty() { self.graph.borrow().name.clone() } else { self.path.to_string() };
+        self.graph.borrow_mut().error.get_or_insert(BuildError { scope, problem: problem.into() });
+    }
+
+    pub(super) fn take_error(&self) -> Option<BuildError> {
+        self.graph.borrow_mut().error.take()
+    }
+
+    /// A graph input.
+    pub fn input(&self, name: &str, dtype: DType, shape: &[Dim]) -> Value {
+        let value = self.new_value(name.to_owned(), dtype, shape.to_vec());
+        self.graph.borrow_mut().inputs.push(value.id);
+        value
+    }
+
+    /// Declares `value` a graph output called `name`.
+    pub fn output(&self, name: &str, value: &Value) {
+        // An input, a weight or an already declared output keeps its name; the output is then a copy of it.
+        let renameable = {
+            let graph = self.graph.borrow();
+            graph.nodes.iter().any(|n| n.outputs.contains(&value.id)) && !graph.outputs.contains(&value.id)
+        };
+        let value = if renameable { value.clone() } else { value.identity() };
+        self.rename(&value, name.to_owned());
+        self.graph.borrow_mut().outputs.push(value.id);
+    }
+
+    /// Makes `value` known as the tap `name` of this scope (the checkpoint's leading `model.` is not part of tap names).
+    pub fn tap(&self, name: &str, value: &Value) {
+        let full = self.join(name);
+        let tap = full.strip_prefix("model.").unwrap_or(&full).to_owned();
+        self.graph.borrow_mut().taps.push((tap, value.id));
+    }
+
+    /// The checkpoint tensor `name` of this scope, which must have `shape`. Tensors stored in 16 bits are cast to fp32.
+    pub fn weight(&self, name: &str, shape: &[usize]) -> Value {
+        let full = self.join(name);
+        let dims: Vec<Dim> = shape.iter().map(|&n| n.into()).collect();
+        let known = self.graph.borrow().linked.get(&full).cloned();
+        let (id, dtype) = if let Some((id, weight)) = known {
+            (id, weight.dtype)
+        } else {
+            let found = self.graph.borrow().weights.get(&full).cloned();
+            let Some(weight) = found else {
+                self.fail(format!("the checkpoint has no tensor '{full}'"));
+                return self.new_value(full, DType::F32, dims);
+            };
+            if weight.shape != shape {
+                self.fail(format!("tensor '{full}' has shape {:?}, expected {shape:?}", weight.shape));
+            }
+            let dtype = weight.dtype;
+            let value = self.new_value(full.clone(), dtype, dims.clone());
+            self.graph.borrow_mut().linked.insert(full, (value.id, weight));
+            (value.id, dtype)
+        };
+        let stored = Value { scope: self.clone(), id, dtype, shape: dims.into() };
+        if dtype == DType::F32 { stored } else { stored.cast(DType::F32) }
+    }
+
+    /// A one-dimensional integer constant.
+    pub fn ints(&self, values: &[i64]) -> Value {
+        self.constant(Constant::I64 { values: values.to_vec(), scalar: false })
+    }
+
+    /// An integer constant without dimensions.
+    pub fn int(&self, value: i64) -> Value {
+        self.constant(Constant::I64 { values: vec![value], scalar: true })
+    }
+
+    /// A one-dimensional real constant.
+    pub fn floats(&self, values: &[f32]) -> Value {
+        self.constant(Constant::F32 { values: values.to_vec(), scalar: false })
+    }
+
+    /// A real constant without dimensions.
+    pub fn float(&self, value: f32) -> Value {
+        self.constant(Constant::F32 { values: vec![value], scalar: true })
+    }
+
+    fn constant(&self, constant: Constant) -> Value {
+        let (dtype, shape) = match &constant {
+            Constant::I64 { values, scalar } => (DType::I64, if *scalar { vec![] } else { vec![values.len().into()] }),
+            Constant::F32 { values, scalar } => (DType::F32, if *scalar { vec![] } else { vec![values.len().into()] }),
+        };
+        let known = self.graph.borrow().constants.iter().find(|(_, c)| *c == constant).map(|(id, _)| *id);
+        if let Some(id) = known {
+            return Value { scope: self.clone(), id, dtype, shape: shape.into() };
+        }
+        let root = Self { graph: Rc::clone(&self.graph), path: "constant".into() };
+        let value = root.new_value(root.join(&dtype.to_string()), dtype, shape);
+        self.graph.borrow_mut().constants.push((value.id, constant));
+        Value { scope: self.clone(), ..value }
+    }
+
+    /// A node of a standard operator. `results` are the element types and shapes of its outputs.
+    pub(super) fn node(
+        &self,
+        op: &str,
+        inputs: &[Option<&Value>],
+        attributes: Vec<(&'static str, Attribute)>,
+        results: Vec<(DType, Vec<Dim>)>,
+    ) -> Vec<Value> {
+        self.node_in("", op, inputs, attributes, results)
+    }
+
+    pub(super) fn node_in(
+        &self,
+        domain: &'static str,
+        op: &str,
+        inputs: &[Option<&Value>],
+        attributes: Vec<(&'static str, Attribute)>,
+        results: Vec<(DType, Vec<Dim>)>,
+    ) -> Vec<Value> {
+        let base = self.join(op);
+        let several = results.len() > 1;
+        let outputs: Vec<Value> = results
+            .into_iter()
+            .enumerate()
+            .map(|(i, (dtype, shape))| {
+                self.new_value(if several { format!("{base}.{i}") } else { base.clone() }, dtype, shape)
+            })
+            .collect();
+        let node = NodeData {
+            name: self.graph.borrow_mut().unique(format!("{base}/node")),
+            domain,
+            op: op.to_owned(),
+            inputs: inputs.iter().map(|v| v.map(|v| v.id)).collect(),
+            outputs: outputs.iter().map(|v| v.id).collect(),
+            attributes,
+        };
+        self.graph.borrow_mut().nodes.push(node);
+        outputs
+    }
+
+    /// A node of one of ONNX Runtime's contributed operators.
+    pub(crate) fn contributed(
+        &self,
+        op: &str,
+        inputs: &[Option<&Value>],
+        attributes: Vec<(&'static str, Attribute)>,
+        results: Vec<(DType, Vec<Dim>)>,
+    ) -> Vec<Value> {
+        self.node_in("com.microsoft", op, inputs, attributes, results)
+    }
+
+    /// A node that calls `function`, which becomes part of the model.
+    pub fn call(
+        &self,
+        function: Result<Function, BuildError>,
+        inputs: &[&Value],
+        attributes: Vec<(&'static str, Attribute)>,
+        results: Vec<(DType, Vec<Dim>)>,
+    ) -> Vec<Value> {
+        let op = match function {
+            Ok(function) => {
+                let name = function.name().to_owned();
+                self.graph.borrow_mut().functions.entry(name.clone()).or_insert(function);
+                name
+            }
+            Err(error) => {
+                self.fail(error.to_string());
+                String::new()
+            }
+        };
+        let inputs: Vec<Option<&Value>> = inputs.iter().map(|v| Some(*v)).collect();
+        self.node_in(super::DOMAIN, &op, &inputs, attributes, results)
+    }
+
+    fn new_value(&self, name: String, dtype: DType, shape: Vec<Dim>) -> Value {
+        let shape: Rc<[Dim]> = shape.into();
+        let mut graph = self.graph.borrow_mut();
+        let name = graph.unique(name);
+        graph.values.push(ValueData { name, dtype, shape: Rc::clone(&shape) });
+        Value { scope: self.clone(), id: graph.values.len() - 1, dtype, shape }
+    }
+
+    fn rename(&self, value: &Value, name: String) {
+        let mut graph = self.graph.borrow_mut();
+        let unique = graph.unique(name);
+        graph.values[value.id].name = unique;
+    }
+}
+
+impl GraphData {
+    /// `name`, or `name_2`, `name_3`, ... if it is taken.
+    fn unique(&mut self, name: String) -> String {
+        let count = self.names_used.entry(name.clone()).or_insert(0);
+        *count += 1;
+        if *count == 1 { name } else { format!("{name}_{count}") }
+    }
+}
+
+impl Value {
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Symbolic shape.
+    pub fn shape(&self) -> &[Dim] {
+        &self.shape
+    }
+
+    /// Dimension `axis`.
+    pub fn dim(&self, axis: usize) -> Dim {
+        self.shape.get(axis).cloned().unwrap_or_else(|| {
+            self.scope.fail(format!("a tensor of shape {} has no axis {axis}", shape::display(&self.shape)));
+            Dim::Known(1)
+        })
+    }
+
+    /// The scope that operators on this value are named after.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// The same value, so that what is computed from it is named after `scope`.
+    #[must_use]
+    pub fn within(&self, scope: &Scope) -> Self {
+        Self { scope: scope.clone(), ..self.clone() }
+    }
+}
+
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.dtype, shape::display(&self.shape))
+    }
+}
