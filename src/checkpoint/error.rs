@@ -1,0 +1,236 @@
+//! Why a checkpoint cannot be used.
+
+use crate::tensor::TensorError;
+use accordion_graphs::dtype::DType;
+use std::path::{Path, PathBuf};
+
+/// Why a checkpoint cannot be opened, read or imported. Every message names the file and what in it is wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// The operating system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The reason it gave.
+        source: std::io::Error,
+    },
+    /// A file that is parsed as a whole is larger than any honest one.
+    #[error("{} has {found} bytes; at most {limit} are read", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        found: u64,
+        /// The largest size accepted.
+        limit: u64,
+    },
+    /// Not JSON, or not JSON of the expected shape.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the parser found.
+        source: serde_json::Error,
+    },
+    /// A field that must be there is not.
+    #[error("`{field}` is missing in {}", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The field, dotted when nested.
+        field: String,
+    },
+    /// A field has a value that cannot be meant.
+    #[error("`{field}` in {} is {found}, expected {expected}", path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// The field, dotted when nested.
+        field: String,
+        /// The value.
+        found: String,
+        /// What would have been accepted.
+        expected: String,
+    },
+    /// A value that may be right but that this program does not know.
+    #[error("{what} '{found}' in {} is not supported (supported: {supported})", path.display())]
+    Unsupported {
+        /// The kind of thing, usually the field's name.
+        what: String,
+        /// The value.
+        found: String,
+        /// The file.
+        path: PathBuf,
+        /// What would have been understood.
+        supported: String,
+    },
+    /// A safetensors file whose header cannot be trusted.
+    #[error("{}: {problem}", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: HeaderError,
+    },
+    /// A shard named by the index that cannot be the one meant.
+    #[error("{} puts tensor {tensor} into '{shard}': {problem}", path.display())]
+    Shard {
+        /// The index file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The file name that the index gives.
+        shard: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The folder holds no weights.
+    #[error("{} has neither model.safetensors nor model.safetensors.index.json", path.display())]
+    NoWeights {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A tensor that the architecture needs, or that somebody asked for, is not there.
+    #[error("{} has no tensor {name}", path.display())]
+    MissingTensor {
+        /// The folder or file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+    /// A tensor's shape does not follow from config.json.
+    #[error("tensor {name} in {} has shape {found:?}, config.json asks for {expected:?}", path.display())]
+    Shape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape the architecture needs.
+        expected: Vec<usize>,
+    },
+    /// A weight that is not a floating-point number.
+    #[error("tensor {name} in {} is {found}, expected fp32, fp16 or bf16", path.display())]
+    WeightType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its element type.
+        found: DType,
+    },
+    /// A weight index that does not fit the file it points into.
+    #[error(
+        "tensor {name} should lie in bytes {offset}..{} of {}, which has {available}", 
+        offset.saturating_add(*len), path.display()
+    )]
+    OutsideFile {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        len: u64,
+        /// Size of the file.
+        available: u64,
+    },
+    /// A tensor that cannot be viewed.
+    #[error("tensor {name}: {source}")]
+    Tensor {
+        /// The tensor.
+        name: String,
+        /// What is wrong with it.
+        source: TensorError,
+    },
+}
+
+/// What is wrong with a safetensors header.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HeaderError {
+    /// Not even the length of the header is there.
+    #[error("{found} bytes are too few for a safetensors file")]
+    TooShort {
+        /// Size of the file.
+        found: u64,
+    },
+    /// The header would not fit into the file, or is larger than the format allows.
+    #[error("the header claims {claimed} bytes, at most {available} are possible")]
+    HeaderLength {
+        /// The length the file claims.
+        claimed: u64,
+        /// The longest it may be.
+        available: u64,
+    },
+    /// Not the JSON that a header is; includes duplicate names.
+    #[error("the header is not valid: {0}")]
+    Json(String),
+    /// An element type outside the list of [`DType`].
+    #[error("tensor {name} has type {found}; supported are F32, F16, BF16, I64, I32, BOOL and U8")]
+    UnknownType {
+        /// The tensor.
+        name: String,
+        /// The type as written.
+        found: String,
+    },
+    /// The shape's product does not fit into 64 bits.
+    #[error("tensor {name}: the number of bytes of shape {shape:?} overflows")]
+    ShapeOverflow {
+        /// The tensor.
+        name: String,
+        /// The shape as written.
+        shape: Vec<u64>,
+    },
+    /// Shape and offsets disagree.
+    #[error("tensor {name} of shape {shape:?} needs {expected} bytes, its offsets {begin}..{end} span another number")]
+    WrongSize {
+        /// The tensor.
+        name: String,
+        /// The shape as written.
+        shape: Vec<u64>,
+        /// Bytes that the shape needs.
+        expected: u64,
+        /// First offset.
+        begin: u64,
+        /// Last offset.
+        end: u64,
+    },
+    /// The tensor begins before the previous one ends.
+    #[error("tensor {name} begins at {begin}, inside the previous tensor, which ends at {previous_end}")]
+    Overlap {
+        /// The tensor.
+        name: String,
+        /// Where it begins.
+        begin: u64,
+        /// Where the previous one ends.
+        previous_end: u64,
+    },
+    /// Bytes that no tensor claims.
+    #[error("bytes {begin}..{end} of the data belong to no tensor")]
+    Hole {
+        /// First unclaimed byte.
+        begin: u64,
+        /// End of the unclaimed bytes.
+        end: u64,
+    },
+    /// The tensor ends after the file does.
+    #[error("tensor {name} ends at byte {end} of the data, which has {available}: is the file truncated?")]
+    Truncated {
+        /// The tensor.
+        name: String,
+        /// Where it ends.
+        end: u64,
+        /// Bytes there are.
+        available: u64,
+    },
+}
+
+/// Attaches the path to an I/O error.
+pub(crate) fn io_error(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError + '_ {
+    move |source| CheckpointError::Io { path: path.to_owned(), source }
+}

@@ -1,0 +1,120 @@
+//! Checkpoints: a Hugging Face folder (config.json, safetensors, tokenizer.json) as typed, checked facts.
+//!
+//! Nothing in such a folder is trusted: sizes are bounded before anything is allocated, arithmetic is checked, and
+//! what is not understood is refused by name.
+
+mod config;
+mod error;
+mod fields;
+mod files;
+mod maps;
+mod required;
+mod rope;
+mod safetensors;
+
+pub use config::{config_json, from_config_json};
+pub use error::{CheckpointError, HeaderError};
+pub use maps::WeightMaps;
+pub use required::{check_tensors, required_tensors};
+
+use crate::tensor::Tensor;
+use accordion_graphs::architecture::Architecture;
+use accordion_graphs::weights::WeightIndex;
+use fields::Fields;
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+
+/// The configuration's file name.
+pub(crate) const CONFIG: &str = "config.json";
+/// The file that overrides the end-of-text ids.
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
+const MAX_CONFIG: u64 = 4 << 20;
+
+/// An open checkpoint. Clones share its file mappings.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    architecture: Architecture,
+    maps: WeightMaps,
+    description: Sha256,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in the folder `dir`. Reads config.json and the headers of the weight files; no weight.
+    ///
+    /// # Errors
+    ///
+    /// A file is missing or malformed, the architecture is not supported, or a tensor that it needs is missing or has
+    /// another shape.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Self, CheckpointError> {
+        let dir = dir.into();
+        let path = dir.join(CONFIG);
+        let text = files::read_bounded(&path, MAX_CONFIG)?;
+        let json: serde_json::Value =
+            serde_json::from_slice(&text).map_err(|source| CheckpointError::Json { path: path.clone(), source })?;
+        let mut model = config::llama(&json, &path)?;
+        if let Some(ids) = generation_eos(&dir, model.vocab_size)? {
+            model.eos_token_ids = ids;
+        }
+        let (weights, headers) = safetensors::index(&dir)?;
+        check_tensors(&model, &weights, &dir)?;
+        let maps = WeightMaps::open(weights)?;
+        let description = Sha256::new().chain_update(Sha256::digest(&text)).chain_update(headers.finalize());
+        Ok(Self { dir, architecture: Architecture::Llama(model), maps, description })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What config.json says.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// Where every tensor lies.
+    pub fn weights(&self) -> &WeightIndex {
+        self.maps.index()
+    }
+
+    /// The mapped weight files.
+    pub fn maps(&self) -> &WeightMaps {
+        &self.maps
+    }
+
+    /// The tensor called `name`, without a copy where the file aligns it.
+    ///
+    /// # Errors
+    ///
+    /// There is no such tensor.
+    pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
+        self.maps.tensor(name)
+    }
+
+    /// Names the model: SHA-256, in hexadecimal, over config.json, the headers of the weight files and the first bytes
+    /// of every tensor. The last keep a fine-tuned model apart from its base, whose config and headers are the same.
+    /// It costs milliseconds, and is no proof that the rest of the weights is unchanged.
+    pub fn fingerprint(&self) -> String {
+        const SAMPLE: u64 = 64;
+        let mut digest = self.description.clone();
+        for (_, weight) in self.weights().iter() {
+            if let Some(file) = self.maps.file(weight.file) {
+                let start = weight.offset as usize;
+                digest.update(&file.bytes()[start..start + weight.len.min(SAMPLE) as usize]);
+            }
+        }
+        digest.finalize().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
+    }
+}
+
+/// The end-of-text ids of `generation_config.json`, which take precedence over those of config.json, as they do for
+/// Hugging Face's `generate`.
+fn generation_eos(dir: &Path, vocab_size: usize) -> Result<Option<Vec<u32>>, CheckpointError> {
+    let path = dir.join(GENERATION_CONFIG);
+    if !files::exists(&path)? {
+        return Ok(None);
+    }
+    let config = files::read_json(&path, MAX_CONFIG)?;
+    config::eos_token_ids(Fields::of(&config, "", &path)?, vocab_size)
+}

@@ -1,0 +1,154 @@
+//! The rotary part of config.json, in both spellings: `rope_scaling` beside `rope_theta`, and `rope_parameters`.
+
+use super::error::CheckpointError;
+use super::fields::{Fields, shown};
+use accordion_graphs::architecture::{Rope, RopeScaling};
+use serde_json::{Value, json};
+
+/// What Hugging Face's Llama, Mistral and Qwen2 use when the config says nothing.
+const DEFAULT_THETA: f64 = 10_000.0;
+const MAX_POSITIONS: usize = super::config::MAX_POSITIONS;
+
+/// The rotary embedding of a model trained for `max_positions`.
+pub(crate) fn read(config: Fields<'_>, max_positions: usize) -> Result<Rope, CheckpointError> {
+    let (old, new) = (config.get("rope_scaling"), config.get("rope_parameters"));
+    let (name, value) = match (old, new) {
+        (Some(_), Some(new)) if old != Some(new) => {
+            return Err(config.wrong("rope_scaling", format!("the same as `rope_parameters`, {}", shown(new))));
+        }
+        (_, Some(value)) => ("rope_parameters", value),
+        (Some(value), None) => ("rope_scaling", value),
+        (None, None) => {
+            let theta = config.positive("rope_theta")?.unwrap_or(DEFAULT_THETA);
+            return Ok(Rope { theta, scaling: RopeScaling::None });
+        }
+    };
+    let scope = format!("{name}.");
+    let fields = Fields::of(value, &scope, config.path())?;
+    let theta = match fields.positive("rope_theta")? {
+        Some(theta) => theta,
+        None => config.positive("rope_theta")?.unwrap_or(DEFAULT_THETA),
+    };
+    Ok(Rope { theta, scaling: scaling(fields, name, max_positions)? })
+}
+
+fn scaling(fields: Fields<'_>, name: &str, max_positions: usize) -> Result<RopeScaling, CheckpointError> {
+    let kind = match fields.text("rope_type")? {
+        Some(kind) => kind,
+        None => fields.required("type", Fields::text)?,
+    };
+    let only = |known: &[&str]| {
+        let common = ["type", "rope_type", "rope_theta"];
+        match fields.names().find(|field| !known.contains(field) && !common.contains(field)) {
+            None => Ok(()),
+            Some(unknown) => Err(CheckpointError::Unsupported {
+                what: format!("{name} of type {kind}: field"),
+                found: unknown.to_owned(),
+                path: fields.path().to_owned(),
+                supported: if known.is_empty() { "none".to_owned() } else { known.join(", ") },
+            }),
+        }
+    };
+    let factor = || fields.required("factor", |f, n| f.number(n, "of at least 1", |x| x >= 1.0));
+    let original = || fields.count("original_max_position_embeddings", MAX_POSITIONS);
+    Ok(match kind {
+        "default" => {
+            only(&[])?;
+            RopeScaling::None
+        }
+        "linear" => {
+            only(&["factor"])?;
+            RopeScaling::Linear { factor: factor()? }
+        }
+        "dynamic" => {
+            only(&["factor", "original_max_position_embeddings"])?;
+            RopeScaling::Dynamic { factor: factor()?, original_max_positions: original()?.unwrap_or(max_positions) }
+        }
+        "yarn" => {
+            only(&[
+                "factor",
+                "original_max_position_embeddings",
+                "attention_factor",
+                "mscale",
+                "mscale_all_dim",
+                "beta_fast",
+                "beta_slow",
+                "truncate",
+                "finetuned",
+            ])?;
+            yarn(fields, factor()?, original()?.unwrap_or(max_positions))?
+        }
+        "llama3" => {
+            only(&["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])?;
+            let low_freq_factor = fields.required("low_freq_factor", Fields::positive)?;
+            let high_freq_factor = fields.required("high_freq_factor", Fields::positive)?;
+            if high_freq_factor <= low_freq_factor {
+                let expected = format!("above `low_freq_factor`, {low_freq_factor}");
+                return Err(fields.wrong("high_freq_factor", expected));
+            }
+            RopeScaling::Llama3 {
+                factor: factor()?,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_positions: original()?
+                    .ok_or_else(|| fields.missing("original_max_position_embeddings"))?,
+            }
+        }
+        unknown => {
+            return Err(CheckpointError::Unsupported {
+                what: format!("{name} type"),
+                found: unknown.to_owned(),
+                path: fields.path().to_owned(),
+                supported: "linear, dynamic, yarn, llama3".to_owned(),
+            });
+        }
+    })
+}
+
+fn yarn(fields: Fields<'_>, factor: f64, original_max_positions: usize) -> Result<RopeScaling, CheckpointError> {
+    if fields.flag("truncate")? == Some(false) {
+        return Err(fields.wrong("truncate", "true: the frequency bounds are rounded to whole dimensions"));
+    }
+    let beta_fast = fields.positive("beta_fast")?.unwrap_or(32.0);
+    let beta_slow = fields.positive("beta_slow")?.unwrap_or(1.0);
+    if beta_fast <= beta_slow {
+        return Err(fields.wrong("beta_fast", format!("above `beta_slow`, {beta_slow}")));
+    }
+    // Section 3.4 of the paper (arXiv 2309.00071), and the ratio of two such scales that DeepSeek's configs ask for.
+    let magnitude = |mscale: f64| 0.1 * mscale * factor.ln() + 1.0;
+    let scales = (fields.positive("mscale")?, fields.positive("mscale_all_dim")?);
+    let attention_factor = match (fields.positive("attention_factor")?, scales) {
+        (Some(given), _) => given,
+        (None, (Some(mscale), Some(all_dim))) => magnitude(mscale) / magnitude(all_dim),
+        (None, _) => magnitude(1.0),
+    };
+    Ok(RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, attention_factor })
+}
+
+/// `scaling` as the value of `rope_scaling`; `null` when there is none.
+pub(crate) fn scaling_json(scaling: &RopeScaling) -> Value {
+    match *scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+        RopeScaling::Dynamic { factor, original_max_positions } => json!({
+            "rope_type": "dynamic",
+            "factor": factor,
+            "original_max_position_embeddings": original_max_positions,
+        }),
+        RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, attention_factor } => json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original_max_positions,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "attention_factor": attention_factor,
+        }),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_max_positions,
+        }),
+    }
+}

