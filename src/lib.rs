@@ -9,7 +9,6 @@
 //! [`reference`](mod@reference) computes the same methods a second time, in plain `ndarray`, and shares nothing with the graphs but the
 //! [plan](accordion_graphs::plan) and the [architecture](accordion_graphs::architecture).
 
-<<<<<<< .merge_file_6USbAB
 pub mod checkpoint;
 pub mod fetch;
 pub mod runtime;

@@ -1,4 +1,95 @@
 //! Engines: graphs loaded in a runtime.
+//!
+//! The pipeline sees only [`Engine`] and [`Loader`]; which runtime is behind them is chosen once, when they are made.
 
 mod dylib;
 pub mod locate;
+pub mod ort_cpu;
+
+use crate::tensor::{Tensor, TensorError};
+
+/// One graph, loaded and ready to run.
+pub trait Engine: Send {
+    /// Runs the graph on `inputs` and returns `outputs` in the order asked for.
+    ///
+    /// `in_place` names tensors that the graph updates: each is given as the input and taken as the output of its
+    /// names, in the same memory. They must not be listed in `outputs`.
+    ///
+    /// # Errors
+    ///
+    /// A name the graph does not have, a tensor that does not fit it, or a failure of the runtime.
+    fn run(
+        &mut self,
+        inputs: &[(&str, &Tensor)],
+        in_place: &mut [InPlace<'_>],
+        outputs: &[&str],
+    ) -> Result<Vec<Tensor>, EngineError>;
+}
+
+/// Memory that a graph reads and writes.
+pub struct InPlace<'a> {
+    /// Name of the graph input.
+    pub input: &'a str,
+    /// Name of the graph output.
+    pub output: &'a str,
+    /// Dimensions of both.
+    pub shape: &'a [usize],
+    /// The elements.
+    pub data: &'a mut [f32],
+}
+
+/// Loads graphs into one runtime.
+pub trait Loader {
+    /// Loads the ONNX model `bytes`; `name` is for messages. Weights that the model links to are shared between all
+    /// graphs of one loader.
+    ///
+    /// # Errors
+    ///
+    /// The runtime refuses the model, or a weight it links to is not there.
+    fn load(&self, name: &str, bytes: &[u8], weights: &[String]) -> Result<Box<dyn Engine>, EngineError>;
+
+    /// The engine's name: `ort-cpu`.
+    fn name(&self) -> &'static str;
+}
+
+/// Why a graph could not be loaded or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The runtime said no.
+    #[error("graph '{graph}': {message}")]
+    Runtime {
+        /// The graph.
+        graph: String,
+        /// What the runtime said.
+        message: String,
+    },
+    /// An input or output is not one of the graph's.
+    #[error("graph '{graph}' has no {kind} '{name}'")]
+    UnknownName {
+        /// The graph.
+        graph: String,
+        /// "input" or "output".
+        kind: &'static str,
+        /// The name asked for.
+        name: String,
+    },
+    /// A weight is missing or unreadable.
+    #[error("graph '{graph}': {source}")]
+    Weight {
+        /// The graph.
+        graph: String,
+        /// What is wrong with it.
+        source: Box<crate::checkpoint::CheckpointError>,
+    },
+    /// A result is not the tensor it should be.
+    #[error("graph '{graph}', output '{name}': {source}")]
+    Output {
+        /// The graph.
+        graph: String,
+        /// The output.
+        name: String,
+        /// What is wrong with it.
+        source: TensorError,
+    },
+}
