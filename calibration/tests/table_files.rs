@@ -150,6 +150,14 @@ fn lying_headers_are_refused() {
 }
 
 #[test]
+fn a_file_of_absurd_size_is_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sparse");
+    std::fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
+    assert!(matches!(problem(&path), TableProblem::TooLarge));
+}
+
+#[test]
 fn missing_files_and_folders_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("missing");

@@ -110,22 +110,18 @@ impl Sampler {
         if self.settings.temperature == 0.0 {
             return Ok(best as u32);
         }
-        let max = logits[best];
-        let temperature = f64::from(self.settings.temperature);
-        // Relative to the maximum no weight can overflow and one of them is 1.
-        let weight = |logit: f32| ((f64::from(logit) - f64::from(max)) / temperature).exp();
         self.candidates.clear();
-        self.candidates.extend((0..).zip(logits).map(|(token, &logit)| Candidate {
-            token,
-            logit,
-            weight: weight(logit),
-        }));
-
+        self.candidates.extend((0..).zip(logits).map(|(token, &logit)| Candidate { token, logit, weight: 0.0 }));
         if let Some(k) = self.settings.top_k.filter(|&k| k < logits.len()) {
             self.candidates.select_nth_unstable_by(k - 1, Candidate::by_rank);
             self.candidates.truncate(k);
             // The selection leaves an unspecified order; the draw below must not depend on it.
             self.candidates.sort_unstable_by_key(|candidate| candidate.token);
+        }
+        let (max, temperature) = (f64::from(logits[best]), f64::from(self.settings.temperature));
+        for candidate in &mut self.candidates {
+            // Relative to the maximum no weight can overflow and one of them is 1.
+            candidate.weight = ((f64::from(candidate.logit) - max) / temperature).exp();
         }
         if self.settings.top_p < 1.0 {
             keep_nucleus(&mut self.candidates, self.settings.top_p.into());

@@ -153,11 +153,13 @@ impl SignificanceTable {
     /// The file cannot be read or is not a valid table of this format.
     pub fn load(path: &Path) -> Result<Self, TableError> {
         let read = || -> Result<Self, TableProblem> {
-            let mut bytes = Vec::new();
-            File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
-            if bytes.len() as u64 > MAX_FILE_BYTES {
+            let file = File::open(path)?;
+            if file.metadata()?.len() > MAX_FILE_BYTES {
                 return Err(TableProblem::TooLarge);
             }
+            let mut bytes = Vec::new();
+            // A file may grow, and devices have no length.
+            file.take(MAX_FILE_BYTES).read_to_end(&mut bytes)?;
             Self::from_bytes(format!("significance table {}", path.display()), &bytes)
         };
         read().map_err(|problem| TableError { path: path.into(), problem })
