@@ -12,5 +12,6 @@
 pub mod checkpoint;
 pub mod fetch;
 pub mod runtime;
+pub mod pipeline;
 pub mod taps;
 pub mod tensor;
