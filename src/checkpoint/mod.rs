@@ -15,6 +15,7 @@ mod safetensors;
 pub use config::{config_json, from_config_json};
 pub use error::{CheckpointError, HeaderError};
 pub use maps::WeightMaps;
+pub use safetensors::read_index;
 pub use required::{check_tensors, required_tensors};
 
 use crate::tensor::Tensor;

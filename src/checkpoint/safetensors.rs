@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::marker::PhantomData;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 /// The single-file form's name.
 pub(crate) const SINGLE: &str = "model.safetensors";
@@ -37,6 +37,28 @@ pub(crate) fn index(dir: &Path) -> Result<(WeightIndex, Sha256), CheckpointError
         return sharded(dir, &index, digest);
     }
     Err(CheckpointError::NoWeights { path: dir.to_owned() })
+}
+
+/// Where every tensor of `files` lies. The files need not belong to a checkpoint.
+///
+/// # Errors
+///
+/// A file is missing or malformed, or two of them have a tensor of the same name.
+pub fn read_index(files: &[PathBuf]) -> Result<WeightIndex, CheckpointError> {
+    let mut entries = BTreeMap::new();
+    for (file, path) in files.iter().enumerate() {
+        for (name, weight) in read_header(path, file, &mut Sha256::new())? {
+            if entries.insert(name.clone(), weight).is_some() {
+                return Err(CheckpointError::Shard {
+                    path: path.clone(),
+                    tensor: name,
+                    shard: path.display().to_string(),
+                    problem: "another file has a tensor of this name too",
+                });
+            }
+        }
+    }
+    Ok(WeightIndex::new(files.to_vec(), entries))
 }
 
 #[derive(Deserialize)]

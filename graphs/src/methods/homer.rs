@@ -8,6 +8,16 @@ use crate::functions;
 use crate::onnx::{Dim, Scope, Value};
 use std::ops::Range;
 
+/// The name of the graph that runs `layers` at tree height `level`.
+pub fn graph_name(level: usize, layers: &Range<usize>) -> String {
+    let kind = if level == 0 { "leaf" } else { "merge" };
+    if layers.is_empty() {
+        format!("{kind}.{}", layers.start)
+    } else {
+        format!("{kind}.{}-{}", layers.start, layers.end - 1)
+    }
+}
+
 /// A node's state: hidden `[batch, L, D]`, position ids `[batch, L]`, and the cache of all layers so far
 /// `[batch, n, 2, G, L, d]` (none before the first layer).
 struct State {

@@ -35,8 +35,9 @@ pub struct GraphSignature {
     pub outputs: Vec<ValueInfo>,
     /// Checkpoint tensors the graph links to.
     pub weights: Vec<String>,
-    /// Tap name -> name of the value in the graph.
-    pub taps: BTreeMap<String, String>,
+    /// Tap name -> the value in the graph. A first dimension `batch` is a batch axis; where it is a product, the rows of
+    /// all batch entries follow each other.
+    pub taps: BTreeMap<String, ValueInfo>,
     /// Number of nodes.
     pub nodes: usize,
 }
@@ -162,7 +163,7 @@ impl GraphData {
             inputs: self.inputs.iter().map(info).collect(),
             outputs: self.outputs.iter().map(info).collect(),
             weights: self.linked.keys().cloned().collect(),
-            taps: self.taps.iter().map(|(tap, id)| (tap.clone(), self.values[*id].name.clone())).collect(),
+            taps: self.taps.iter().map(|(tap, id)| (tap.clone(), info(id))).collect(),
             nodes: self.nodes.len(),
         }
     }

@@ -109,10 +109,6 @@ impl HomerPlan {
                 format!("at least prefix + suffix = {affixes}"),
             ));
         }
-        let tree_layers = num_layers.checked_sub(settings.layers_warmup).ok_or_else(|| {
-            out_of_range("layers_warmup", settings.layers_warmup, format!("at most the model's {num_layers} layers"))
-        })?;
-
         let leaves = context.div_ceil(leaf_capacity).next_power_of_two();
         let tree_height = leaves.ilog2() as usize;
         let leaf_context = context.div_ceil(leaves);
@@ -120,18 +116,28 @@ impl HomerPlan {
             return Err(PlanError::EmptyLeaves { context, leaves, leaf_len: leaf_context });
         }
 
-        let per_height = tree_layers / (tree_height + 1);
-        // The layers that do not divide evenly go to the leaves, together with the warm-up.
-        let base = num_layers - per_height * (tree_height + 1);
-        let layers = (0..=tree_height)
-            .map(|h| if h == 0 { 0..base + per_height } else { base + per_height * h..base + per_height * (h + 1) })
-            .collect();
-
+        let layers = Self::stage_layers(num_layers, settings.layers_warmup, tree_height)?;
         let mut plan =
             Self { settings, lengths, tree_height, leaf_context, layers, nodes: Vec::with_capacity(2 * leaves - 1) };
         let root_target = settings.target_len.min(lengths.total());
         plan.push_subtree(tree_height, 0, root_target, capacity);
         Ok(plan)
+    }
+
+    /// The layers of each height of a tree, `0 ..= tree_height`. Layers that do not divide evenly go to the leaves,
+    /// together with the warm-up.
+    ///
+    /// # Errors
+    ///
+    /// More warm-up layers than layers.
+    pub fn stage_layers(num_layers: usize, warmup: usize, tree_height: usize) -> Result<Vec<Range<usize>>, PlanError> {
+        let tree_layers = num_layers
+            .checked_sub(warmup)
+            .ok_or_else(|| out_of_range("layers_warmup", warmup, format!("at most the model's {num_layers} layers")))?;
+        let per_height = tree_layers / (tree_height + 1);
+        let base = num_layers - per_height * (tree_height + 1);
+        let range = |h: usize| if h == 0 { 0..base + per_height } else { base + per_height * h..base + per_height * (h + 1) };
+        Ok((0..=tree_height).map(range).collect())
     }
 
     /// Appends the subtree whose root is node `index` of `height` and returns the position of that root.

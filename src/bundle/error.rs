@@ -1,0 +1,73 @@
+//! What can be wrong with a bundle.
+
+use crate::checkpoint::CheckpointError;
+use accordion_graphs::onnx::BuildError;
+use accordion_graphs::plan::PlanError;
+use std::path::{Path, PathBuf};
+
+/// Why a bundle could not be written or opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BundleError {
+    /// A file or folder could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The folder to write is already there.
+    #[error("{} exists already; choose another folder, or --force to replace it", path.display())]
+    Exists {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Not a bundle, or a damaged one.
+    #[error("{}: {problem}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What was found and what was expected.
+        problem: String,
+    },
+    /// A file is not the one that was exported.
+    #[error("{} changed since the export: {what} was {expected}, is {found}; export the bundle again", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+        /// What the manifest says.
+        expected: String,
+        /// What the file says.
+        found: String,
+    },
+    /// The bundle was not exported for this.
+    #[error("{} has no graph '{name}'", dir.display())]
+    MissingGraph {
+        /// The bundle.
+        dir: PathBuf,
+        /// The graph.
+        name: String,
+    },
+    /// The checkpoint is at fault.
+    #[error(transparent)]
+    Checkpoint(#[from] Box<CheckpointError>),
+    /// The settings do not fit the model.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A graph came out inconsistent.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+}
+
+impl BundleError {
+    pub(super) fn invalid(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Invalid { path: path.to_owned(), problem: problem.into() }
+    }
+
+    pub(super) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Io { path: path.to_owned(), source }
+    }
+}

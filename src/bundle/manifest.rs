@@ -1,0 +1,203 @@
+//! `bundle.json`: what a bundle holds and what it was made from.
+
+use super::BundleError;
+use accordion_graphs::architecture::Architecture;
+use accordion_graphs::blocks::Target;
+use accordion_graphs::onnx::GraphSignature;
+use accordion_graphs::plan::homer::HomerSettings;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Component, Path};
+use std::time::UNIX_EPOCH;
+
+/// Version of the format.
+const SCHEMA: &str = "accordion.bundle/1";
+/// A manifest is kilobytes; anything longer is not one.
+const MAX_MANIFEST_BYTES: u64 = 64 << 20;
+/// A graph without its weights is kilobytes to a few megabytes.
+const MAX_GRAPH_BYTES: u64 = 1 << 30;
+/// safetensors headers are at most this long.
+const MAX_HEADER_BYTES: u64 = 100 << 20;
+
+/// What the bundle does to a context.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case")]
+pub enum Method {
+    /// Nothing: the whole context through the model.
+    Plain,
+    /// Hierarchical context merging.
+    Homer {
+        /// Default settings; a run may use others that need the same graphs.
+        settings: HomerSettings,
+        /// Tree heights there are graphs for.
+        tree_heights: Vec<usize>,
+    },
+}
+
+impl Method {
+    /// The word for it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Homer { .. } => "homer",
+        }
+    }
+}
+
+/// The content of `bundle.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this format.
+    pub schema: String,
+    /// What wrote it.
+    pub producer: String,
+    /// The method.
+    pub method: Method,
+    /// What runtime the graphs are written for.
+    pub target: Target,
+    /// Element type of weights and activations in the graphs.
+    pub precision: String,
+    /// The model.
+    pub architecture: Architecture,
+    /// Hash that names the model: of its configuration and tensor layout.
+    pub fingerprint: String,
+    /// The weight files.
+    pub weights: Vec<WeightFile>,
+    /// The graphs by name.
+    pub graphs: BTreeMap<String, GraphEntry>,
+}
+
+/// A weight file as it was at export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightFile {
+    /// Name inside the bundle.
+    pub file: String,
+    /// Bytes.
+    pub size: u64,
+    /// Seconds since 1970 of the last change.
+    pub modified: u64,
+    /// SHA-256 of the safetensors header: names, shapes and places of all tensors.
+    pub header_sha256: String,
+}
+
+/// A graph file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GraphEntry {
+    /// Name inside the bundle.
+    pub file: String,
+    /// SHA-256 of the file.
+    pub sha256: String,
+    /// Its interface.
+    pub signature: GraphSignature,
+}
+
+impl Manifest {
+    /// An empty manifest of this version.
+    pub(super) fn new(method: Method, target: Target, architecture: Architecture, fingerprint: String) -> Self {
+        Self {
+            schema: SCHEMA.to_owned(),
+            producer: format!("accordion {}", env!("CARGO_PKG_VERSION")),
+            method,
+            target,
+            precision: "fp32".to_owned(),
+            architecture,
+            fingerprint,
+            weights: Vec::new(),
+            graphs: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn read(path: &Path) -> Result<Self, BundleError> {
+        let bytes = read_bounded(path, MAX_MANIFEST_BYTES)?;
+        let json: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|e| BundleError::invalid(path, format!("not valid JSON: {e}")))?;
+        let schema = json.get("schema").and_then(serde_json::Value::as_str).unwrap_or("missing");
+        if schema != SCHEMA {
+            return Err(BundleError::invalid(path, format!("schema is '{schema}', expected '{SCHEMA}'")));
+        }
+        let manifest: Self = serde_json::from_value(json).map_err(|e| BundleError::invalid(path, e.to_string()))?;
+        let files = manifest.weights.iter().map(|w| &w.file).chain(manifest.graphs.values().map(|g| &g.file));
+        for file in files {
+            if !is_plain_name(file) {
+                return Err(BundleError::invalid(path, format!("file name '{file}' must not leave the bundle")));
+            }
+        }
+        Ok(manifest)
+    }
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None)) && !name.contains(['/', '\\'])
+}
+
+fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, BundleError> {
+    let file = File::open(path).map_err(BundleError::io(path))?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(BundleError::io(path))?;
+    if bytes.len() as u64 > limit {
+        return Err(BundleError::invalid(path, format!("longer than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+pub(super) fn sha256(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
+}
+
+impl WeightFile {
+    /// Describes the file at `path`, called `file` in the bundle.
+    pub(super) fn describe(path: &Path, file: String) -> Result<Self, BundleError> {
+        let mut open = File::open(path).map_err(BundleError::io(path))?;
+        let meta = open.metadata().map_err(BundleError::io(path))?;
+        let modified = meta.modified().map_err(BundleError::io(path))?;
+        let mut length = [0; 8];
+        open.read_exact(&mut length).map_err(BundleError::io(path))?;
+        let header_len = u64::from_le_bytes(length);
+        if header_len > MAX_HEADER_BYTES || header_len > meta.len() {
+            return Err(BundleError::invalid(path, format!("header of {header_len} bytes in a file of {}", meta.len())));
+        }
+        let mut header = Vec::new();
+        open.take(header_len).read_to_end(&mut header).map_err(BundleError::io(path))?;
+        Ok(Self {
+            file,
+            size: meta.len(),
+            modified: modified.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            header_sha256: sha256(&header),
+        })
+    }
+
+    /// Whether the file at `path` is still the one described.
+    pub(super) fn check(&self, path: &Path) -> Result<(), BundleError> {
+        let found = Self::describe(path, self.file.clone())?;
+        let changed = |what, expected: String, found: String| {
+            Err(BundleError::Changed { path: path.to_owned(), what, expected, found })
+        };
+        if found.size != self.size {
+            return changed("size in bytes", self.size.to_string(), found.size.to_string());
+        }
+        if found.header_sha256 != self.header_sha256 {
+            return changed("header hash", self.header_sha256.clone(), found.header_sha256);
+        }
+        if found.modified != self.modified {
+            return changed("modification time", self.modified.to_string(), found.modified.to_string());
+        }
+        Ok(())
+    }
+}
+
+impl GraphEntry {
+    /// The file's bytes, if they are those that were exported.
+    pub(super) fn read(&self, path: &Path) -> Result<Vec<u8>, BundleError> {
+        let bytes = read_bounded(path, MAX_GRAPH_BYTES)?;
+        let found = sha256(&bytes);
+        if found != self.sha256 {
+            let (path, expected) = (path.to_owned(), self.sha256.clone());
+            return Err(BundleError::Changed { path, what: "SHA-256", expected, found });
+        }
+        Ok(bytes)
+    }
+}

@@ -1,0 +1,92 @@
+//! Bundles: the exported folder of graphs, links to the weights, the tokenizer and `bundle.json`.
+
+mod error;
+mod export;
+mod manifest;
+
+pub use error::BundleError;
+pub use export::{ExportOptions, MethodSettings, WeightStorage, export};
+pub use manifest::{GraphEntry, Manifest, Method, WeightFile};
+
+use crate::checkpoint::{WeightMaps, read_index};
+use accordion_graphs::architecture::{Architecture, Llama};
+use accordion_graphs::onnx::GraphSignature;
+use std::path::{Path, PathBuf};
+
+/// Name of the file that makes a folder a bundle.
+pub const MANIFEST_FILE: &str = "bundle.json";
+
+/// A bundle on disk, opened and checked against its manifest.
+#[derive(Debug)]
+pub struct Bundle {
+    dir: PathBuf,
+    manifest: Manifest,
+    weights: WeightMaps,
+}
+
+impl Bundle {
+    /// Opens the bundle in `dir`: the manifest is read, and every weight file is checked to be the one it was exported
+    /// for. Graph files are checked when they are read.
+    ///
+    /// # Errors
+    ///
+    /// The folder is not a bundle, its manifest is damaged, or a weight file changed since the export.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Self, BundleError> {
+        let dir = dir.into();
+        let manifest = Manifest::read(&dir.join(MANIFEST_FILE))?;
+        let mut files = Vec::with_capacity(manifest.weights.len());
+        for weight in &manifest.weights {
+            let path = dir.join(&weight.file);
+            weight.check(&path)?;
+            files.push(path);
+        }
+        let index = read_index(&files).map_err(Box::new)?;
+        let weights = WeightMaps::open(index).map_err(Box::new)?;
+        Ok(Self { dir, manifest, weights })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What `bundle.json` says.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The model.
+    ///
+    /// # Errors
+    ///
+    /// It is not of the Llama family.
+    pub fn llama(&self) -> Result<&Llama, BundleError> {
+        match &self.manifest.architecture {
+            Architecture::Llama(llama) => Ok(llama),
+            other => Err(BundleError::invalid(&self.dir.join(MANIFEST_FILE), format!("architecture {other:?} is not supported"))),
+        }
+    }
+
+    /// The weights that the graphs link to.
+    pub fn weights(&self) -> &WeightMaps {
+        &self.weights
+    }
+
+    /// The interface of graph `name`, if the bundle has it.
+    pub fn signature(&self, name: &str) -> Option<&GraphSignature> {
+        self.manifest.graphs.get(name).map(|entry| &entry.signature)
+    }
+
+    /// The ONNX file of graph `name`, checked against the hash that the export recorded.
+    ///
+    /// # Errors
+    ///
+    /// There is no such graph, or its file cannot be read or changed since the export.
+    pub fn graph(&self, name: &str) -> Result<Vec<u8>, BundleError> {
+        let entry = self.manifest.graphs.get(name).ok_or_else(|| BundleError::MissingGraph {
+            dir: self.dir.clone(),
+            name: name.to_owned(),
+        })?;
+        entry.read(&self.dir.join(&entry.file))
+    }
+}

@@ -1,0 +1,63 @@
+//! The engines of a bundle, loaded when they are first needed.
+
+use super::PipelineError;
+use crate::bundle::{Bundle, BundleError};
+use crate::runtime::{Engine, Loader};
+use accordion_graphs::onnx::{GraphSignature, tap_outputs};
+use std::collections::HashMap;
+
+/// The graphs of a bundle in one runtime.
+pub struct Engines<'b> {
+    bundle: &'b Bundle,
+    loader: Box<dyn Loader + 'b>,
+    loaded: HashMap<(String, Vec<String>), Box<dyn Engine>>,
+}
+
+impl<'b> Engines<'b> {
+    /// Engines of `bundle`, made by `loader`.
+    pub fn new(bundle: &'b Bundle, loader: Box<dyn Loader + 'b>) -> Self {
+        Self { bundle, loader, loaded: HashMap::new() }
+    }
+
+    /// The bundle.
+    pub fn bundle(&self) -> &'b Bundle {
+        self.bundle
+    }
+
+    /// The interface of graph `name`.
+    ///
+    /// # Errors
+    ///
+    /// The bundle has no such graph.
+    pub fn signature(&self, name: &str) -> Result<&'b GraphSignature, PipelineError> {
+        self.bundle.signature(name).ok_or_else(|| {
+            BundleError::MissingGraph { dir: self.bundle.dir().to_owned(), name: name.to_owned() }.into()
+        })
+    }
+
+    /// The engine of graph `name`, with the values `taps` (names of values in the graph) as further outputs.
+    ///
+    /// # Errors
+    ///
+    /// The bundle has no such graph, its file changed, or the runtime refuses it.
+    pub fn get(&mut self, name: &str, taps: &[&str]) -> Result<&mut dyn Engine, PipelineError> {
+        let key = (name.to_owned(), taps.iter().map(|&t| t.to_owned()).collect::<Vec<_>>());
+        let engine = match self.loaded.entry(key) {
+            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                let mut bytes = self.bundle.graph(name)?;
+                if !taps.is_empty() {
+                    bytes.extend(tap_outputs(taps));
+                }
+                let weights = self.bundle.signature(name).map(|s| s.weights.as_slice()).unwrap_or_default();
+                entry.insert(self.loader.load(name, &bytes, weights)?)
+            }
+        };
+        Ok(engine.as_mut())
+    }
+
+    /// Drops the engines loaded so far, and the memory their runtimes hold.
+    pub fn unload(&mut self) {
+        self.loaded.clear();
+    }
+}

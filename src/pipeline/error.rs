@@ -1,0 +1,67 @@
+//! What can go wrong between token ids and text.
+
+use super::sampling::LogitsError;
+use crate::bundle::BundleError;
+use crate::runtime::EngineError;
+use crate::tensor::TensorError;
+use accordion_graphs::plan::PlanError;
+
+/// Why a pipeline stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PipelineError {
+    /// The prompt does not fit the method's settings.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The bundle lacks something or is damaged.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// A graph could not be loaded or run.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A graph gave a tensor of another form than its interface says.
+    #[error("unexpected tensor between graphs: {0}")]
+    Tensor(#[from] TensorError),
+    /// No token can be chosen from the logits.
+    #[error(transparent)]
+    Logits(#[from] LogitsError),
+    /// A token id that the model does not know.
+    #[error("token id {id} is outside the model's vocabulary of {vocab_size}")]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// Number of ids.
+        vocab_size: usize,
+    },
+    /// The significance table does not cover the plan.
+    #[error("the significance table has {found} entries for layer {layer}, the plan needs {expected}")]
+    ShortTable {
+        /// The layer.
+        layer: usize,
+        /// Entries there are.
+        found: usize,
+        /// Entries needed.
+        expected: usize,
+    },
+    /// The bundle was exported for other lengths.
+    #[error(
+        "the bundle has no graph '{graph}', which a context of {context} tokens needs (tree height {height}); \
+         export it again with --context {context}"
+    )]
+    NotExported {
+        /// The missing graph.
+        graph: String,
+        /// Context tokens.
+        context: usize,
+        /// Height of the tree.
+        height: usize,
+    },
+    /// The context is longer than the model can attend to.
+    #[error("a sequence of {length} tokens is longer than the model's sliding window of {window}, which is not supported")]
+    SlidingWindow {
+        /// Rows that attend to each other.
+        length: usize,
+        /// The model's window.
+        window: usize,
+    },
+}
