@@ -32,7 +32,7 @@ pub(super) fn sha256(path: &Path, on_bytes: &mut dyn FnMut(u64)) -> Result<Strin
         done += read as u64;
         on_bytes(done);
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(format!("{:x}", hasher.finalize()))
 }
 
 /// Writes the wanted members of `archive` into `folder`. `on_bytes` receives the bytes written so far, over all
@@ -124,6 +124,159 @@ fn write_part(
     file.sync_all().context("write", &path)
 }
 
-fn broken(archive: &Path, reason: impl ToString) -> FetchError {
+fn broken(archive: &Path, reason: impl std::fmt::Display) -> FetchError {
     FetchError::Archive { archive: archive.to_owned(), reason: reason.to_string() }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+    use std::fs;
+    use std::io::Cursor;
+    use std::path::PathBuf;
+    use zip::write::SimpleFileOptions;
+
+    /// A zip file with those members.
+    pub(in super::super) fn zip_of(members: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut writer = zip::ZipWriter::new(Cursor::new(Vec::new()));
+        for (name, content) in members {
+            writer.start_file(*name, SimpleFileOptions::default()).unwrap();
+            writer.write_all(content).unwrap();
+        }
+        writer.finish().unwrap().into_inner()
+    }
+
+    /// A gzip-compressed tar file with those members, whatever their names.
+    fn tar_gz_of(members: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut tar = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
+        for (name, content) in members {
+            let mut header = tar::Header::new_gnu();
+            // `set_path` would refuse `..`, which is what a hostile archive has.
+            header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            header.set_cksum();
+            tar.append(&header, *content).unwrap();
+        }
+        tar.into_inner().unwrap().finish().unwrap()
+    }
+
+    fn package(registry: Registry, members: &'static [Member]) -> Package {
+        Package { registry, name: "book", version: "1", archive: "book", bytes: 0, sha256: "", platform: None, members }
+    }
+
+    /// Writes the archive, extracts, and returns the result with the names of all files there are afterwards, inside and
+    /// outside the folder extracted to.
+    fn extracted(
+        registry: Registry,
+        content: &[u8],
+        members: &'static [Member],
+    ) -> (Result<(), String>, Vec<PathBuf>, tempfile::TempDir) {
+        let root = tempfile::tempdir().unwrap();
+        let (archive, folder) = (root.path().join("archive"), root.path().join("a/b"));
+        fs::write(&archive, content).unwrap();
+        fs::create_dir_all(&folder).unwrap();
+        let result = extract(&archive, &package(registry, members), &folder, &mut |_| {}).map_err(|e| e.to_string());
+        let mut files = Vec::new();
+        let mut folders = vec![root.path().to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    files.push(path.strip_prefix(root.path()).unwrap().to_owned());
+                }
+            }
+        }
+        files.sort();
+        (result, files, root)
+    }
+
+    const TEXT: &[u8] = b"It was the best of times, it was the worst of times";
+    const ARCHIVES: [(Registry, fn(&[(&str, &[u8])]) -> Vec<u8>); 2] =
+        [(Registry::Pypi, zip_of), (Registry::Npm, tar_gz_of)];
+
+    #[test]
+    fn only_the_wanted_members_come_out_whatever_the_others_are_called() {
+        const MEMBERS: &[Member] = &[Member::whole("../../book.txt", TEXT.len() as u64, "book.txt")];
+        for (registry, make) in ARCHIVES {
+            let content = make(&[("../../evil.txt", b"evil"), ("/tmp/evil.txt", b"evil"), ("../../book.txt", TEXT)]);
+            let (result, files, root) = extracted(registry, &content, MEMBERS);
+            result.unwrap();
+            assert_eq!(files, [Path::new("a/b/book.txt"), Path::new("archive")], "{registry:?}");
+            assert_eq!(fs::read(root.path().join("a/b/book.txt")).unwrap(), TEXT);
+        }
+    }
+
+    #[test]
+    fn parts_of_a_member() {
+        const MEMBERS: &[Member] = &[
+            Member { name: "glued", member_bytes: TEXT.len() as u64, start: 0, bytes: 6, file: "first" },
+            Member { name: "glued", member_bytes: TEXT.len() as u64, start: 7, bytes: 8, file: "second" },
+        ];
+        for (registry, make) in ARCHIVES {
+            let (result, _, root) = extracted(registry, &make(&[("glued", TEXT)]), MEMBERS);
+            result.unwrap();
+            assert_eq!(fs::read(root.path().join("a/b/first")).unwrap(), &TEXT[..6]);
+            assert_eq!(fs::read(root.path().join("a/b/second")).unwrap(), &TEXT[7..15]);
+        }
+    }
+
+    #[test]
+    fn another_length_or_no_member_is_refused() {
+        const LONGER: &[Member] = &[Member::whole("book.txt", TEXT.len() as u64 + 1, "book.txt")];
+        const ABSENT: &[Member] = &[Member::whole("absent.txt", 1, "book.txt")];
+        const FOLDER: &[Member] = &[Member::whole("folder/", 0, "book.txt")];
+        for (registry, make) in ARCHIVES {
+            let content = make(&[("book.txt", TEXT), ("folder/", b"")]);
+            let (result, ..) = extracted(registry, &content, LONGER);
+            let message = result.unwrap_err();
+            assert!(message.ends_with("book.txt has 51 bytes, expected 52"), "{message}");
+            let (result, ..) = extracted(registry, &content, ABSENT);
+            let message = result.unwrap_err();
+            assert!(message.contains("absent.txt"), "{message}");
+            if registry == Registry::Pypi {
+                let message = extracted(registry, &content, FOLDER).0.unwrap_err();
+                assert!(message.ends_with("folder/ is not an ordinary file"), "{message}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        const LINK: &[Member] = &[Member::whole("link", 0, "book.txt")];
+        let mut tar = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        tar.append_link(&mut header, "link", "/etc/passwd").unwrap();
+        let content = tar.into_inner().unwrap().finish().unwrap();
+        let message = extracted(Registry::Npm, &content, LINK).0.unwrap_err();
+        assert!(message.ends_with("link is not an ordinary file"), "{message}");
+    }
+
+    #[test]
+    fn every_truncation_is_an_error() {
+        const MEMBERS: &[Member] = &[Member::whole("book.txt", TEXT.len() as u64, "book.txt")];
+        for (registry, make) in ARCHIVES {
+            let content = make(&[("book.txt", TEXT)]);
+            // A tar file ends in a kilobyte of zeros, which compresses to a few bytes that carry nothing.
+            let needed = if registry == Registry::Npm { content.len() / 2 } else { content.len() };
+            for length in 0..needed {
+                let (result, ..) = extracted(registry, &content[..length], MEMBERS);
+                assert!(result.is_err(), "{registry:?} cut to {length} of {} bytes", content.len());
+            }
+        }
+    }
+
+    #[test]
+    fn the_hash_is_sha256() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("abc");
+        fs::write(&path, "abc").unwrap();
+        let hash = sha256(&path, &mut |_| {}).unwrap();
+        assert_eq!(hash, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
 }

@@ -85,7 +85,8 @@ pub struct Member {
 }
 
 impl Member {
-    const fn whole(name: &'static str, bytes: u64, file: &'static str) -> Member {
+    /// All of a member of that length.
+    pub const fn whole(name: &'static str, bytes: u64, file: &'static str) -> Member {
         Member { name, member_bytes: bytes, start: 0, bytes, file }
     }
 }
