@@ -209,8 +209,8 @@ pub(super) mod tests {
     }
 
     const TEXT: &[u8] = b"It was the best of times, it was the worst of times";
-    const ARCHIVES: [(Registry, fn(&[(&str, &[u8])]) -> Vec<u8>); 2] =
-        [(Registry::Pypi, zip_of), (Registry::Npm, tar_gz_of)];
+    type Make = fn(&[(&str, &[u8])]) -> Vec<u8>;
+    const ARCHIVES: [(Registry, Make); 2] = [(Registry::Pypi, zip_of), (Registry::Npm, tar_gz_of)];
 
     #[test]
     fn only_the_wanted_members_come_out_whatever_the_others_are_called() {

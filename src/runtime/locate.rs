@@ -8,7 +8,7 @@
 use super::dylib::Dylib;
 use crate::fetch::asset::ONNXRUNTIME;
 use crate::fetch::{Cache, FetchError, OnProgress};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::ffi::{CStr, OsStr, OsString};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
 pub const OLDEST_MINOR_VERSION: u32 = ort::MINOR_VERSION;
 
 /// Where a library was found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Origin {
     /// `ORT_DYLIB_PATH` names it.
@@ -46,7 +46,7 @@ impl fmt::Display for Origin {
 }
 
 /// A library that can be used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Library {
     /// Its path.
     pub path: PathBuf,
@@ -57,7 +57,7 @@ pub struct Library {
 }
 
 /// A library that was passed over.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rejected {
     /// Its path.
     pub path: PathBuf,

@@ -1,4 +1,4 @@
 //! Engines: graphs loaded in a runtime.
 
-mod dylib;
+pub(crate) mod dylib;
 pub mod locate;
