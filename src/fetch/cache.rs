@@ -188,7 +188,8 @@ impl Cache {
         let prefix = partial_prefix(asset, package);
         for entry in fs::read_dir(&self.folder).context("list", &self.folder)?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                fs::remove_dir_all(entry.path()).context("remove", entry.path())?;
+                // A client that outlived its killed parent may still be writing there: the next fetch gets the rest.
+                let _ = fs::remove_dir_all(entry.path());
             }
         }
         Ok(Some(file))

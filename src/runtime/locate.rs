@@ -269,8 +269,11 @@ pub(crate) fn site_packages(prefix: &Path) -> Vec<PathBuf> {
 
 fn search(places: &Places, cache: Result<Cache, FetchError>, options: LoadOptions<'_>) -> Result<Found, RuntimeError> {
     if let Some(path) = &places.variable {
-        let version = probe(path).map_err(|reason| RuntimeError::Variable { path: path.clone(), reason })?;
-        let library = Library { path: path.clone(), origin: Origin::Variable, version };
+        let failed = |reason| RuntimeError::Variable { path: path.clone(), reason };
+        // `ort` would take a relative path from the folder of the executable.
+        let absolute = std::path::absolute(path).map_err(|e| failed(e.to_string()))?;
+        let version = probe(&absolute).map_err(failed)?;
+        let library = Library { path: absolute, origin: Origin::Variable, version };
         return Ok(Found { library, rejected: Vec::new() });
     }
     let cached = cache.as_ref().ok().and_then(|cache| cache.get(&ONNXRUNTIME).ok().flatten());
@@ -404,11 +407,11 @@ mod tests {
         let path = folder.path().join("libonnxruntime.so");
         fs::write(&path, "no library").unwrap();
         let places = Places { variable: Some(path.clone()), folders: Vec::new() };
-        let error = search(&places, Cache::from_environment(), LoadOptions::default()).unwrap_err().to_string();
+        let error = search(&places, no_cache(), LoadOptions::default()).unwrap_err().to_string();
         assert!(error.starts_with(&format!("ORT_DYLIB_PATH={}: ", path.display())), "{error}");
 
         let places = Places { variable: Some(folder.path().join("absent.so")), folders: Vec::new() };
-        let error = search(&places, Cache::from_environment(), LoadOptions::default()).unwrap_err().to_string();
+        let error = search(&places, no_cache(), LoadOptions::default()).unwrap_err().to_string();
         assert!(error.ends_with("absent.so: there is no such file"), "{error}");
     }
 
