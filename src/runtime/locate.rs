@@ -8,7 +8,7 @@
 use super::dylib::Dylib;
 use crate::fetch::asset::ONNXRUNTIME;
 use crate::fetch::{Cache, FetchError, OnProgress};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::ffi::{CStr, OsStr, OsString};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
 pub const OLDEST_MINOR_VERSION: u32 = ort::MINOR_VERSION;
 
 /// Where a library was found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Origin {
     /// `ORT_DYLIB_PATH` names it.
@@ -46,7 +46,7 @@ impl fmt::Display for Origin {
 }
 
 /// A library that can be used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Library {
     /// Its path.
     pub path: PathBuf,
@@ -57,7 +57,7 @@ pub struct Library {
 }
 
 /// A library that was passed over.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rejected {
     /// Its path.
     pub path: PathBuf,
@@ -269,8 +269,11 @@ pub(crate) fn site_packages(prefix: &Path) -> Vec<PathBuf> {
 
 fn search(places: &Places, cache: Result<Cache, FetchError>, options: LoadOptions<'_>) -> Result<Found, RuntimeError> {
     if let Some(path) = &places.variable {
-        let version = probe(path).map_err(|reason| RuntimeError::Variable { path: path.clone(), reason })?;
-        let library = Library { path: path.clone(), origin: Origin::Variable, version };
+        let failed = |reason| RuntimeError::Variable { path: path.clone(), reason };
+        // `ort` would take a relative path from the folder of the executable.
+        let absolute = std::path::absolute(path).map_err(|e| failed(e.to_string()))?;
+        let version = probe(&absolute).map_err(failed)?;
+        let library = Library { path: absolute, origin: Origin::Variable, version };
         return Ok(Found { library, rejected: Vec::new() });
     }
     let cached = cache.as_ref().ok().and_then(|cache| cache.get(&ONNXRUNTIME).ok().flatten());
@@ -404,11 +407,11 @@ mod tests {
         let path = folder.path().join("libonnxruntime.so");
         fs::write(&path, "no library").unwrap();
         let places = Places { variable: Some(path.clone()), folders: Vec::new() };
-        let error = search(&places, Cache::from_environment(), LoadOptions::default()).unwrap_err().to_string();
+        let error = search(&places, no_cache(), LoadOptions::default()).unwrap_err().to_string();
         assert!(error.starts_with(&format!("ORT_DYLIB_PATH={}: ", path.display())), "{error}");
 
         let places = Places { variable: Some(folder.path().join("absent.so")), folders: Vec::new() };
-        let error = search(&places, Cache::from_environment(), LoadOptions::default()).unwrap_err().to_string();
+        let error = search(&places, no_cache(), LoadOptions::default()).unwrap_err().to_string();
         assert!(error.ends_with("absent.so: there is no such file"), "{error}");
     }
 

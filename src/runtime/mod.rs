@@ -2,7 +2,7 @@
 //!
 //! The pipeline sees only [`Engine`] and [`Loader`]; which runtime is behind them is chosen once, when they are made.
 
-mod dylib;
+pub(crate) mod dylib;
 pub mod locate;
 pub mod ort_cpu;
 
