@@ -68,7 +68,7 @@ pub struct HomerPlan {
     pub nodes: Vec<HomerNode>,
 }
 
-fn out_of_range(what: &'static str, found: impl ToString, expected: impl Into<String>) -> PlanError {
+fn out_of_range(what: &'static str, found: usize, expected: impl Into<String>) -> PlanError {
     PlanError::OutOfRange { what, found: found.to_string(), expected: expected.into() }
 }
 
@@ -189,7 +189,8 @@ impl HomerPlan {
         self.lengths.prefix + self.leaf_context + self.lengths.suffix - 1
     }
 
-    /// Entries a significance table needs per layer: distances from 0 to the largest possible one.
+    /// The largest distance from the last token back to another one. A significance table needs one entry more per
+    /// layer, because distances start at 0.
     pub fn max_distance(&self) -> usize {
         self.last_position()
     }
