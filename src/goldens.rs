@@ -15,6 +15,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -202,7 +203,7 @@ impl HomerCase {
     pub fn open(json: &Path) -> Result<Self> {
         let name = json.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.strip_prefix("homer_"));
         let Some(name) = name.map(str::to_owned) else {
-            return Err(invalid(json, "file name", json.display(), "homer_<case>.json"));
+            return Err(invalid(json, "file name", &json.display(), &"homer_<case>.json"));
         };
         let sibling = |part: &str| json.with_file_name(format!("homer_{name}_{part}.safetensors"));
         let CaseFile { config, nodes, rope_theta_used } = parse_json(json, &read(json)?)?;
@@ -213,14 +214,14 @@ impl HomerCase {
         let hf_config: HuggingFaceConfig = parse_json(&weights_path, hf_config.as_bytes())?;
         let architecture = architecture(&weights_path, &hf_config, rope_theta_used, config.yarn.as_ref())?;
         if architecture.num_layers != config.layers {
-            return Err(invalid(json, "config.layers", config.layers, architecture.num_layers));
+            return Err(invalid(json, "config.layers", &config.layers, &architecture.num_layers));
         }
 
         let dtype = match config.dtype.as_str() {
             "float32" => DType::F32,
             "float16" => DType::F16,
             "bfloat16" => DType::Bf16,
-            other => return Err(invalid(json, "config.dtype", other, "float32, float16 or bfloat16")),
+            other => return Err(invalid(json, "config.dtype", &other, &"float32, float16 or bfloat16")),
         };
         for tensor in weights.values_mut() {
             *tensor = rounded(&weights_path, tensor, dtype)?;
@@ -301,7 +302,7 @@ fn architecture(path: &Path, config: &HuggingFaceConfig, theta: f64, yarn: Optio
             "dynamic" => {
                 RopeScaling::Dynamic { factor: *factor, original_max_positions: config.max_position_embeddings }
             }
-            other => return Err(invalid(path, "config.rope_scaling.type", other, "default, linear or dynamic")),
+            other => return Err(invalid(path, "config.rope_scaling.type", &other, &"default, linear or dynamic")),
         },
     };
     let heads = config.num_attention_heads;
@@ -310,7 +311,7 @@ fn architecture(path: &Path, config: &HuggingFaceConfig, theta: f64, yarn: Optio
         None => config
             .hidden_size
             .checked_div(heads)
-            .ok_or_else(|| invalid(path, "config.num_attention_heads", 0, "at least 1"))?,
+            .ok_or_else(|| invalid(path, "config.num_attention_heads", &0, &"at least 1"))?,
     };
     Ok(Llama {
         num_layers: config.num_hidden_layers,
@@ -337,7 +338,7 @@ fn missing(path: &Path, key: &str) -> GoldenError {
     GoldenError::Missing { path: path.to_owned(), key: key.to_owned() }
 }
 
-fn invalid(path: &Path, key: &str, found: impl ToString, expected: impl ToString) -> GoldenError {
+fn invalid(path: &Path, key: &str, found: &dyn Display, expected: &dyn Display) -> GoldenError {
     GoldenError::Invalid {
         path: path.to_owned(),
         key: key.to_owned(),
@@ -377,7 +378,7 @@ fn read_tensors(path: &Path) -> Result<(Tensors, Metadata)> {
             Dtype::F16 => Tensor::from_storage(DType::F16, shape, Arc::new(numbers(data, f16::from_le_bytes)), 0),
             Dtype::BF16 => Tensor::from_storage(DType::Bf16, shape, Arc::new(numbers(data, bf16::from_le_bytes)), 0),
             Dtype::U8 | Dtype::BOOL => Tensor::from_storage(DType::Bool, shape, Arc::new(data.to_vec()), 0),
-            other => return Err(invalid(path, name, format!("{other:?}"), "F32, F16, BF16, I64, I32, U8 or BOOL")),
+            other => return Err(invalid(path, name, &format!("{other:?}"), &"F32, F16, BF16, I64, I32, U8 or BOOL")),
         };
         tensors.insert(name.to_owned(), tensor.map_err(|e: TensorError| malformed(e.into()))?);
     }
@@ -404,8 +405,8 @@ fn rounded(path: &Path, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
 }
 
 fn token_ids(path: &Path, key: &str, tensor: &Tensor) -> Result<Vec<u32>> {
-    let ids = tensor.as_i64().map_err(|_| invalid(path, key, format!("{tensor:?}"), "int64"))?;
-    ids.iter().map(|&id| u32::try_from(id).map_err(|_| invalid(path, key, id, "a token id"))).collect()
+    let ids = tensor.as_i64().map_err(|_| invalid(path, key, &format!("{tensor:?}"), &"int64"))?;
+    ids.iter().map(|&id| u32::try_from(id).map_err(|_| invalid(path, key, &id, &"a token id"))).collect()
 }
 
 fn bias_rows(path: &Path, table: &Tensor, layers: usize) -> Result<Vec<Vec<f32>>> {
@@ -414,7 +415,7 @@ fn bias_rows(path: &Path, table: &Tensor, layers: usize) -> Result<Vec<Vec<f32>>
             let values = table.to_f32();
             Ok((0..rows).map(|row| values[row * entries..(row + 1) * entries].to_vec()).collect())
         }
-        _ => Err(invalid(path, "calib.bias", format!("{:?}", table.shape()), format!("[{layers}, entries]"))),
+        _ => Err(invalid(path, "calib.bias", &format!("{:?}", table.shape()), &format!("[{layers}, entries]"))),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Causal attention by row index.
 
-use ndarray::{Array2, Array3, ArrayView3, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, Array3, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::thread;
 
 /// Query rows whose scores exist at one time: bounds the memory of a head to this many rows of the score matrix.
@@ -10,7 +10,7 @@ const ROWS_AT_ONCE: usize = 256;
 ///
 /// The queries are the last `L` of the `R` rows. Row `i` sees rows `0 ..= i`, whatever their position ids: after a
 /// merge, position ids no longer grow with the row. Scores are scaled by `1 / sqrt(d)`.
-pub(super) fn causal_attention(q: ArrayView3<'_, f32>, k: ArrayView3<'_, f32>, v: ArrayView3<'_, f32>) -> Array2<f32> {
+pub(super) fn causal_attention(q: &Array3<f32>, k: &Array3<f32>, v: &Array3<f32>) -> Array2<f32> {
     let (heads, rows, dim) = q.dim();
     let queries_per_key = heads / k.len_of(Axis(0));
     let mut out = Array3::<f32>::zeros((heads, rows, dim));
@@ -22,12 +22,8 @@ pub(super) fn causal_attention(q: ArrayView3<'_, f32>, k: ArrayView3<'_, f32>, v
                 for (offset, out) in outs.outer_iter_mut().enumerate() {
                     let head = worker * share + offset;
                     let group = head / queries_per_key;
-                    one_head(
-                        q.index_axis(Axis(0), head),
-                        k.index_axis(Axis(0), group),
-                        v.index_axis(Axis(0), group),
-                        out,
-                    );
+                    let [q, k, v] = [(q, head), (k, group), (v, group)].map(|(x, i)| x.index_axis(Axis(0), i));
+                    one_head(&q, &k, &v, out);
                 }
             });
         }
@@ -37,9 +33,9 @@ pub(super) fn causal_attention(q: ArrayView3<'_, f32>, k: ArrayView3<'_, f32>, v
 }
 
 fn one_head(
-    q: ndarray::ArrayView2<'_, f32>,
-    k: ndarray::ArrayView2<'_, f32>,
-    v: ndarray::ArrayView2<'_, f32>,
+    q: &ArrayView2<'_, f32>,
+    k: &ArrayView2<'_, f32>,
+    v: &ArrayView2<'_, f32>,
     mut out: ArrayViewMut2<'_, f32>,
 ) {
     let (rows, dim) = q.dim();
@@ -59,7 +55,7 @@ fn one_head(
 }
 
 /// Softmax of `scale * scores`, in place.
-fn softmax(mut scores: ndarray::ArrayViewMut1<'_, f32>, scale: f32) {
+fn softmax(mut scores: ArrayViewMut1<'_, f32>, scale: f32) {
     let largest = scores.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
     scores.mapv_inplace(|score| ((score - largest) * scale).exp());
     let sum = scores.sum();
@@ -68,7 +64,6 @@ fn softmax(mut scores: ndarray::ArrayViewMut1<'_, f32>, scale: f32) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
     use super::*;
 
     /// The definition, in f64 and one score at a time.
@@ -95,7 +90,7 @@ mod tests {
             let q = Array3::from_shape_fn((heads, rows, 4), wave(1));
             let k = Array3::from_shape_fn((groups, past + rows, 4), wave(2));
             let v = Array3::from_shape_fn((groups, past + rows, 4), wave(3));
-            let found = causal_attention(q.view(), k.view(), v.view());
+            let found = causal_attention(&q, &k, &v);
             let expected = by_definition(&q, &k, &v);
             let worst = (&found - &expected).fold(0.0_f32, |worst, e| worst.max(e.abs()));
             assert!(worst < 2e-6, "{heads}/{groups} heads, {past} + {rows} rows: {worst}");

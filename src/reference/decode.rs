@@ -67,7 +67,7 @@ impl Continuation {
     pub fn greedy(
         &mut self,
         model: &Llama,
-        last_logits: ArrayView1<'_, f32>,
+        last_logits: &ArrayView1<'_, f32>,
         steps: usize,
         taps: &mut dyn TapSink,
     ) -> Result<Generated> {
@@ -81,7 +81,7 @@ impl Continuation {
         for _ in 0..steps {
             generated.position_ids.push(self.next_position);
             let logits = self.feed(model, &[token], taps)?;
-            token = argmax(logits.row(0));
+            token = argmax(&logits.row(0));
             generated.tokens.push(token);
             generated.step_logits = concatenate![Axis(0), generated.step_logits, logits];
         }
@@ -90,7 +90,7 @@ impl Continuation {
 }
 
 /// The index of the largest logit, the lowest one among equals.
-pub fn argmax(logits: ArrayView1<'_, f32>) -> u32 {
+pub fn argmax(logits: &ArrayView1<'_, f32>) -> u32 {
     let mut best = 0;
     for (id, &logit) in logits.iter().enumerate() {
         if logit > logits[best] {

@@ -7,7 +7,7 @@ use super::llama::{Attended, Llama};
 use super::{ReferenceError, Result, expect_length};
 use crate::taps::TapSink;
 use accordion_graphs::plan::homer::{HomerNode, HomerPlan};
-use ndarray::{Array1, Array2, Array3, ArrayView, Axis, Dimension, RemoveAxis, Slice, concatenate};
+use ndarray::{Array, Array1, Array2, Array3, ArrayView, Axis, RemoveAxis, Slice, concatenate};
 
 /// The three parts of a prompt. Prefix and suffix are attached to every chunk of the context.
 #[derive(Debug, Clone, Copy)]
@@ -169,11 +169,10 @@ impl<'a> Compression<'a> {
     /// rotation, which is sound because the affixes sit at the same positions on both sides.
     fn merge(&self, left: &Chunk, right: &Chunk) -> Chunk {
         let (prefix, suffix) = (self.prompt.prefix.len(), self.prompt.suffix.len());
-        let join =
-            |left: &Array3<f32>, right: &Array3<f32>| join_rows(left.view(), right.view(), Axis(1), prefix, suffix);
+        let join = |left: &Array3<f32>, right: &Array3<f32>| join_rows(left, right, Axis(1), prefix, suffix);
         let layers = left.cache.layers.iter().zip(&right.cache.layers);
         Chunk {
-            hidden: join_rows(left.hidden.view(), right.hidden.view(), Axis(0), prefix, suffix),
+            hidden: join_rows(&left.hidden, &right.hidden, Axis(0), prefix, suffix),
             position_ids: without_tail(&left.position_ids, suffix, &right.position_ids[prefix..]),
             is_context: without_tail(&left.is_context, suffix, &right.is_context[prefix..]),
             cache: Cache {
@@ -281,21 +280,21 @@ fn without_tail<T: Copy>(left: &[T], tail: usize, right: &[T]) -> Vec<T> {
 }
 
 /// Along `axis`: the mean of the prefixes, the rest of left, the rest of right, the mean of the suffixes.
-fn join_rows<D: Dimension + RemoveAxis>(
-    left: ArrayView<'_, f32, D>,
-    right: ArrayView<'_, f32, D>,
+fn join_rows<D: RemoveAxis>(
+    left: &Array<f32, D>,
+    right: &Array<f32, D>,
     axis: Axis,
     prefix: usize,
     suffix: usize,
-) -> ndarray::Array<f32, D> {
-    let parts = |side: &ArrayView<'_, f32, D>| {
+) -> Array<f32, D> {
+    let parts = |side: &Array<f32, D>| {
         let rows = side.len_of(axis);
         [0..prefix, prefix..rows - suffix, rows - suffix..rows]
             .map(|range| side.slice_axis(axis, Slice::from(range)).to_owned())
     };
-    let ([left_prefix, left_context, left_suffix], [right_prefix, right_context, right_suffix]) =
-        (parts(&left), parts(&right));
-    let mean = |a: ndarray::Array<f32, D>, b: ndarray::Array<f32, D>| (a + b) / 2.0;
+    let [left_prefix, left_context, left_suffix] = parts(left);
+    let [right_prefix, right_context, right_suffix] = parts(right);
+    let mean = |a: Array<f32, D>, b: Array<f32, D>| (a + b) / 2.0;
     concatenate![axis, mean(left_prefix, right_prefix), left_context, right_context, mean(left_suffix, right_suffix)]
 }
 
@@ -316,7 +315,7 @@ mod tests {
     fn a_merge_averages_the_affixes_and_joins_the_rest() {
         let left = Array2::from_shape_vec((4, 1), vec![1.0, 2.0, 3.0, 4.0]).unwrap_or_default();
         let right = Array2::from_shape_vec((3, 1), vec![3.0, 20.0, 8.0]).unwrap_or_default();
-        let joined = join_rows(left.view(), right.view(), Axis(0), 1, 1);
+        let joined = join_rows(&left, &right, Axis(0), 1, 1);
         assert_eq!(joined.into_raw_vec_and_offset().0, [2.0, 2.0, 3.0, 20.0, 6.0]);
     }
 }

@@ -7,7 +7,7 @@ use super::rope::Rotary;
 use super::{ReferenceError, Result};
 use crate::tensor::Tensor;
 use accordion_graphs::architecture;
-use ndarray::{Array1, Array2, Array3, Axis, Ix1, Ix2};
+use ndarray::{Array, Array1, Array2, Array3, Axis, Dimension, IntoDimension};
 
 /// The model, all weights in `f32`.
 pub struct Llama {
@@ -47,6 +47,39 @@ impl Linear {
     }
 }
 
+/// Weights by name, checked against the shapes that the architecture gives them.
+struct Weights<F> {
+    source: F,
+}
+
+impl<F, E> Weights<F>
+where
+    F: Fn(&str) -> std::result::Result<Tensor, E>,
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    fn array<D: IntoDimension>(&self, name: &str, shape: D) -> Result<Array<f32, D::Dim>> {
+        let shape = shape.into_dimension();
+        let tensor =
+            (self.source)(name).map_err(|e| ReferenceError::Weight { name: name.to_owned(), source: e.into() })?;
+        let mismatch = ReferenceError::WeightShape {
+            name: name.to_owned(),
+            found: tensor.shape().to_vec(),
+            expected: shape.slice().to_vec(),
+        };
+        if tensor.shape() != shape.slice() {
+            return Err(mismatch);
+        }
+        Array::from_shape_vec(shape, tensor.to_f32()).map_err(|_| mismatch)
+    }
+
+    fn linear(&self, name: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
+        Ok(Linear {
+            weight: self.array(&format!("{name}.weight"), [rows, columns])?,
+            bias: if bias { Some(self.array(&format!("{name}.bias"), [rows])?) } else { None },
+        })
+    }
+}
+
 /// What the attention half of a layer yields.
 pub(super) struct Attended {
     /// The residual stream after attention, `[L, D]`.
@@ -83,61 +116,32 @@ impl Llama {
             return contradiction("head_dim", a.head_dim, "a positive even number".to_owned());
         }
 
-        let array = |name: &str, shape: &[usize]| {
-            let tensor =
-                source(name).map_err(|e| ReferenceError::Weight { name: name.to_owned(), source: e.into() })?;
-            let mismatch = || ReferenceError::WeightShape {
-                name: name.to_owned(),
-                found: tensor.shape().to_vec(),
-                expected: shape.to_vec(),
-            };
-            if tensor.shape() != shape {
-                return Err(mismatch());
-            }
-            ndarray::ArrayD::from_shape_vec(shape, tensor.to_f32()).map_err(|_| mismatch())
-        };
-        let matrix = |name: &str, rows: usize, columns: usize| {
-            array(name, &[rows, columns])?.into_dimensionality::<Ix2>().map_err(|_| ReferenceError::WeightShape {
-                name: name.to_owned(),
-                found: vec![],
-                expected: vec![rows, columns],
-            })
-        };
-        let vector = |name: &str, len: usize| {
-            array(name, &[len])?.into_dimensionality::<Ix1>().map_err(|_| ReferenceError::WeightShape {
-                name: name.to_owned(),
-                found: vec![],
-                expected: vec![len],
-            })
-        };
-        let linear = |name: String, rows: usize, columns: usize, bias: bool| -> Result<Linear> {
-            Ok(Linear {
-                weight: matrix(&format!("{name}.weight"), rows, columns)?,
-                bias: if bias { Some(vector(&format!("{name}.bias"), rows)?) } else { None },
-            })
-        };
-
+        let weights = Weights { source };
         let (hidden, inner) = (a.hidden_size, a.intermediate_size);
         let (queries, keys) = (a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
         let layer = |index: usize| -> Result<Layer> {
             let at = |name: &str| format!("model.layers.{index}.{name}");
             Ok(Layer {
-                input_layernorm: vector(&at("input_layernorm.weight"), hidden)?,
-                q_proj: linear(at("self_attn.q_proj"), queries, hidden, a.qkv_bias)?,
-                k_proj: linear(at("self_attn.k_proj"), keys, hidden, a.qkv_bias)?,
-                v_proj: linear(at("self_attn.v_proj"), keys, hidden, a.qkv_bias)?,
-                o_proj: linear(at("self_attn.o_proj"), hidden, queries, a.o_bias)?,
-                post_attention_layernorm: vector(&at("post_attention_layernorm.weight"), hidden)?,
-                gate_proj: linear(at("mlp.gate_proj"), inner, hidden, a.mlp_bias)?,
-                up_proj: linear(at("mlp.up_proj"), inner, hidden, a.mlp_bias)?,
-                down_proj: linear(at("mlp.down_proj"), hidden, inner, a.mlp_bias)?,
+                input_layernorm: weights.array(&at("input_layernorm.weight"), [hidden])?,
+                q_proj: weights.linear(&at("self_attn.q_proj"), queries, hidden, a.qkv_bias)?,
+                k_proj: weights.linear(&at("self_attn.k_proj"), keys, hidden, a.qkv_bias)?,
+                v_proj: weights.linear(&at("self_attn.v_proj"), keys, hidden, a.qkv_bias)?,
+                o_proj: weights.linear(&at("self_attn.o_proj"), hidden, queries, a.o_bias)?,
+                post_attention_layernorm: weights.array(&at("post_attention_layernorm.weight"), [hidden])?,
+                gate_proj: weights.linear(&at("mlp.gate_proj"), inner, hidden, a.mlp_bias)?,
+                up_proj: weights.linear(&at("mlp.up_proj"), inner, hidden, a.mlp_bias)?,
+                down_proj: weights.linear(&at("mlp.down_proj"), hidden, inner, a.mlp_bias)?,
             })
         };
         Ok(Self {
-            embed_tokens: matrix("model.embed_tokens.weight", a.vocab_size, hidden)?,
+            embed_tokens: weights.array("model.embed_tokens.weight", [a.vocab_size, hidden])?,
             layers: (0..a.num_layers).map(layer).collect::<Result<_>>()?,
-            norm: vector("model.norm.weight", hidden)?,
-            lm_head: if a.tie_word_embeddings { None } else { Some(matrix("lm_head.weight", a.vocab_size, hidden)?) },
+            norm: weights.array("model.norm.weight", [hidden])?,
+            lm_head: if a.tie_word_embeddings {
+                None
+            } else {
+                Some(weights.array("lm_head.weight", [a.vocab_size, hidden])?)
+            },
             architecture: a.clone(),
         })
     }
@@ -203,7 +207,7 @@ impl Llama {
             let new = std::mem::replace(&mut kv, past.clone());
             kv.append(&new);
         }
-        let attended = causal_attention(q.view(), kv.k.view(), kv.v.view());
+        let attended = causal_attention(&q, &kv.k, &kv.v);
         taps.tap("attn.out", &attended)?;
         let residual = x + &weights.o_proj.apply(&attended);
         taps.tap("attn_residual", &residual)?;

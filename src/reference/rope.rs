@@ -1,6 +1,6 @@
 //! Rotary positions: frequencies under every scaling, and the rotation itself.
 //!
-//! Formulas: RoPE (Su et al. 2021), position interpolation (Chen et al. 2023), NTK-aware scaling and `YaRN` (Peng et al.
+//! Formulas: rotary embedding (Su et al. 2021), position interpolation (Chen et al. 2023), NTK-aware scaling and `YaRN` (Peng et al.
 //! 2023), Llama 3.1's wavelength bands, in the form that Hugging Face's `transformers` gives them.
 
 use accordion_graphs::architecture::{Rope, RopeScaling};
@@ -40,10 +40,11 @@ impl Frequencies {
                     dim * (original_max_positions as f64 / (rotations * TAU)).ln() / (2.0 * rope.theta.ln())
                 };
                 let low = pair(beta_fast).floor().max(0.0);
-                let mut high = pair(beta_slow).ceil().min(dim - 1.0);
-                if high == low {
-                    high += 0.001;
-                }
+                // A ramp from a pair to itself would divide by zero.
+                let high = match pair(beta_slow).ceil().min(dim - 1.0) {
+                    high if high.total_cmp(&low).is_eq() => high + 0.001,
+                    high => high,
+                };
                 round(&mut unscaled(rope.theta).enumerate().map(|(i, f)| {
                     let interpolated = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
                     f / factor * interpolated + f * (1.0 - interpolated)

@@ -70,7 +70,7 @@ fn generate(
 ) -> Result<()> {
     let mut continuation = Continuation::new(context, ContinuationOffset::RepeatLast);
     let last_row = logits.row(logits.nrows() - 1);
-    let generated = continuation.greedy(model, last_row, case.generate_steps, &mut NoTaps)?;
+    let generated = continuation.greedy(model, &last_row, case.generate_steps, &mut NoTaps)?;
     let tokens: Vec<i64> = generated.tokens.iter().map(|&id| i64::from(id)).collect();
     found.insert("generate.tokens".into(), Tensor::from_i64([tokens.len()], tokens)?);
     found.insert("generate.step_logits".into(), to_tensor(&generated.step_logits)?);

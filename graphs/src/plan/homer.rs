@@ -68,6 +68,10 @@ pub struct HomerPlan {
     pub nodes: Vec<HomerNode>,
 }
 
+/// Most leaves a plan may have. The longest contexts that are evaluated anywhere need a few thousand; the limit keeps a
+/// mistyped length from asking for a list that fits into no memory.
+pub const MAX_LEAVES: usize = 1 << 16;
+
 fn out_of_range(what: &'static str, found: usize, expected: impl Into<String>) -> PlanError {
     PlanError::OutOfRange { what, found: found.to_string(), expected: expected.into() }
 }
@@ -78,10 +82,14 @@ impl HomerPlan {
     /// # Errors
     ///
     /// An empty context or suffix, affixes that leave no room in a chunk, a target that would cut the affixes, more
-    /// warm-up layers than layers, or a context that cannot fill the leaves the formula asks for.
+    /// warm-up layers than layers, a context that cannot fill the leaves the formula asks for, or more than
+    /// [`MAX_LEAVES`] of them.
     pub fn new(num_layers: usize, lengths: PromptLengths, settings: HomerSettings) -> Result<Self, PlanError> {
         let PromptLengths { prefix, context, suffix } = lengths;
-        let affixes = prefix + suffix;
+        let affixes = prefix.saturating_add(suffix);
+        if affixes.checked_add(context).is_none() {
+            return Err(out_of_range("context length", context, "a prompt whose length fits into a machine word"));
+        }
         if context == 0 {
             return Err(out_of_range("context length", 0, "at least 1 token"));
         }
@@ -113,7 +121,15 @@ impl HomerPlan {
             out_of_range("layers_warmup", settings.layers_warmup, format!("at most the model's {num_layers} layers"))
         })?;
 
-        let leaves = context.div_ceil(leaf_capacity).next_power_of_two();
+        let leaves = context.div_ceil(leaf_capacity);
+        if leaves > MAX_LEAVES {
+            return Err(out_of_range(
+                "context length",
+                context,
+                format!("at most {MAX_LEAVES} leaves of {leaf_capacity} tokens"),
+            ));
+        }
+        let leaves = leaves.next_power_of_two();
         let tree_height = leaves.ilog2() as usize;
         let leaf_context = context.div_ceil(leaves);
         if (leaves - 1) * leaf_context > context {
@@ -207,3 +223,6 @@ impl HomerPlan {
         total
     }
 }
+
+#[cfg(test)]
+mod tests;
