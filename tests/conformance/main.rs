@@ -46,7 +46,7 @@ fn golden_folders() -> Vec<PathBuf> {
 fn every_implementation_reproduces_the_goldens() {
     let mut table = Table::default();
     for folder in golden_folders() {
-        table.line(&format!("goldens in {}", folder.display()));
+        line(&format!("goldens in {}", folder.display()));
         let methods = ["homer", "rcc", "sharedllm"].map(|method| (method, folder.join(method)));
         if !methods.iter().any(|(_, folder)| folder.is_dir()) {
             table.failure("has none of the subfolders homer, rcc, sharedllm");
@@ -54,7 +54,7 @@ fn every_implementation_reproduces_the_goldens() {
         for (method, folder) in methods.iter().filter(|(_, folder)| folder.is_dir()) {
             match *method {
                 "homer" => homer_cases(&mut table, folder),
-                _ => table.line(&format!("  {method}: no implementation yet")),
+                _ => line(&format!("  {method}: no implementation yet")),
             }
         }
     }
@@ -92,6 +92,11 @@ fn homer_case(table: &mut Table, case: &HomerCase) {
     }
 }
 
+/// `eprintln!` would be captured by the harness; the handle is not.
+fn line(line: &str) {
+    writeln!(std::io::stderr().lock(), "{line}").unwrap();
+}
+
 /// Prints as it goes, so that a crash leaves the rows before it visible.
 #[derive(Default)]
 struct Table {
@@ -100,27 +105,22 @@ struct Table {
 }
 
 impl Table {
-    /// `eprintln!` would be captured by the harness; the handle is not.
-    fn line(&mut self, line: &str) {
-        writeln!(std::io::stderr().lock(), "{line}").unwrap();
-    }
-
     fn row(&mut self, case: &str, implementation: &str, result: &str) {
         self.rows += 1;
-        self.line(&format!("  homer {case:<3} {implementation:<24} {result}"));
+        line(&format!("  homer {case:<3} {implementation:<24} {result}"));
     }
 
     fn failure(&mut self, message: &str) {
         self.rows += 1;
         self.failures += 1;
-        self.line(&format!("  FAIL {message}"));
+        line(&format!("  FAIL {message}"));
     }
 
     fn comparison(&mut self, case: &str, implementation: &str, comparison: &Comparison) {
         self.row(case, implementation, &comparison.to_string());
         self.failures += usize::from(comparison.verdict() == Verdict::Fail);
         for finding in comparison.findings() {
-            self.line(&format!("      {finding}"));
+            line(&format!("      {finding}"));
         }
     }
 }
