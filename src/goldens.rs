@@ -240,6 +240,11 @@ impl HomerCase {
         let trace_path = sibling("trace");
         let (mut expected, _) = read_tensors(&trace_path)?;
         expected.append(&mut main);
+        let generated = expected.get("generate.tokens").map_or(0, Tensor::len);
+        if config.n_gen.checked_add(1) != Some(generated) {
+            let steps = format!("the {generated} generated tokens of the main file, less the first");
+            return Err(invalid(json, "config.n_gen", &config.n_gen, &steps));
+        }
         let max_initial_chunk_len = (config.init_chunk > 0).then_some(config.init_chunk as usize);
         Ok(Self {
             name,

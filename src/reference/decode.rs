@@ -75,7 +75,7 @@ impl Continuation {
         let mut generated = Generated {
             tokens: vec![argmax(last_logits)],
             step_logits: Array2::zeros((0, vocab)),
-            position_ids: Vec::with_capacity(steps),
+            position_ids: Vec::new(),
         };
         let mut token = generated.tokens[0];
         for _ in 0..steps {

@@ -118,7 +118,7 @@ impl Llama {
 
         let weights = Weights { source };
         let (hidden, inner) = (a.hidden_size, a.intermediate_size);
-        let (queries, keys) = (a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim);
+        let (queries, keys) = (a.num_heads.saturating_mul(a.head_dim), a.num_kv_heads.saturating_mul(a.head_dim));
         let layer = |index: usize| -> Result<Layer> {
             let at = |name: &str| format!("model.layers.{index}.{name}");
             Ok(Layer {

@@ -277,3 +277,82 @@ fn tied_token(case: &HomerCase, found: &Tensors, bounds: &Bounds) -> Option<Stri
     (gap.abs() <= bounds.tie.of(&logits))
         .then(|| format!("{name}: {} instead of {} at step {step}, {gap:.2e} apart", found[step], expected[step]))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn case(name: &str) -> HomerCase {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/homer");
+        HomerCase::open(&folder.join(format!("homer_{name}.json"))).unwrap()
+    }
+
+    fn verdict_after(name: &str, damage: impl FnOnce(&mut Tensors)) -> Verdict {
+        let case = case(name);
+        let mut found = case.expected.clone();
+        damage(&mut found);
+        homer(&case, &found, &|_| false).verdict()
+    }
+
+    fn change(found: &mut Tensors, name: &str, change: impl FnOnce(&mut Vec<f32>)) {
+        let mut values = found[name].to_f32();
+        change(&mut values);
+        found.insert(name.into(), Tensor::from_f32(found[name].shape(), values).unwrap());
+    }
+
+    /// The kept row with the smallest score changes places with the dropped row with the largest.
+    fn exchange_closest(found: &mut Tensors, node: &str) {
+        let scores = found[&format!("{node}.prune.scores")].to_f32();
+        let rows = |part: &str| integers(&found[&format!("{node}.prune.{part}_idx")]).unwrap();
+        let (mut keep, drop) = (rows("keep"), rows("remove"));
+        let score = |row: &i64| scores[*row as usize];
+        let out = (0..keep.len()).min_by(|&a, &b| score(&keep[a]).total_cmp(&score(&keep[b]))).unwrap();
+        keep[out] = *drop.iter().max_by(|a, b| score(a).total_cmp(&score(b))).unwrap();
+        keep.sort_unstable();
+        found.insert(format!("{node}.prune.keep_idx"), Tensor::from_i64([keep.len()], keep).unwrap());
+    }
+
+    #[test]
+    fn what_the_golden_says_passes() {
+        assert_eq!(verdict_after("D", |_| {}), Verdict::Pass);
+    }
+
+    #[test]
+    fn missing_shifted_and_undefined_values_fail() {
+        let change_last = |f: fn(&mut f32)| {
+            move |found: &mut Tensors| change(found, "plain.logits", |values| f(values.last_mut().unwrap()))
+        };
+        assert_eq!(verdict_after("D", change_last(|v| *v += 5e-5)), Verdict::Pass);
+        assert_eq!(verdict_after("D", change_last(|v| *v += 2e-4)), Verdict::Fail);
+        assert_eq!(verdict_after("D", change_last(|v| *v = f32::NAN)), Verdict::Fail);
+        assert_eq!(verdict_after("D", |found| drop(found.remove("cache.v.3"))), Verdict::Fail);
+        assert_eq!(verdict_after("G", change_last(|v| *v += 0.1)), Verdict::Fail);
+        let faster = |values: &mut Vec<f32>| values[7] *= 1.001;
+        assert_eq!(verdict_after("D", |found| change(found, "rope.inv_freq", faster)), Verdict::Fail);
+    }
+
+    #[test]
+    fn other_survivors_are_a_tie_only_within_the_precision() {
+        // The same two rows: 0.015 apart in single precision; 0.023 in half, which is within the noise of the scores there.
+        assert_eq!(verdict_after("A", |found| exchange_closest(found, "node.h1.i1")), Verdict::Fail);
+        assert_eq!(verdict_after("G", |found| exchange_closest(found, "node.h1.i1")), Verdict::Ambiguous);
+        assert_eq!(verdict_after("G", |found| exchange_closest(found, "node.h0.i3")), Verdict::Fail);
+    }
+
+    #[test]
+    fn a_tie_excuses_what_follows_from_it_and_nothing_else() {
+        let damaged = |name: &'static str| {
+            verdict_after("G", move |found| {
+                exchange_closest(found, "node.h1.i1");
+                change(found, name, |values| values[0] += 1.0);
+            })
+        };
+        for excused in ["node.h1.i1.out_hidden", "node.h2.i0.in_k.0", "prefix.logits", "teacher.logits"] {
+            assert_eq!(damaged(excused), Verdict::Ambiguous, "{excused}");
+        }
+        for held in ["node.h1.i1.in_hidden", "node.h1.i1.prune.metric_last", "node.h1.i0.out_hidden", "plain.logits"] {
+            assert_eq!(damaged(held), Verdict::Fail, "{held}");
+        }
+    }
+}
