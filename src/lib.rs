@@ -15,5 +15,7 @@ pub mod environment;
 pub mod fetch;
 pub mod pipeline;
 pub mod runtime;
+pub mod goldens;
+pub mod reference;
 pub mod taps;
 pub mod tensor;

@@ -68,7 +68,11 @@ pub struct HomerPlan {
     pub nodes: Vec<HomerNode>,
 }
 
-fn out_of_range(what: &'static str, found: impl ToString, expected: impl Into<String>) -> PlanError {
+/// Most leaves a plan may have. The longest contexts that are evaluated anywhere need a few thousand; the limit keeps a
+/// mistyped length from asking for a list that fits into no memory.
+pub const MAX_LEAVES: usize = 1 << 16;
+
+fn out_of_range(what: &'static str, found: usize, expected: impl Into<String>) -> PlanError {
     PlanError::OutOfRange { what, found: found.to_string(), expected: expected.into() }
 }
 
@@ -78,10 +82,14 @@ impl HomerPlan {
     /// # Errors
     ///
     /// An empty context or suffix, affixes that leave no room in a chunk, a target that would cut the affixes, more
-    /// warm-up layers than layers, or a context that cannot fill the leaves the formula asks for.
+    /// warm-up layers than layers, a context that cannot fill the leaves the formula asks for, or more than
+    /// [`MAX_LEAVES`] of them.
     pub fn new(num_layers: usize, lengths: PromptLengths, settings: HomerSettings) -> Result<Self, PlanError> {
         let PromptLengths { prefix, context, suffix } = lengths;
-        let affixes = prefix + suffix;
+        let affixes = prefix.saturating_add(suffix);
+        if affixes.checked_add(context).is_none() {
+            return Err(out_of_range("context length", context, "a prompt whose length fits into a machine word"));
+        }
         if context == 0 {
             return Err(out_of_range("context length", 0, "at least 1 token"));
         }
@@ -109,7 +117,15 @@ impl HomerPlan {
                 format!("at least prefix + suffix = {affixes}"),
             ));
         }
-        let leaves = context.div_ceil(leaf_capacity).next_power_of_two();
+        let leaves = context.div_ceil(leaf_capacity);
+        if leaves > MAX_LEAVES {
+            return Err(out_of_range(
+                "context length",
+                context,
+                format!("at most {MAX_LEAVES} leaves of {leaf_capacity} tokens"),
+            ));
+        }
+        let leaves = leaves.next_power_of_two();
         let tree_height = leaves.ilog2() as usize;
         let leaf_context = context.div_ceil(leaves);
         if (leaves - 1) * leaf_context > context {
@@ -195,7 +211,8 @@ impl HomerPlan {
         self.lengths.prefix + self.leaf_context + self.lengths.suffix - 1
     }
 
-    /// Entries a significance table needs per layer: distances from 0 to the largest possible one.
+    /// The largest distance from the last token back to another one. A significance table needs one entry more per
+    /// layer, because distances start at 0.
     pub fn max_distance(&self) -> usize {
         self.last_position()
     }
@@ -212,3 +229,6 @@ impl HomerPlan {
         total
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,503 @@
+//! Golden cases: what the papers' own code computed, on small random models, written to files.
+//!
+//! A HOMER case called `A` is four files beside each other: `homer_A.json` (settings and node list),
+//! `homer_A_weights.safetensors` (weights under Hugging Face names, the `config.json` in the metadata key `config`),
+//! `homer_A_main.safetensors` (inputs, significance table, results) and `homer_A_trace.safetensors` (what entered and
+//! left every node of the tree).
+
+use crate::tensor::{Tensor, TensorError};
+use accordion_graphs::architecture::{Llama, Rope, RopeScaling};
+use accordion_graphs::dtype::DType;
+use accordion_graphs::plan::PromptLengths;
+use accordion_graphs::plan::homer::HomerSettings;
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Why a golden case cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GoldenError {
+    /// A file or folder is missing or unreadable.
+    #[error("{}: cannot be read", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is not what its name says.
+    #[error("{}: not a valid {kind} file", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        kind: &'static str,
+        /// What the parser said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A tensor or metadata key is missing.
+    #[error("{}: `{key}` is missing", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The tensor name or metadata key.
+        key: String,
+    },
+    /// A tensor or metadata key holds something else than it should.
+    #[error("{}: `{key}` is {found}, expected {expected}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The tensor name or metadata key.
+        key: String,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
+}
+
+type Result<T, E = GoldenError> = std::result::Result<T, E>;
+
+/// One node of the tree as the authors' code ran it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct GoldenNode {
+    /// `node.h<height>.i<index>`.
+    pub key: String,
+    /// 0 for leaves.
+    pub height: usize,
+    /// Left to right.
+    pub index: usize,
+    /// Place in the order of execution.
+    pub order: usize,
+    /// The layers it ran.
+    pub layers: Vec<usize>,
+    /// Tokens that entered.
+    pub in_len: usize,
+    /// Tokens that might have left.
+    pub target_len: usize,
+    /// Tokens that were dropped; absent where nothing was.
+    #[serde(default)]
+    pub removed: usize,
+    /// Tokens that left.
+    pub out_len: usize,
+}
+
+/// A HOMER case.
+#[derive(Debug)]
+pub struct HomerCase {
+    /// Its letter, or whatever stands in the file name.
+    pub name: String,
+    /// The model.
+    pub architecture: Llama,
+    /// The hyper-parameters.
+    pub settings: HomerSettings,
+    /// Token ids before the context.
+    pub prefix_ids: Vec<u32>,
+    /// Token ids of the context.
+    pub context_ids: Vec<u32>,
+    /// Token ids after the context.
+    pub suffix_ids: Vec<u32>,
+    /// Token ids that were fed after the compressed context.
+    pub teacher_ids: Vec<u32>,
+    /// Steps of greedy decoding after the first token.
+    pub generate_steps: usize,
+    /// The significance table, one row per layer.
+    pub bias: Vec<Vec<f32>>,
+    /// The type in which the authors' code held parameters and activations.
+    pub dtype: DType,
+    /// The nodes in the order of execution.
+    pub nodes: Vec<GoldenNode>,
+    /// Everything that was computed, by golden name: the trace, and of the main file all but inputs and table.
+    pub expected: BTreeMap<String, Tensor>,
+    weights: BTreeMap<String, Tensor>,
+    weights_path: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct CaseFile {
+    config: CaseConfig,
+    nodes: Vec<GoldenNode>,
+    rope_theta_used: f64,
+}
+
+#[derive(Deserialize)]
+struct CaseConfig {
+    layers: usize,
+    max_chunk: usize,
+    target: usize,
+    warmup: usize,
+    init_chunk: i64,
+    n_gen: usize,
+    dtype: String,
+    yarn: Option<CaseYarn>,
+}
+
+#[derive(Deserialize)]
+struct CaseYarn {
+    scale: f64,
+    orig: usize,
+}
+
+/// The keys of a Hugging Face `config.json` that the goldens' models vary.
+#[derive(Deserialize)]
+struct HuggingFaceConfig {
+    num_hidden_layers: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: Option<usize>,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    rms_norm_eps: f64,
+    rope_scaling: Option<HuggingFaceRopeScaling>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+}
+
+#[derive(Deserialize)]
+struct HuggingFaceRopeScaling {
+    #[serde(alias = "rope_type")]
+    r#type: String,
+    factor: f64,
+}
+
+impl HomerCase {
+    /// The cases in `folder`, as paths for [`HomerCase::open`]. A case counts as soon as one of its files is there.
+    ///
+    /// # Errors
+    ///
+    /// The folder cannot be listed.
+    pub fn find(folder: &Path) -> Result<Vec<PathBuf>> {
+        let unreadable = |source| GoldenError::Io { path: folder.to_owned(), source };
+        let mut cases = BTreeSet::new();
+        for entry in std::fs::read_dir(folder).map_err(unreadable)? {
+            let name = entry.map_err(unreadable)?.file_name();
+            let Some(name) = name.to_str().filter(|name| name.starts_with("homer_")) else { continue };
+            let endings = [".json", "_weights.safetensors", "_main.safetensors", "_trace.safetensors"];
+            if let Some(stem) = endings.iter().find_map(|ending| name.strip_suffix(ending)) {
+                cases.insert(folder.join(format!("{stem}.json")));
+            }
+        }
+        Ok(cases.into_iter().collect())
+    }
+
+    /// Reads the case whose settings are in `json`, named `homer_<case>.json`.
+    ///
+    /// # Errors
+    ///
+    /// One of the four files is missing, malformed, or contradicts the others.
+    pub fn open(json: &Path) -> Result<Self> {
+        let name = json.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.strip_prefix("homer_"));
+        let Some(name) = name.map(str::to_owned) else {
+            return Err(invalid(json, "file name", &json.display(), &"homer_<case>.json"));
+        };
+        let sibling = |part: &str| json.with_file_name(format!("homer_{name}_{part}.safetensors"));
+        let CaseFile { config, nodes, rope_theta_used } = parse_json(json, &read(json)?)?;
+
+        let weights_path = sibling("weights");
+        let (mut weights, metadata) = read_tensors(&weights_path)?;
+        let hf_config = metadata.get("config").ok_or_else(|| missing(&weights_path, "config"))?;
+        let hf_config: HuggingFaceConfig = parse_json(&weights_path, hf_config.as_bytes())?;
+        let architecture = architecture(&weights_path, &hf_config, rope_theta_used, config.yarn.as_ref())?;
+        if architecture.num_layers != config.layers {
+            return Err(invalid(json, "config.layers", &config.layers, &architecture.num_layers));
+        }
+
+        let dtype = match config.dtype.as_str() {
+            "float32" => DType::F32,
+            "float16" => DType::F16,
+            "bfloat16" => DType::Bf16,
+            other => return Err(invalid(json, "config.dtype", &other, &"float32, float16 or bfloat16")),
+        };
+        for tensor in weights.values_mut() {
+            *tensor = rounded(&weights_path, tensor, dtype)?;
+        }
+
+        let main_path = sibling("main");
+        let (mut main, _) = read_tensors(&main_path)?;
+        let mut take = |key: &str| main.remove(key).ok_or_else(|| missing(&main_path, key));
+        let mut ids = |key: &str| token_ids(&main_path, key, &take(key)?);
+        let prefix_ids = ids("input.prefix_ids")?;
+        let context_ids = ids("input.context_ids")?;
+        let suffix_ids = ids("input.suffix_ids")?;
+        let teacher_ids = ids("input.teacher_ids")?;
+        let bias = bias_rows(&main_path, &take("calib.bias")?, architecture.num_layers)?;
+
+        let trace_path = sibling("trace");
+        let (mut expected, _) = read_tensors(&trace_path)?;
+        expected.append(&mut main);
+        let generated = expected.get("generate.tokens").map_or(0, Tensor::len);
+        if config.n_gen.checked_add(1) != Some(generated) {
+            let steps = format!("the {generated} generated tokens of the main file, less the first");
+            return Err(invalid(json, "config.n_gen", &config.n_gen, &steps));
+        }
+        let max_initial_chunk_len = (config.init_chunk > 0).then_some(config.init_chunk as usize);
+        Ok(Self {
+            name,
+            architecture,
+            settings: HomerSettings {
+                max_chunk_len: config.max_chunk,
+                max_initial_chunk_len,
+                target_len: config.target,
+                layers_warmup: config.warmup,
+            },
+            prefix_ids,
+            context_ids,
+            suffix_ids,
+            teacher_ids,
+            generate_steps: config.n_gen,
+            bias,
+            dtype,
+            nodes,
+            expected,
+            weights,
+            weights_path,
+        })
+    }
+
+    /// Lengths of the prompt's parts.
+    pub fn lengths(&self) -> PromptLengths {
+        PromptLengths { prefix: self.prefix_ids.len(), context: self.context_ids.len(), suffix: self.suffix_ids.len() }
+    }
+
+    /// The weight called `name`, rounded to the case's type where that is narrower than the file's.
+    ///
+    /// # Errors
+    ///
+    /// The weights file has no such tensor.
+    pub fn weight(&self, name: &str) -> Result<Tensor> {
+        self.weights.get(name).cloned().ok_or_else(|| missing(&self.weights_path, name))
+    }
+
+    /// The weights file.
+    pub fn weights_path(&self) -> &Path {
+        &self.weights_path
+    }
+}
+
+/// The Llama of `config`. The authors' code takes neither frequencies nor `YaRN` from the config alone, so the case says
+/// which base was used and, with `yarn`, how it was stretched (their defaults are the paper's: 32, 1, `0.1 ln s + 1`).
+fn architecture(path: &Path, config: &HuggingFaceConfig, theta: f64, yarn: Option<&CaseYarn>) -> Result<Llama> {
+    let scaling = match (yarn, &config.rope_scaling) {
+        (Some(&CaseYarn { scale, orig }), _) => RopeScaling::Yarn {
+            factor: scale,
+            original_max_positions: orig,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 0.1 * scale.ln() + 1.0,
+        },
+        (None, None) => RopeScaling::None,
+        (None, Some(HuggingFaceRopeScaling { r#type, factor })) => match r#type.as_str() {
+            "default" => RopeScaling::None,
+            "linear" => RopeScaling::Linear { factor: *factor },
+            "dynamic" => {
+                RopeScaling::Dynamic { factor: *factor, original_max_positions: config.max_position_embeddings }
+            }
+            other => return Err(invalid(path, "config.rope_scaling.type", &other, &"default, linear or dynamic")),
+        },
+    };
+    let heads = config.num_attention_heads;
+    let head_dim = match config.head_dim {
+        Some(head_dim) => head_dim,
+        None => config
+            .hidden_size
+            .checked_div(heads)
+            .ok_or_else(|| invalid(path, "config.num_attention_heads", &0, &"at least 1"))?,
+    };
+    Ok(Llama {
+        num_layers: config.num_hidden_layers,
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        num_heads: heads,
+        num_kv_heads: config.num_key_value_heads,
+        head_dim,
+        vocab_size: config.vocab_size,
+        max_positions: config.max_position_embeddings,
+        rms_norm_eps: config.rms_norm_eps,
+        rope: Rope { theta, scaling },
+        tie_word_embeddings: config.tie_word_embeddings,
+        qkv_bias: config.attention_bias,
+        o_bias: config.attention_bias,
+        mlp_bias: config.mlp_bias,
+        sliding_window: None,
+        eos_token_ids: Vec::new(),
+        bos_token_id: None,
+    })
+}
+
+fn missing(path: &Path, key: &str) -> GoldenError {
+    GoldenError::Missing { path: path.to_owned(), key: key.to_owned() }
+}
+
+fn invalid(path: &Path, key: &str, found: &dyn Display, expected: &dyn Display) -> GoldenError {
+    GoldenError::Invalid {
+        path: path.to_owned(),
+        key: key.to_owned(),
+        found: found.to_string(),
+        expected: expected.to_string(),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|source| GoldenError::Io { path: path.to_owned(), source })
+}
+
+fn parse_json<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T> {
+    serde_json::from_slice(text).map_err(|source| GoldenError::Format {
+        path: path.to_owned(),
+        kind: "JSON",
+        source: source.into(),
+    })
+}
+
+type Tensors = BTreeMap<String, Tensor>;
+type Metadata = std::collections::HashMap<String, String>;
+
+/// All tensors of a safetensors file, and its metadata.
+fn read_tensors(path: &Path) -> Result<(Tensors, Metadata)> {
+    let bytes = read(path)?;
+    let malformed = |source| GoldenError::Format { path: path.to_owned(), kind: "safetensors", source };
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| malformed(e.into()))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| malformed(e.into()))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.iter() {
+        let (shape, data) = (view.shape(), view.data());
+        let tensor = match view.dtype() {
+            Dtype::F32 => Tensor::from_f32(shape, numbers(data, f32::from_le_bytes)),
+            Dtype::I64 => Tensor::from_i64(shape, numbers(data, i64::from_le_bytes)),
+            Dtype::I32 => Tensor::from_i32(shape, numbers(data, i32::from_le_bytes)),
+            Dtype::F16 => Tensor::from_storage(DType::F16, shape, Arc::new(numbers(data, f16::from_le_bytes)), 0),
+            Dtype::BF16 => Tensor::from_storage(DType::Bf16, shape, Arc::new(numbers(data, bf16::from_le_bytes)), 0),
+            Dtype::U8 | Dtype::BOOL => Tensor::from_storage(DType::Bool, shape, Arc::new(data.to_vec()), 0),
+            other => return Err(invalid(path, name, &format!("{other:?}"), &"F32, F16, BF16, I64, I32, U8 or BOOL")),
+        };
+        tensors.insert(name.to_owned(), tensor.map_err(|e: TensorError| malformed(e.into()))?);
+    }
+    Ok((tensors, header.metadata().clone().unwrap_or_default()))
+}
+
+fn numbers<T, const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> T) -> Vec<T> {
+    bytes.as_chunks::<N>().0.iter().map(|&chunk| number(chunk)).collect()
+}
+
+/// `tensor` after a round trip through `dtype`, as `f32`.
+fn rounded(path: &Path, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    let mut values = tensor.to_f32();
+    match dtype {
+        DType::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+        DType::Bf16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+        _ => {}
+    }
+    Tensor::from_f32(tensor.shape(), values).map_err(|source| GoldenError::Format {
+        path: path.to_owned(),
+        kind: "safetensors",
+        source: source.into(),
+    })
+}
+
+fn token_ids(path: &Path, key: &str, tensor: &Tensor) -> Result<Vec<u32>> {
+    let ids = tensor.as_i64().map_err(|_| invalid(path, key, &format!("{tensor:?}"), &"int64"))?;
+    ids.iter().map(|&id| u32::try_from(id).map_err(|_| invalid(path, key, &id, &"a token id"))).collect()
+}
+
+fn bias_rows(path: &Path, table: &Tensor, layers: usize) -> Result<Vec<Vec<f32>>> {
+    match *table.shape() {
+        [rows, entries] if rows == layers => {
+            let values = table.to_f32();
+            Ok((0..rows).map(|row| values[row * entries..(row + 1) * entries].to_vec()).collect())
+        }
+        _ => Err(invalid(path, "calib.bias", &format!("{:?}", table.shape()), &format!("[{layers}, entries]"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+
+    fn folder() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/homer")
+    }
+
+    /// A copy of case D (the smallest) that a test may damage.
+    fn copy_of_d() -> tempfile::TempDir {
+        let copy = tempfile::tempdir().unwrap();
+        for file in
+            ["homer_D.json", "homer_D_weights.safetensors", "homer_D_main.safetensors", "homer_D_trace.safetensors"]
+        {
+            std::fs::copy(folder().join(file), copy.path().join(file)).unwrap();
+        }
+        copy
+    }
+
+    fn message_of(copy: &tempfile::TempDir) -> String {
+        HomerCase::open(&copy.path().join("homer_D.json")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_case_says_what_its_files_say() {
+        let case = HomerCase::open(&folder().join("homer_C.json")).unwrap();
+        assert_eq!(case.lengths(), PromptLengths { prefix: 6, context: 100, suffix: 7 });
+        assert_eq!(case.settings.max_initial_chunk_len, Some(30));
+        assert_eq!((case.bias.len(), case.bias[0].len()), (8, 121));
+        assert!(matches!(case.architecture.rope.scaling, RopeScaling::Yarn { original_max_positions: 24, .. }));
+        assert_eq!(case.expected["prefix.logits"].shape(), [40, 128]);
+        assert!(!case.expected.contains_key("input.prefix_ids"));
+    }
+
+    #[test]
+    fn a_half_precision_case_rounds_its_weights() {
+        let single = HomerCase::open(&folder().join("homer_A.json")).unwrap();
+        let half = HomerCase::open(&folder().join("homer_G.json")).unwrap();
+        let name = "model.layers.0.mlp.up_proj.weight";
+        for (single, half) in single.weight(name).unwrap().to_f32().iter().zip(half.weight(name).unwrap().to_f32()) {
+            assert_eq!(half.to_bits(), f16::from_f32(*single).to_f32().to_bits());
+        }
+    }
+
+    #[test]
+    fn a_case_counts_even_if_only_one_of_its_files_is_there() {
+        let copy = copy_of_d();
+        std::fs::remove_file(copy.path().join("homer_D.json")).unwrap();
+        assert_eq!(HomerCase::find(copy.path()).unwrap(), [copy.path().join("homer_D.json")]);
+        assert!(message_of(&copy).contains("homer_D.json"));
+    }
+
+    #[test]
+    fn errors_name_the_file_and_the_key() {
+        let copy = copy_of_d();
+        let main = copy.path().join("homer_D_main.safetensors");
+        let bytes = std::fs::read(&main).unwrap();
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let at = text.find("input.suffix_ids").unwrap();
+        let mut renamed = bytes.clone();
+        renamed[at..at + 16].copy_from_slice(b"input.suffix_idz");
+        std::fs::write(&main, renamed).unwrap();
+        let message = message_of(&copy);
+        assert!(message.contains("homer_D_main.safetensors") && message.contains("`input.suffix_ids`"), "{message}");
+
+        std::fs::write(&main, &bytes[..bytes.len() / 2]).unwrap();
+        assert!(message_of(&copy).contains("not a valid safetensors file"));
+
+        let json = copy.path().join("homer_D.json");
+        let text = std::fs::read_to_string(&json).unwrap().replace("float32", "float64");
+        std::fs::write(&json, text).unwrap();
+        std::fs::write(&main, &bytes).unwrap();
+        let message = message_of(&copy);
+        assert!(message.contains("homer_D.json") && message.contains("config.dtype"), "{message}");
+    }
+}

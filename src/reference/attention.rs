@@ -1,0 +1,99 @@
+//! Causal attention by row index.
+
+use ndarray::{Array2, Array3, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
+use std::thread;
+
+/// Query rows whose scores exist at one time: bounds the memory of a head to this many rows of the score matrix.
+const ROWS_AT_ONCE: usize = 256;
+
+/// Attention of `q [H, L, d]` over `k, v [G, R, d]`, `R >= L`; returns `[L, H * d]`.
+///
+/// The queries are the last `L` of the `R` rows. Row `i` sees rows `0 ..= i`, whatever their position ids: after a
+/// merge, position ids no longer grow with the row. Scores are scaled by `1 / sqrt(d)`.
+pub(super) fn causal_attention(q: &Array3<f32>, k: &Array3<f32>, v: &Array3<f32>) -> Array2<f32> {
+    let (heads, rows, dim) = q.dim();
+    let queries_per_key = heads / k.len_of(Axis(0));
+    let mut out = Array3::<f32>::zeros((heads, rows, dim));
+    let workers = thread::available_parallelism().map_or(1, usize::from).min(heads);
+    thread::scope(|scope| {
+        let share = heads.div_ceil(workers);
+        for (worker, mut outs) in out.axis_chunks_iter_mut(Axis(0), share).enumerate() {
+            scope.spawn(move || {
+                for (offset, out) in outs.outer_iter_mut().enumerate() {
+                    let head = worker * share + offset;
+                    let group = head / queries_per_key;
+                    let [q, k, v] = [(q, head), (k, group), (v, group)].map(|(x, i)| x.index_axis(Axis(0), i));
+                    one_head(&q, &k, &v, out);
+                }
+            });
+        }
+    });
+    let by_row = out.permuted_axes([1, 0, 2]);
+    Array2::from_shape_fn((rows, heads * dim), |(row, column)| by_row[[row, column / dim, column % dim]])
+}
+
+fn one_head(
+    q: &ArrayView2<'_, f32>,
+    k: &ArrayView2<'_, f32>,
+    v: &ArrayView2<'_, f32>,
+    mut out: ArrayViewMut2<'_, f32>,
+) {
+    let (rows, dim) = q.dim();
+    let past = k.nrows() - rows;
+    let scale = 1.0 / (dim as f32).sqrt();
+    for start in (0..rows).step_by(ROWS_AT_ONCE) {
+        let end = (start + ROWS_AT_ONCE).min(rows);
+        let visible = past + end;
+        let mut scores = q.slice(s![start..end, ..]).dot(&k.slice(s![..visible, ..]).t());
+        for (row, mut scores) in (past + start..).zip(scores.rows_mut()) {
+            let (seen, mut hidden) = scores.view_mut().split_at(Axis(0), row + 1);
+            softmax(seen, scale);
+            hidden.fill(0.0);
+        }
+        out.slice_mut(s![start..end, ..]).assign(&scores.dot(&v.slice(s![..visible, ..])));
+    }
+}
+
+/// Softmax of `scale * scores`, in place.
+fn softmax(mut scores: ArrayViewMut1<'_, f32>, scale: f32) {
+    let largest = scores.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    scores.mapv_inplace(|score| ((score - largest) * scale).exp());
+    let sum = scores.sum();
+    scores.mapv_inplace(|weight| weight / sum);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The definition, in f64 and one score at a time.
+    fn by_definition(q: &Array3<f32>, k: &Array3<f32>, v: &Array3<f32>) -> Array2<f32> {
+        let (heads, rows, dim) = q.dim();
+        let past = k.dim().1 - rows;
+        let group = |head| head / (heads / k.dim().0);
+        Array2::from_shape_fn((rows, heads * dim), |(row, column)| {
+            let (head, e) = (column / dim, column % dim);
+            let weight = |j: usize| {
+                let dot: f64 = (0..dim).map(|c| f64::from(q[[head, row, c]] * k[[group(head), j, c]])).sum();
+                (dot / (dim as f64).sqrt()).exp()
+            };
+            let total: f64 = (0..=past + row).map(weight).sum();
+            ((0..=past + row).map(|j| weight(j) * f64::from(v[[group(head), j, e]])).sum::<f64>() / total) as f32
+        })
+    }
+
+    #[test]
+    fn grouped_heads_past_rows_and_several_blocks_follow_the_definition() {
+        let wave =
+            |seed: usize| move |(h, r, c): (usize, usize, usize)| ((seed + h * 37 + r * 11 + c * 5) as f32).sin();
+        for (heads, groups, past, rows) in [(3, 1, 0, 5), (4, 2, 7, 1), (2, 2, 3, ROWS_AT_ONCE + 9)] {
+            let q = Array3::from_shape_fn((heads, rows, 4), wave(1));
+            let k = Array3::from_shape_fn((groups, past + rows, 4), wave(2));
+            let v = Array3::from_shape_fn((groups, past + rows, 4), wave(3));
+            let found = causal_attention(&q, &k, &v);
+            let expected = by_definition(&q, &k, &v);
+            let worst = (&found - &expected).fold(0.0_f32, |worst, e| worst.max(e.abs()));
+            assert!(worst < 2e-6, "{heads}/{groups} heads, {past} + {rows} rows: {worst}");
+        }
+    }
+}

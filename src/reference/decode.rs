@@ -1,0 +1,101 @@
+//! What follows a compressed context: ordinary decoding over its cache.
+
+use super::cache::Cache;
+use super::homer::ContextState;
+use super::llama::Llama;
+use super::{Result, plain};
+use crate::taps::TapSink;
+use ndarray::{Array2, ArrayView1, Axis, concatenate};
+
+/// Where a continuation starts. The authors' two code paths disagree by one position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ContinuationOffset {
+    /// At the position after the last suffix token, as the authors' `forward` does.
+    AfterLast,
+    /// At the position of the last suffix token, which is thereby used twice, as the authors' `generate` does.
+    RepeatLast,
+}
+
+/// A context state being continued. It works on a copy of the cache, so that one state can be continued many times.
+#[derive(Debug, Clone)]
+pub struct Continuation {
+    /// Keys and values of the context and of everything fed since.
+    pub cache: Cache,
+    /// The position of the next token.
+    pub next_position: i64,
+}
+
+/// What greedy decoding produced.
+#[derive(Debug, Clone)]
+pub struct Generated {
+    /// The first token, which the context decides, and one more per step.
+    pub tokens: Vec<u32>,
+    /// Logits of every step, `[steps, vocab]`.
+    pub step_logits: Array2<f32>,
+    /// The position at which each step fed its token.
+    pub position_ids: Vec<i64>,
+}
+
+impl Continuation {
+    /// Continues `context`.
+    pub fn new(context: &ContextState, offset: ContinuationOffset) -> Self {
+        let last = context.last_position();
+        let next_position = match offset {
+            ContinuationOffset::AfterLast => last + 1,
+            ContinuationOffset::RepeatLast => last,
+        };
+        Self { cache: context.cache.clone(), next_position }
+    }
+
+    /// Feeds `ids` at once and returns the logits of all of them, `[L, vocab]`.
+    ///
+    /// # Errors
+    ///
+    /// As [`plain::forward`].
+    pub fn feed(&mut self, model: &Llama, ids: &[u32], taps: &mut dyn TapSink) -> Result<Array2<f32>> {
+        let positions: Vec<i64> = (self.next_position..).take(ids.len()).collect();
+        let hidden = plain::forward(model, ids, &positions, &mut self.cache, taps)?;
+        self.next_position += ids.len() as i64;
+        Ok(model.logits(&hidden))
+    }
+
+    /// Decodes greedily: the token that `last_logits [vocab]` of the context favours, then `steps` more.
+    ///
+    /// # Errors
+    ///
+    /// As [`plain::forward`].
+    pub fn greedy(
+        &mut self,
+        model: &Llama,
+        last_logits: &ArrayView1<'_, f32>,
+        steps: usize,
+        taps: &mut dyn TapSink,
+    ) -> Result<Generated> {
+        let vocab = last_logits.len();
+        let mut generated = Generated {
+            tokens: vec![argmax(last_logits)],
+            step_logits: Array2::zeros((0, vocab)),
+            position_ids: Vec::new(),
+        };
+        let mut token = generated.tokens[0];
+        for _ in 0..steps {
+            generated.position_ids.push(self.next_position);
+            let logits = self.feed(model, &[token], taps)?;
+            token = argmax(&logits.row(0));
+            generated.tokens.push(token);
+            generated.step_logits = concatenate![Axis(0), generated.step_logits, logits];
+        }
+        Ok(generated)
+    }
+}
+
+/// The index of the largest logit, the lowest one among equals.
+pub fn argmax(logits: &ArrayView1<'_, f32>) -> u32 {
+    let mut best = 0;
+    for (id, &logit) in logits.iter().enumerate() {
+        if logit > logits[best] {
+            best = id;
+        }
+    }
+    best as u32
+}

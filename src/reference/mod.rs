@@ -1,0 +1,115 @@
+//! The methods a second time, in plain `ndarray` and `f32`: slow, obvious, and independent of the graphs and of any
+//! runtime, so that a bug cannot sit on both sides of a comparison.
+//!
+//! From the workspace this module uses the [architecture](accordion_graphs::architecture), the
+//! [plan](accordion_graphs::plan), [`crate::tensor`] and [`crate::taps`], and nothing else; a test holds it to that.
+//!
+//! - [`llama`]: the model, loaded by weight name; one decoder layer in its two halves.
+//! - [`rope`]: rotary positions under every scaling an architecture can name.
+//! - [`plain`]: a forward pass over a growing cache.
+//! - [`homer`]: hierarchical context merging, node by node.
+//! - [`decode`]: what follows a context state, at the positions the authors' two code paths use.
+//!
+//! Matrix products go through `ndarray`'s `dot`, which uses up to four threads (one per physical core, or as many as
+//! the environment variable `MATMUL_NUM_THREADS` says).
+
+mod array;
+mod attention;
+pub mod cache;
+pub mod decode;
+pub mod homer;
+pub mod llama;
+pub mod plain;
+pub mod rope;
+
+pub use array::to_tensor;
+
+use crate::tensor::TensorError;
+
+/// Why the reference could not compute something.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReferenceError {
+    /// The source of the weights has no such tensor, or could not read it.
+    #[error("weight `{name}` could not be read")]
+    Weight {
+        /// Its Hugging Face name.
+        name: String,
+        /// What the source said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A weight does not have the shape that the architecture gives it.
+    #[error("weight `{name}` has shape {found:?}, the architecture expects {expected:?}")]
+    WeightShape {
+        /// Its Hugging Face name.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that the architecture gives it.
+        expected: Vec<usize>,
+    },
+    /// The architecture itself is contradictory.
+    #[error("{what} is {found}, expected {expected}")]
+    Architecture {
+        /// The field of the architecture.
+        what: &'static str,
+        /// Its value.
+        found: usize,
+        /// What it has to be.
+        expected: String,
+    },
+    /// A token id lies outside the vocabulary.
+    #[error("token id {id} is outside the vocabulary of {vocab_size} tokens")]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// Number of token ids.
+        vocab_size: usize,
+    },
+    /// Two inputs that belong together have different lengths.
+    #[error("{what}: found {found}, expected {expected}")]
+    Length {
+        /// What was counted.
+        what: &'static str,
+        /// How many there are.
+        found: usize,
+        /// How many there have to be.
+        expected: usize,
+    },
+    /// The significance table does not reach as far back as the node that prunes.
+    #[error(
+        "the significance table of layer {layer} has {found} entries, but {node} prunes over distances up to \
+         {largest_distance}"
+    )]
+    SignificanceTooShort {
+        /// The layer that prunes.
+        layer: usize,
+        /// The node that prunes.
+        node: String,
+        /// Entries of the row.
+        found: usize,
+        /// The largest distance between the last token and another one.
+        largest_distance: i64,
+    },
+    /// The model attends to a window only, and more rows than that take part.
+    #[error("{rows} rows attend to each other, but the model's sliding window is {window}")]
+    SlidingWindow {
+        /// Rows, cached ones included.
+        rows: usize,
+        /// The architecture's window.
+        window: usize,
+    },
+    /// A tensor could not be made.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+}
+
+type Result<T, E = ReferenceError> = std::result::Result<T, E>;
+
+fn expect_length(what: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(ReferenceError::Length { what, found, expected }) }
+}
+
+#[cfg(test)]
+mod tests;
