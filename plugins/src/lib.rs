@@ -1,1 +1,26 @@
-//! Fused operators of Accordion graphs.
+//! Fused operators of Accordion graphs, in ONNX domain `ai.accordion`.
+//!
+//! Each operator has one folder with its contract and its kernels. On the CPU they are custom operators of ONNX Runtime,
+//! registered by [`domain`], and plain functions that need no runtime. Graphs carry the same operators as model-local
+//! functions of standard nodes; where an operator is registered, ONNX Runtime takes it instead.
+
+#[path = "../attention/mod.rs"]
+pub mod attention;
+mod operator;
+pub mod parallel;
+mod scratch;
+pub mod simd;
+
+use ort::operator::OperatorDomain;
+
+/// The domain of all operators here.
+pub const DOMAIN: &str = "ai.accordion";
+
+/// All operators, to register with a session builder.
+///
+/// # Errors
+///
+/// ONNX Runtime is not loaded or refuses an operator.
+pub fn domain() -> ort::Result<OperatorDomain> {
+    OperatorDomain::new(DOMAIN)?.add(attention::GroupQueryAttention)
+}
