@@ -10,6 +10,10 @@ mod operator;
 pub mod parallel;
 mod scratch;
 pub mod simd;
+#[path = "../swiglu/mod.rs"]
+pub mod swiglu;
+#[path = "../topk_prune/mod.rs"]
+pub mod topk_prune;
 
 use ort::operator::OperatorDomain;
 
@@ -22,5 +26,5 @@ pub const DOMAIN: &str = "ai.accordion";
 ///
 /// ONNX Runtime is not loaded or refuses an operator.
 pub fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?.add(attention::GroupQueryAttention)
+    OperatorDomain::new(DOMAIN)?.add(attention::GroupQueryAttention)?.add(swiglu::SwiGlu)?.add(topk_prune::TopKPrune)
 }

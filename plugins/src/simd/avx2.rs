@@ -56,14 +56,6 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn reduce_add(self) -> f32 {
-        unsafe {
-            let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
-            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
-        }
-    }
-    #[inline(always)]
     unsafe fn exp2(self) -> Self {
         unsafe {
             // Clamped to where the exponent field can hold the result; `max` and `min` return their second operand

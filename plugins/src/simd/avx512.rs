@@ -52,10 +52,6 @@ impl Simd for Avx512 {
         unsafe { _mm512_reduce_max_ps(self.0) }
     }
     #[inline(always)]
-    unsafe fn reduce_add(self) -> f32 {
-        unsafe { _mm512_reduce_add_ps(self.0) }
-    }
-    #[inline(always)]
     unsafe fn exp2(self) -> Self {
         unsafe {
             // `scalef` saturates by itself: far below the range it gives zero, and it passes NaN on.

@@ -88,8 +88,6 @@ pub(crate) trait Simd: Copy {
     unsafe fn max(self, other: Self) -> Self;
     /// The largest element.
     unsafe fn reduce_max(self) -> f32;
-    /// The sum of the elements.
-    unsafe fn reduce_add(self) -> f32;
     /// `2^self`, relative error about 1e-7; NaN stays NaN, minus infinity becomes zero.
     unsafe fn exp2(self) -> Self;
     /// Transposes the `LANES` x `LANES` block at `from` (row stride `stride` elements) to `to` (row stride

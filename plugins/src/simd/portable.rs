@@ -59,10 +59,6 @@ impl Simd for Portable {
         self.0.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
-    unsafe fn reduce_add(self) -> f32 {
-        (self.0[0] + self.0[2]) + (self.0[1] + self.0[3])
-    }
-    #[inline(always)]
     unsafe fn exp2(self) -> Self {
         lanewise!(|i: usize| exp2(self.0[i]))
     }
