@@ -96,7 +96,7 @@ impl Runner {
         let attributes = [("num_heads", Int(HEADS as i64)), ("kv_num_heads", Int(KV_HEADS as i64))];
         let node = model::node(domain, "GroupQueryAttention", &names, &outputs, &attributes);
         let outputs = [("output", float, 3), ("present_key", float, 4), ("present_value", float, 4)];
-        let session = model::session(&model::model(vec![node], &inputs, &outputs), THREADS)?;
+        let session = model::session(&model::model(vec![node], vec![], &inputs, &outputs), THREADS)?;
 
         let mut binding = session.create_binding()?;
         let noise = |shape: [usize; 4], step: f32| -> Outcome<Tensor<f32>> {

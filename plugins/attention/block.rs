@@ -89,13 +89,7 @@ impl Block<'_> {
                 assert!(out.len() >= (tile - 1) * stride + panel);
                 // SAFETY: `tile` rows of `dim` queries, `dim` rows of `panel` keys, and room for the tile's logits.
                 unsafe {
-                    self.kernels.logits[tile - 1](
-                        self.dim,
-                        rows.as_ptr(),
-                        packed.as_ptr(),
-                        out.as_mut_ptr(),
-                        stride,
-                    );
+                    self.kernels.logits[tile - 1](self.dim, rows.as_ptr(), packed.as_ptr(), out.as_mut_ptr(), stride);
                 }
             }
         }

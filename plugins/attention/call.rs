@@ -60,7 +60,13 @@ impl Call<'_> {
     }
 
     /// Attends positions `range` of group `head` to keys `keys`, and leaves the sums in the thread's memory.
-    fn attend<R>(&self, head: usize, range: Range<usize>, keys: Range<usize>, finish: impl FnOnce(&BlockMemory) -> R) -> R {
+    fn attend<R>(
+        &self,
+        head: usize,
+        range: Range<usize>,
+        keys: Range<usize>,
+        finish: impl FnOnce(&BlockMemory) -> R,
+    ) -> R {
         MEMORY.with_borrow_mut(|memory| {
             let block = self.block(head, range.start);
             let rows = range.len() * block.group;

@@ -2,9 +2,9 @@
 
 use super::softmax::{RowState, absorb};
 use super::tile::{Weighing, logits, weigh};
-use crate::simd::{Level, Portable, Simd};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
+use crate::simd::{Level, Portable, Simd};
 
 type Logits = unsafe fn(usize, *const f32, *const f32, *mut f32, usize);
 type Weigh = unsafe fn(&Weighing);

@@ -109,14 +109,15 @@ fn compute(context: &ComputeContext, heads: usize, kv_heads: usize, scale: Optio
     let past = match past {
         None => Past::InPlace,
         Some((_, capacity, key, value)) => {
-            let [in_place_key, in_place_value] = [(&key, &*present_key), (&value, &*present_value)].map(|(past, present)| {
-                let present = present.as_ptr_range();
-                if *past == present {
-                    Some(true)
-                } else {
-                    (past.end <= present.start || present.end <= past.start || past.is_empty()).then_some(false)
-                }
-            });
+            let [in_place_key, in_place_value] =
+                [(&key, &*present_key), (&value, &*present_value)].map(|(past, present)| {
+                    let present = present.as_ptr_range();
+                    if *past == present {
+                        Some(true)
+                    } else {
+                        (past.end <= present.start || present.end <= past.start || past.is_empty()).then_some(false)
+                    }
+                });
             match (in_place_key, in_place_value) {
                 (Some(true), Some(true)) => Past::InPlace,
                 (Some(false), Some(false)) => {
@@ -125,9 +126,8 @@ fn compute(context: &ComputeContext, heads: usize, kv_heads: usize, scale: Optio
                     };
                     // SAFETY: the ranges are whole input tensors, which live as long as this call and do not overlap
                     // the outputs.
-                    let [key, value] = [&key, &value].map(|range| unsafe {
-                        std::slice::from_raw_parts(range.start, len(range))
-                    });
+                    let [key, value] =
+                        [&key, &value].map(|range| unsafe { std::slice::from_raw_parts(range.start, len(range)) });
                     Past::Copied { key, value, capacity }
                 }
                 _ => {

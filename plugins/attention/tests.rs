@@ -133,7 +133,10 @@ fn run(case: &Case, level: Level, copied: Option<usize>, threads: usize) -> Run 
 
 fn assert_close(run: &Run, tolerance: f64, what: &str) {
     for (i, (&found, &expected)) in run.output.iter().zip(&run.expected).enumerate() {
-        assert!((f64::from(found) - expected).abs() <= tolerance, "{what}: element {i} is {found}, expected {expected}");
+        assert!(
+            (f64::from(found) - expected).abs() <= tolerance,
+            "{what}: element {i} is {found}, expected {expected}"
+        );
     }
 }
 
@@ -181,8 +184,7 @@ proptest! {
 
 #[test]
 fn long_rows_with_huge_logits_stay_finite() {
-    let geometry =
-        Geometry { batch: 1, rows: 3, heads: 2, kv_heads: 1, head_dim: 64, past: 5000, capacity: 5003 };
+    let geometry = Geometry { batch: 1, rows: 3, heads: 2, kv_heads: 1, head_dim: 64, past: 5000, capacity: 5003 };
     for level in Level::available() {
         for rows in [3, 40] {
             let geometry = Geometry { rows, past: 5003 - rows, ..geometry };
@@ -231,13 +233,7 @@ fn refuses_what_does_not_fit() {
         let (mut output, mut key, mut value) = (vec![0.0; 16], vec![0.0; 12], vec![0.0; 12]);
         attend(
             &geometry,
-            &Inputs {
-                query: &vec![0.0; query_len],
-                key: &[0.0; 8],
-                value: &[0.0; 8],
-                past: Past::InPlace,
-                scale: 1.0,
-            },
+            &Inputs { query: &vec![0.0; query_len], key: &[0.0; 8], value: &[0.0; 8], past: Past::InPlace, scale: 1.0 },
             Outputs { output: &mut output, present_key: &mut key, present_value: &mut value },
             &Threads(1),
         )

@@ -38,12 +38,7 @@ pub enum SwiGluError {
 /// # Errors
 ///
 /// The lengths differ, or threads could not be had.
-pub fn swiglu(
-    gate: &[f32],
-    up: &[f32],
-    output: &mut [f32],
-    threads: &dyn ParallelFor,
-) -> Result<(), SwiGluError> {
+pub fn swiglu(gate: &[f32], up: &[f32], output: &mut [f32], threads: &dyn ParallelFor) -> Result<(), SwiGluError> {
     swiglu_at(Level::detect(), gate, up, output, threads)
 }
 

@@ -159,8 +159,8 @@ const SMALL: Lengths = Lengths {
 };
 
 fn lengths() -> impl Strategy<Value = Lengths> {
-    (1usize..3, 1usize..4, 1usize..4, 1usize..20, 1usize..600, 1usize..6, 1usize..12)
-        .prop_flat_map(|(batch, kv_heads, group, head_dim, length, hidden, layers)| {
+    (1usize..3, 1usize..4, 1usize..4, 1usize..20, 1usize..600, 1usize..6, 1usize..12).prop_flat_map(
+        |(batch, kv_heads, group, head_dim, length, hidden, layers)| {
             (0..=length).prop_flat_map(move |keep| {
                 (0..=keep).prop_flat_map(move |prefix| {
                     (0..=keep - prefix).prop_map(move |suffix| Lengths {
@@ -177,7 +177,8 @@ fn lengths() -> impl Strategy<Value = Lengths> {
                     })
                 })
             })
-        })
+        },
+    )
 }
 
 proptest! {

@@ -7,7 +7,7 @@ use onnx_protobuf::attribute_proto::AttributeType;
 use onnx_protobuf::tensor_proto::DataType;
 use onnx_protobuf::tensor_shape_proto::{Dimension, dimension};
 use onnx_protobuf::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorShapeProto, TypeProto,
+    AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorShapeProto, TypeProto,
     ValueInfoProto, type_proto,
 };
 use ort::environment::Environment;
@@ -52,8 +52,32 @@ pub fn node(
 /// Name, type and rank of a graph input or output; every dimension is dynamic.
 pub type Value<'a> = (&'a str, DataType, usize);
 
-/// A serialised model of these nodes.
-pub fn model(nodes: Vec<NodeProto>, inputs: &[Value<'_>], outputs: &[Value<'_>]) -> Vec<u8> {
+/// A model-local function.
+pub fn function(domain: &str, name: &str, inputs: &[&str], outputs: &[&str], nodes: Vec<NodeProto>) -> FunctionProto {
+    FunctionProto {
+        domain: domain.into(),
+        name: name.into(),
+        input: inputs.iter().map(ToString::to_string).collect(),
+        output: outputs.iter().map(ToString::to_string).collect(),
+        node: nodes,
+        opset_import: opsets(),
+        ..FunctionProto::default()
+    }
+}
+
+fn opsets() -> Vec<OperatorSetIdProto> {
+    [("", 21), ("ai.accordion", 1), ("com.microsoft", 1)]
+        .map(|(domain, version)| OperatorSetIdProto { domain: domain.into(), version, ..OperatorSetIdProto::default() })
+        .to_vec()
+}
+
+/// A serialised model of these nodes and functions.
+pub fn model(
+    nodes: Vec<NodeProto>,
+    functions: Vec<FunctionProto>,
+    inputs: &[Value<'_>],
+    outputs: &[Value<'_>],
+) -> Vec<u8> {
     let value = |&(name, dtype, rank): &Value<'_>| ValueInfoProto {
         name: name.into(),
         type_: MessageField::some(TypeProto {
@@ -74,17 +98,10 @@ pub fn model(nodes: Vec<NodeProto>, inputs: &[Value<'_>], outputs: &[Value<'_>])
         }),
         ..ValueInfoProto::default()
     };
-    let domains = [("", 21), ("ai.accordion", 1), ("com.microsoft", 1)];
     ModelProto {
         ir_version: 10,
-        opset_import: domains
-            .iter()
-            .map(|&(domain, version)| OperatorSetIdProto {
-                domain: domain.into(),
-                version,
-                ..OperatorSetIdProto::default()
-            })
-            .collect(),
+        opset_import: opsets(),
+        functions,
         graph: MessageField::some(GraphProto {
             name: "operators".into(),
             node: nodes,
