@@ -1,9 +1,30 @@
-//! Fused operators of Accordion graphs.
+//! Fused operators of Accordion graphs, in ONNX domain `ai.accordion`.
+//!
+//! Each operator has one folder with its contract and its kernels. On the CPU they are custom operators of ONNX Runtime,
+//! registered by [`domain`], and plain functions that need no runtime. Graphs carry the same operators as model-local
+//! functions of standard nodes; where an operator is registered, ONNX Runtime takes it instead.
 
-/// The operator domain.
+#[path = "../attention/mod.rs"]
+pub mod attention;
+mod operator;
+pub mod parallel;
+mod scratch;
+pub mod simd;
+#[path = "../swiglu/mod.rs"]
+pub mod swiglu;
+#[path = "../topk_prune/mod.rs"]
+pub mod topk_prune;
+
+use ort::operator::OperatorDomain;
+
+/// The domain of all operators here.
+pub const DOMAIN: &str = "ai.accordion";
+
+/// All operators, to register with a session builder.
 ///
 /// # Errors
-/// If registration fails.
-pub fn domain() -> ort::Result<ort::operator::OperatorDomain> {
-    ort::operator::OperatorDomain::new("ai.accordion")
+///
+/// ONNX Runtime is not loaded or refuses an operator.
+pub fn domain() -> ort::Result<OperatorDomain> {
+    OperatorDomain::new(DOMAIN)?.add(attention::GroupQueryAttention)?.add(swiglu::SwiGlu)?.add(topk_prune::TopKPrune)
 }

@@ -1,0 +1,185 @@
+//! One task: the query rows of one group of heads against a range of keys, flash-attention style.
+//!
+//! Row `r` of a block is query row `first + r / group` of head `r % group`, so that all heads of the group share the
+//! packed keys, rows are sorted by how far they see, and the queries of one position are contiguous in memory.
+
+use std::ops::Range;
+
+use super::kernels::Kernels;
+use super::softmax::RowState;
+use super::tile::Weighing;
+use crate::scratch::Scratch;
+
+/// Keys that are packed and used at once.
+const KEY_BLOCK: usize = 192;
+/// Rows whose logits are alive at once: small enough that they stay in the first cache level.
+const STRIP: usize = 24;
+
+/// One group of heads over one stretch of query rows.
+pub(super) struct Block<'a> {
+    pub(super) kernels: &'static Kernels,
+    /// Elements per head.
+    pub(super) dim: usize,
+    /// Query heads that share the keys.
+    pub(super) group: usize,
+    /// Keys that the block's first query row sees, itself included; each further row sees one more.
+    pub(super) visible: usize,
+    /// Keys of the group, `[keys, dim]`.
+    pub(super) keys: &'a [f32],
+    /// Values of the group, `[keys, dim]`.
+    pub(super) values: &'a [f32],
+}
+
+/// The scratch memory of a block.
+#[derive(Default)]
+pub(super) struct BlockMemory {
+    /// `[rows, dim]`, scaled.
+    pub(super) queries: Scratch,
+    /// `[rows, dim rounded up]`: sums of weighted values, not yet divided by the sums of weights.
+    pub(super) sums: Scratch,
+    pub(super) states: Vec<RowState>,
+    panels: Scratch,
+    padded_values: Scratch,
+    logits: Scratch,
+}
+
+impl Block<'_> {
+    /// Elements per row of [`BlockMemory::sums`].
+    pub(super) fn width(&self) -> usize {
+        self.dim.next_multiple_of(self.kernels.lanes)
+    }
+
+    /// Keys visible to row `row`.
+    fn limit(&self, row: usize) -> usize {
+        self.visible + row / self.group
+    }
+
+    /// Attends `rows` rows, whose queries are in `memory`, to those keys of `range` that they may see.
+    pub(super) fn attend(&self, rows: usize, range: Range<usize>, memory: &mut BlockMemory) {
+        memory.sums.zeroed(rows * self.width());
+        memory.states.clear();
+        memory.states.resize(rows, RowState::EMPTY);
+        let end = range.end.min(self.limit(rows - 1));
+        let mut start = range.start;
+        while start < end {
+            let count = KEY_BLOCK.min(end - start);
+            self.pack_keys(start, count, memory);
+            self.pad_values(start, count, memory);
+            for first in (0..rows).step_by(STRIP) {
+                let strip = first..rows.min(first + STRIP);
+                if let Some(seen) = self.limit(strip.end - 1).checked_sub(start)
+                    && seen > 0
+                {
+                    self.attend_strip(strip, start, seen.min(count), memory);
+                }
+            }
+            start += count;
+        }
+    }
+
+    /// The strip's rows against `count` keys from `start` on, which are packed.
+    fn attend_strip(&self, strip: Range<usize>, start: usize, count: usize, memory: &mut BlockMemory) {
+        let Kernels { lanes, panel, .. } = *self.kernels;
+        let stride = count.next_multiple_of(panel);
+        let logits = memory.logits.at_least(STRIP * stride);
+        for (p, packed) in memory.panels.get().chunks_exact(panel * self.dim).take(stride / panel).enumerate() {
+            for (first, tile) in tiles(strip.clone(), self.kernels.logits.len()) {
+                let out = &mut logits[(first - strip.start) * stride + p * panel..];
+                let rows = &memory.queries.get()[first * self.dim..(first + tile) * self.dim];
+                assert!(out.len() >= (tile - 1) * stride + panel);
+                // SAFETY: `tile` rows of `dim` queries, `dim` rows of `panel` keys, and room for the tile's logits.
+                unsafe {
+                    self.kernels.logits[tile - 1](self.dim, rows.as_ptr(), packed.as_ptr(), out.as_mut_ptr(), stride);
+                }
+            }
+        }
+
+        let width = count.next_multiple_of(lanes);
+        let mut decay = [1.0; STRIP];
+        for row in strip.clone() {
+            let logits = &mut logits[(row - strip.start) * stride..][..width];
+            let seen = self.limit(row).saturating_sub(start).min(width);
+            logits[seen..].fill(f32::NEG_INFINITY);
+            // SAFETY: `width` elements, a multiple of the lanes, and not zero because `count` is not.
+            decay[row - strip.start] =
+                unsafe { (self.kernels.absorb)(logits.as_mut_ptr(), width, &mut memory.states[row]) };
+        }
+
+        let (values, values_stride) = if self.width() == self.dim {
+            (&self.values[start * self.dim..(start + count) * self.dim], self.dim)
+        } else {
+            (&memory.padded_values.get()[..count * self.width()], self.width())
+        };
+        let vectors = self.width() / lanes;
+        let mut column = 0;
+        while column < vectors {
+            let n = (vectors - column).min(self.kernels.weigh.len());
+            let kernels = self.kernels.weigh[n - 1];
+            for (first, tile) in tiles(strip.clone(), kernels.len()) {
+                let local = first - strip.start;
+                let keys = self.limit(first + tile - 1).saturating_sub(start).min(count);
+                let out = &mut memory.sums.get_mut()[first * self.width()..(first + tile) * self.width()];
+                assert!(logits.len() >= (local + tile - 1) * stride + keys && decay.len() >= local + tile);
+                assert!(column + n <= vectors && keys * values_stride <= values.len());
+                // SAFETY: `tile` rows of weights and decays, `keys` rows of values, `tile` rows of sums, all checked
+                // above; `n` vectors from `column` on lie inside a row.
+                unsafe {
+                    kernels[tile - 1](&Weighing {
+                        keys,
+                        weights: logits.as_ptr().add(local * stride),
+                        weights_stride: stride,
+                        values: values.as_ptr().add(column * lanes),
+                        values_stride,
+                        decay: decay.as_ptr().add(local),
+                        out: out.as_mut_ptr().add(column * lanes),
+                        out_stride: self.width(),
+                    });
+                }
+            }
+            column += n;
+        }
+    }
+
+    /// Packs keys `start..start + count` into panels `[dim, panel]`; the last panel is filled up with zeros.
+    fn pack_keys(&self, start: usize, count: usize, memory: &mut BlockMemory) {
+        let Kernels { lanes, panel, .. } = *self.kernels;
+        let keys = &self.keys[start * self.dim..(start + count) * self.dim];
+        let panels = memory.panels.at_least(count.next_multiple_of(panel) * self.dim);
+        for first in (0..count.next_multiple_of(panel)).step_by(lanes) {
+            let packed = &mut panels[first / panel * panel * self.dim + first % panel..];
+            let full = if first + lanes <= count { self.dim / lanes * lanes } else { 0 };
+            for c in (0..full).step_by(lanes) {
+                let block = &keys[first * self.dim + c..];
+                let to = &mut packed[c * panel..];
+                assert!(block.len() >= (lanes - 1) * self.dim + lanes && to.len() >= (lanes - 1) * panel + lanes);
+                // SAFETY: both blocks were checked to lie inside their slices.
+                unsafe { (self.kernels.transpose)(block.as_ptr(), self.dim, to.as_mut_ptr(), panel) };
+            }
+            for c in full..self.dim {
+                for lane in 0..lanes {
+                    packed[c * panel + lane] = keys.get((first + lane) * self.dim + c).copied().unwrap_or(0.0);
+                }
+            }
+        }
+    }
+
+    /// Copies the values of a block of keys to rows of whole vectors, where they are not already.
+    fn pad_values(&self, start: usize, count: usize, memory: &mut BlockMemory) {
+        let width = self.width();
+        if width == self.dim {
+            return;
+        }
+        let padded = memory.padded_values.at_least(count * width);
+        let values = &self.values[start * self.dim..(start + count) * self.dim];
+        for (to, from) in padded.chunks_exact_mut(width).zip(values.chunks_exact(self.dim)) {
+            to[..self.dim].copy_from_slice(from);
+            to[self.dim..].fill(0.0);
+        }
+    }
+}
+
+/// Cuts `rows` into tiles of at most `height` rows: the first row and the number of rows of each.
+fn tiles(rows: Range<usize>, height: usize) -> impl Iterator<Item = (usize, usize)> {
+    let end = rows.end;
+    rows.step_by(height).map(move |first| (first, height.min(end - first)))
+}

@@ -1,0 +1,204 @@
+//! Causal attention with grouped heads: `ai.accordion::GroupQueryAttention` on the CPU. See `contract.md`.
+
+mod block;
+mod cache;
+mod call;
+mod kernels;
+mod operator;
+mod softmax;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+pub use operator::GroupQueryAttention;
+
+use self::call::Call;
+use self::kernels::Kernels;
+use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
+use crate::simd::Level;
+
+/// Largest supported head dimension.
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// Up to so many query positions the keys are split among tasks instead of the queries.
+const SPLIT_MAX_ROWS: usize = 16;
+
+/// The lengths of one call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Sequences, B.
+    pub batch: usize,
+    /// New positions per sequence, T.
+    pub rows: usize,
+    /// Query heads, H.
+    pub heads: usize,
+    /// Key and value heads, G; divides H.
+    pub kv_heads: usize,
+    /// Elements per head, d.
+    pub head_dim: usize,
+    /// Positions that are already in the cache.
+    pub past: usize,
+    /// Positions that the present cache has room for, S'; at least `past + rows`.
+    pub capacity: usize,
+}
+
+/// Where the first [`Geometry::past`] positions of the cache are.
+#[derive(Debug, Clone, Copy)]
+pub enum Past<'a> {
+    /// Already in the present cache.
+    InPlace,
+    /// In these caches, `[B, G, capacity, d]` each; they are copied to the present cache.
+    Copied {
+        /// Keys.
+        key: &'a [f32],
+        /// Values.
+        value: &'a [f32],
+        /// Positions per cache, S.
+        capacity: usize,
+    },
+}
+
+/// What attention reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// `[B, T, H d]`.
+    pub query: &'a [f32],
+    /// `[B, T, G d]`.
+    pub key: &'a [f32],
+    /// `[B, T, G d]`.
+    pub value: &'a [f32],
+    /// The cache so far.
+    pub past: Past<'a>,
+    /// Factor of the logits; usually `1 / sqrt(d)`.
+    pub scale: f32,
+}
+
+/// What attention writes.
+#[derive(Debug)]
+pub struct Outputs<'a> {
+    /// `[B, T, H d]`.
+    pub output: &'a mut [f32],
+    /// `[B, G, S', d]`.
+    pub present_key: &'a mut [f32],
+    /// `[B, G, S', d]`.
+    pub present_value: &'a mut [f32],
+}
+
+/// Why a call was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttentionError {
+    /// Lengths that do not belong together.
+    #[error("{0}")]
+    Geometry(String),
+    /// A tensor has another number of elements than its shape.
+    #[error("{tensor} has {found} elements, expected {expected}")]
+    Length {
+        /// Which one.
+        tensor: &'static str,
+        /// Its elements.
+        found: usize,
+        /// What the geometry asks for.
+        expected: usize,
+    },
+    /// No threads.
+    #[error(transparent)]
+    Parallel(#[from] ParallelError),
+}
+
+impl Geometry {
+    fn check(&self) -> Result<(), AttentionError> {
+        let refuse = |message: String| Err(AttentionError::Geometry(message));
+        let Self { rows, heads, kv_heads, head_dim, past, capacity, .. } = *self;
+        if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return refuse(format!(
+                "num_heads is {heads} and kv_num_heads is {kv_heads}: expected a positive multiple of kv_num_heads"
+            ));
+        }
+        if head_dim == 0 || head_dim > MAX_HEAD_DIM {
+            return refuse(format!("the head dimension is {head_dim}, expected 1 to {MAX_HEAD_DIM}"));
+        }
+        if past.checked_add(rows).is_none_or(|total| total > capacity) {
+            return refuse(format!(
+                "the cache has room for {capacity} positions, but past_length {past} and {rows} new rows need more"
+            ));
+        }
+        Ok(())
+    }
+
+    fn elements(&self, dims: &[usize]) -> Result<usize, AttentionError> {
+        dims.iter()
+            .try_fold(1usize, |n, &dim| n.checked_mul(dim))
+            .ok_or_else(|| AttentionError::Geometry(format!("a tensor of shape {dims:?} is too large")))
+    }
+
+    fn check_len(&self, tensor: &'static str, found: usize, dims: &[usize]) -> Result<(), AttentionError> {
+        let expected = self.elements(dims)?;
+        if found == expected { Ok(()) } else { Err(AttentionError::Length { tensor, found, expected }) }
+    }
+
+    /// Query heads per key head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+}
+
+/// Causal attention: row `t` of each sequence sees the cache and the new rows `0..=t`. New keys and values are
+/// written to the present cache behind the past.
+///
+/// The result does not depend on how many threads there are.
+///
+/// # Errors
+///
+/// The geometry is inconsistent, a tensor does not have the elements it says, or threads could not be had.
+pub fn attend(
+    geometry: &Geometry,
+    inputs: &Inputs<'_>,
+    outputs: Outputs<'_>,
+    threads: &dyn ParallelFor,
+) -> Result<(), AttentionError> {
+    attend_at(Level::detect(), geometry, inputs, outputs, threads)
+}
+
+/// [`attend`] with the kernels of one instruction set, or of the widest narrower one that this processor has.
+///
+/// # Errors
+///
+/// Those of [`attend`].
+pub fn attend_at(
+    level: Level,
+    geometry: &Geometry,
+    inputs: &Inputs<'_>,
+    outputs: Outputs<'_>,
+    threads: &dyn ParallelFor,
+) -> Result<(), AttentionError> {
+    let Geometry { batch, rows, heads, kv_heads, head_dim, past, capacity } = *geometry;
+    geometry.check()?;
+    geometry.check_len("query", inputs.query.len(), &[batch, rows, heads, head_dim])?;
+    geometry.check_len("key", inputs.key.len(), &[batch, rows, kv_heads, head_dim])?;
+    geometry.check_len("value", inputs.value.len(), &[batch, rows, kv_heads, head_dim])?;
+    geometry.check_len("output", outputs.output.len(), &[batch, rows, heads, head_dim])?;
+    geometry.check_len("present_key", outputs.present_key.len(), &[batch, kv_heads, capacity, head_dim])?;
+    geometry.check_len("present_value", outputs.present_value.len(), &[batch, kv_heads, capacity, head_dim])?;
+    if let Past::Copied { key, value, capacity } = inputs.past {
+        geometry.check_len("past_key", key.len(), &[batch, kv_heads, capacity, head_dim])?;
+        geometry.check_len("past_value", value.len(), &[batch, kv_heads, capacity, head_dim])?;
+        if capacity < past {
+            return Err(AttentionError::Geometry(format!(
+                "past_length is {past}, but the past cache has {capacity} positions"
+            )));
+        }
+    }
+    if batch == 0 || rows == 0 {
+        return Ok(());
+    }
+    let [past_key, past_value] = match inputs.past {
+        Past::InPlace => [None, None],
+        Past::Copied { key, value, capacity } => [Some((key, capacity)), Some((value, capacity))],
+    };
+    let key = cache::append(geometry, inputs.key, past_key, outputs.present_key, threads)?;
+    let value = cache::append(geometry, inputs.value, past_value, outputs.present_value, threads)?;
+    let call = Call { kernels: Kernels::of(level), geometry, query: inputs.query, key, value, scale: inputs.scale };
+    let output = SharedSlice::new(outputs.output);
+    if rows <= SPLIT_MAX_ROWS { call.split_keys(&output, threads) } else { call.split_rows(&output, threads) }
+}

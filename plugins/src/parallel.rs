@@ -1,0 +1,91 @@
+//! Running independent tasks on threads: those of ONNX Runtime inside a session, scoped ones elsewhere.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ort::operator::ComputeContext;
+
+/// Something that runs tasks `0..count`, possibly at the same time, and returns when all have run.
+pub trait ParallelFor {
+    /// Calls `task` once with every number below `count`.
+    ///
+    /// # Errors
+    ///
+    /// The threads could not be had; some tasks may not have run.
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<(), ParallelError>;
+}
+
+/// Threads could not be had.
+#[derive(Debug, thiserror::Error)]
+#[error("could not run on the threads of the session: {0}")]
+pub struct ParallelError(String);
+
+/// A number of scoped threads; one means the calling thread alone.
+#[derive(Debug, Clone, Copy)]
+pub struct Threads(pub usize);
+
+impl ParallelFor for Threads {
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<(), ParallelError> {
+        let next = AtomicUsize::new(0);
+        let work = || {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= count {
+                    break;
+                }
+                task(index);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..self.0.min(count) {
+                scope.spawn(work);
+            }
+            work();
+        });
+        Ok(())
+    }
+}
+
+/// The intra-op threads of the session that runs the operator.
+pub(crate) struct SessionThreads<'a>(pub(crate) &'a ComputeContext);
+
+impl ParallelFor for SessionThreads<'_> {
+    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<(), ParallelError> {
+        if count <= 1 {
+            (0..count).for_each(task);
+            return Ok(());
+        }
+        // ONNX Runtime gives each thread a contiguous share first and lets it steal afterwards. Tasks come sorted by
+        // falling cost, so they are handed out in order instead, whatever index a call came with.
+        let next = AtomicUsize::new(0);
+        let in_order = |_| task(next.fetch_add(1, Ordering::Relaxed));
+        self.0.par_for(count, 0, in_order).map_err(|error| ParallelError(error.to_string()))
+    }
+}
+
+/// A mutable slice that tasks cut disjoint pieces from.
+pub(crate) struct SharedSlice<'a, T> {
+    start: *mut T,
+    len: usize,
+    _borrow: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it only hands out what `piece`'s caller promises to be disjoint, like `split_at_mut` across threads.
+unsafe impl<T: Send> Sync for SharedSlice<'_, T> {}
+
+impl<'a, T> SharedSlice<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), _borrow: std::marker::PhantomData }
+    }
+
+    /// The elements `start..start + len`.
+    ///
+    /// # Safety
+    ///
+    /// No two pieces that are alive at the same time may overlap, unless all of them are only read.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn piece(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start, "piece {start}+{len} of {}", self.len);
+        // SAFETY: inside the slice, and disjoint from all others by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}

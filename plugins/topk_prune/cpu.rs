@@ -1,0 +1,189 @@
+//! Scores, selection and gathering in plain Rust: the gather moves nearly all the bytes, and it is memory copies.
+
+use super::{Inputs, Lengths, Outputs, PruneError};
+use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
+
+/// Rows of the hidden states that one task copies.
+const HIDDEN_ROWS: usize = 256;
+
+/// Scores the tokens of every sequence, keeps the best and gathers what belongs to them.
+///
+/// # Errors
+///
+/// Lengths that do not belong together, a tensor of another size than its shape, a distance outside the bias table, or
+/// threads that could not be had. Nothing is written in the first two cases.
+pub fn prune(
+    lengths: &Lengths,
+    inputs: &Inputs<'_>,
+    outputs: Outputs<'_>,
+    threads: &dyn ParallelFor,
+) -> Result<(), PruneError> {
+    lengths.check(inputs, &outputs)?;
+    let Lengths { batch, heads, length, keep, hidden, .. } = *lengths;
+    let distances = distances(lengths, inputs)?;
+    metric(lengths, inputs, outputs.metric, threads)?;
+    if length == 0 {
+        return Ok(());
+    }
+    let mut runs = Vec::with_capacity(batch);
+    for b in 0..batch {
+        let metric = &outputs.metric[b * heads * length..(b + 1) * heads * length];
+        let scores = &mut outputs.scores[b * length..(b + 1) * length];
+        score(lengths, metric, inputs.bias, &distances[b * length..(b + 1) * length], scores);
+        let kept = &mut outputs.keep_idx[b * keep..(b + 1) * keep];
+        select(scores, kept);
+        for (to, &row) in outputs.kept_position_ids[b * keep..(b + 1) * keep].iter_mut().zip(&*kept) {
+            *to = inputs.position_ids[b * length + row as usize];
+        }
+        runs.push(Run::all(kept));
+    }
+
+    let kv_planes = lengths.layers * 2 * lengths.kv_heads;
+    gather(length, keep, lengths.head_dim, inputs.kv, outputs.kept_kv, kv_planes, &runs, threads)?;
+    gather(length, keep, hidden, inputs.hidden, outputs.kept_hidden, 1, &runs, threads)?;
+    Ok(())
+}
+
+/// Distance from every token to the last one of its sequence, checked against the bias table.
+fn distances(lengths: &Lengths, inputs: &Inputs<'_>) -> Result<Vec<usize>, PruneError> {
+    let entries = inputs.bias.len();
+    let mut distances = Vec::with_capacity(inputs.position_ids.len());
+    for (batch, positions) in inputs.position_ids.chunks_exact(lengths.length.max(1)).enumerate() {
+        let last = positions[positions.len() - 1];
+        for (row, &position) in positions.iter().enumerate() {
+            let distance = last.checked_sub(position).and_then(|d| usize::try_from(d).ok()).filter(|&d| d < entries);
+            distances.push(distance.ok_or(PruneError::Distance { batch, row, position, last, entries })?);
+        }
+    }
+    Ok(distances)
+}
+
+/// `metric[b][h][j] = scale <query[b][h], key[b][h / group][j]>`.
+fn metric(
+    lengths: &Lengths,
+    inputs: &Inputs<'_>,
+    metric: &mut [f32],
+    threads: &dyn ParallelFor,
+) -> Result<(), ParallelError> {
+    let Lengths { batch, heads, kv_heads, head_dim, length, .. } = *lengths;
+    let group = heads / kv_heads;
+    let metric = SharedSlice::new(metric);
+    threads.run(batch * kv_heads, &|task| {
+        // Heads of one group are neighbours, so group `task` of all sequences owns the rows from `task * group` on.
+        // SAFETY: every task has its own rows.
+        let rows = unsafe { metric.piece(task * group * length, group * length) };
+        let queries = &inputs.query_last[task * group * head_dim..(task + 1) * group * head_dim];
+        let keys = &inputs.key[task * length * head_dim..(task + 1) * length * head_dim];
+        for (j, key) in keys.chunks_exact(head_dim).enumerate() {
+            for (h, query) in queries.chunks_exact(head_dim).enumerate() {
+                rows[h * length + j] = dot(query, key) * inputs.scale;
+            }
+        }
+    })
+}
+
+/// The scalar product, summed in eight strands so that it can be vectorised.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a, a_rest) = a.as_chunks::<8>();
+    let (b, b_rest) = b.as_chunks::<8>();
+    let mut sums = [0.0f32; 8];
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    sums.iter().sum::<f32>() + rest
+}
+
+/// `scores[j] = max_h metric[h][j] - bias[distance[j]]`, and infinity for the affixes.
+fn score(lengths: &Lengths, metric: &[f32], bias: &[f32], distances: &[usize], scores: &mut [f32]) {
+    let Lengths { length, prefix, suffix, .. } = *lengths;
+    scores.fill(f32::NEG_INFINITY);
+    for head in metric.chunks_exact(length) {
+        for (score, &logit) in scores.iter_mut().zip(head) {
+            // Written so that NaN wins: a broken logit must not hide behind the other heads.
+            if !(logit <= *score) && !score.is_nan() {
+                *score = logit;
+            }
+        }
+    }
+    for (score, &distance) in scores.iter_mut().zip(distances) {
+        *score -= bias[distance];
+    }
+    scores[..prefix].fill(f32::INFINITY);
+    scores[length - suffix..].fill(f32::INFINITY);
+}
+
+/// Fills `kept` with the indices of the largest scores, ascending. Of equal scores the lower index is kept; NaN ranks
+/// below everything.
+fn select(scores: &[f32], kept: &mut [i64]) {
+    /// Small for large scores; both zeros are one.
+    fn rank(score: f32) -> u32 {
+        if score.is_nan() {
+            return u32::MAX;
+        }
+        let bits = (score + 0.0).to_bits();
+        let ascending = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
+        !ascending
+    }
+    let mut ranked: Vec<(u32, usize)> = scores.iter().enumerate().map(|(j, &score)| (rank(score), j)).collect();
+    if kept.len() < ranked.len() {
+        ranked.select_nth_unstable(kept.len());
+    }
+    for (to, &(_, j)) in kept.iter_mut().zip(&ranked) {
+        *to = j as i64;
+    }
+    kept.sort_unstable();
+}
+
+/// Consecutive survivors, which are copied at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run {
+    from: usize,
+    to: usize,
+    len: usize,
+}
+
+impl Run {
+    fn all(kept: &[i64]) -> Vec<Self> {
+        let mut runs: Vec<Self> = Vec::new();
+        for (to, &from) in kept.iter().enumerate() {
+            let from = from as usize;
+            match runs.last_mut() {
+                Some(run) if run.from + run.len == from && run.len < HIDDEN_ROWS => run.len += 1,
+                _ => runs.push(Self { from, to, len: 1 }),
+            }
+        }
+        runs
+    }
+}
+
+/// Copies the surviving rows of every plane: `planes` planes of `[length, width]` per sequence to as many of
+/// `[keep, width]`.
+#[allow(clippy::too_many_arguments)]
+fn gather(
+    length: usize,
+    keep: usize,
+    width: usize,
+    from: &[f32],
+    to: &mut [f32],
+    planes: usize,
+    runs: &[Vec<Run>],
+    threads: &dyn ParallelFor,
+) -> Result<(), ParallelError> {
+    // A plane is cut where it alone would keep the other threads waiting.
+    let parts = if planes >= 16 { 1 } else { 8 };
+    let to = SharedSlice::new(to);
+    threads.run(runs.len() * planes * parts, &|task| {
+        let (plane, part) = (task / parts, task % parts);
+        let runs = &runs[plane / planes];
+        let share = runs.len().div_ceil(parts);
+        let from = &from[plane * length * width..(plane + 1) * length * width];
+        for run in runs.iter().skip(part * share).take(share) {
+            // SAFETY: every plane and run is copied by one task alone, and runs do not overlap.
+            let out = unsafe { to.piece((plane * keep + run.to) * width, run.len * width) };
+            out.copy_from_slice(&from[run.from * width..(run.from + run.len) * width]);
+        }
+    })
+}

@@ -1,0 +1,155 @@
+//! Models of a few nodes, and the runtime to run them on.
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use onnx_protobuf::attribute_proto::AttributeType;
+use onnx_protobuf::tensor_proto::DataType;
+use onnx_protobuf::tensor_shape_proto::{Dimension, dimension};
+use onnx_protobuf::{
+    AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorShapeProto, TypeProto,
+    ValueInfoProto, type_proto,
+};
+use ort::environment::Environment;
+use ort::session::Session;
+use protobuf::{Message, MessageField};
+
+/// An attribute value.
+#[derive(Clone, Copy)]
+pub enum Attribute {
+    Int(i64),
+    Float(f32),
+}
+
+/// A node; an empty input name is an input left out.
+pub fn node(
+    domain: &str,
+    operator: &str,
+    inputs: &[&str],
+    outputs: &[&str],
+    attributes: &[(&str, Attribute)],
+) -> NodeProto {
+    NodeProto {
+        domain: domain.into(),
+        op_type: operator.into(),
+        input: inputs.iter().map(ToString::to_string).collect(),
+        output: outputs.iter().map(ToString::to_string).collect(),
+        attribute: attributes
+            .iter()
+            .map(|&(name, value)| {
+                let mut attribute = AttributeProto { name: name.into(), ..AttributeProto::default() };
+                match value {
+                    Attribute::Int(i) => (attribute.i, attribute.type_) = (i, AttributeType::INT.into()),
+                    Attribute::Float(f) => (attribute.f, attribute.type_) = (f, AttributeType::FLOAT.into()),
+                }
+                attribute
+            })
+            .collect(),
+        ..NodeProto::default()
+    }
+}
+
+/// Name, type and rank of a graph input or output; every dimension is dynamic.
+pub type Value<'a> = (&'a str, DataType, usize);
+
+/// A model-local function.
+pub fn function(domain: &str, name: &str, inputs: &[&str], outputs: &[&str], nodes: Vec<NodeProto>) -> FunctionProto {
+    FunctionProto {
+        domain: domain.into(),
+        name: name.into(),
+        input: inputs.iter().map(ToString::to_string).collect(),
+        output: outputs.iter().map(ToString::to_string).collect(),
+        node: nodes,
+        opset_import: opsets(),
+        ..FunctionProto::default()
+    }
+}
+
+fn opsets() -> Vec<OperatorSetIdProto> {
+    [("", 21), ("ai.accordion", 1), ("com.microsoft", 1)]
+        .map(|(domain, version)| OperatorSetIdProto { domain: domain.into(), version, ..OperatorSetIdProto::default() })
+        .to_vec()
+}
+
+/// A serialised model of these nodes and functions.
+pub fn model(
+    nodes: Vec<NodeProto>,
+    functions: Vec<FunctionProto>,
+    inputs: &[Value<'_>],
+    outputs: &[Value<'_>],
+) -> Vec<u8> {
+    let value = |&(name, dtype, rank): &Value<'_>| ValueInfoProto {
+        name: name.into(),
+        type_: MessageField::some(TypeProto {
+            value: Some(type_proto::Value::TensorType(type_proto::Tensor {
+                elem_type: dtype as i32,
+                shape: MessageField::some(TensorShapeProto {
+                    dim: (0..rank)
+                        .map(|axis| Dimension {
+                            value: Some(dimension::Value::DimParam(format!("{name}_{axis}"))),
+                            ..Dimension::default()
+                        })
+                        .collect(),
+                    ..TensorShapeProto::default()
+                }),
+                ..type_proto::Tensor::default()
+            })),
+            ..TypeProto::default()
+        }),
+        ..ValueInfoProto::default()
+    };
+    ModelProto {
+        ir_version: 10,
+        opset_import: opsets(),
+        functions,
+        graph: MessageField::some(GraphProto {
+            name: "operators".into(),
+            node: nodes,
+            input: inputs.iter().map(value).collect(),
+            output: outputs.iter().map(value).collect(),
+            ..GraphProto::default()
+        }),
+        ..ModelProto::default()
+    }
+    .write_to_bytes()
+    .unwrap_or_default()
+}
+
+/// A session over a model, with Accordion's operators registered.
+pub fn session(model: &[u8], threads: usize) -> ort::Result<Session> {
+    Ok(Session::builder(environment()?)?
+        .with_intra_threads(threads)?
+        .with_operators(accordion_plugins::domain()?)?
+        .commit_from_memory(model)?)
+}
+
+fn environment() -> ort::Result<&'static Environment> {
+    static ENVIRONMENT: LazyLock<Result<Environment, String>> = LazyLock::new(|| {
+        let library = library().ok_or("no ONNX Runtime: set ORT_DYLIB_PATH to libonnxruntime.so")?;
+        let builder = ort::init_from(&library).map_err(|error| format!("{}: {error}", library.display()))?;
+        builder.build().map_err(|error| error.to_string())
+    });
+    ENVIRONMENT.as_ref().map_err(|error| ort::Error::new(error.clone()))
+}
+
+/// `ORT_DYLIB_PATH`, else a library in the cache folder of Accordion.
+fn library() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("ORT_DYLIB_PATH") {
+        return Some(path.into());
+    }
+    let cache = std::env::var_os("ACCORDION_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/accordion")))?;
+    let mut folders = vec![cache];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).ok()?.flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if entry.file_name().to_string_lossy().starts_with("libonnxruntime.so") {
+                return Some(path);
+            }
+        }
+    }
+    None
+}
