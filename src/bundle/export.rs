@@ -7,8 +7,8 @@ use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::methods::{self, Source};
 use accordion_graphs::onnx::Scope;
-use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
+use accordion_graphs::plan::{PlanError, PromptLengths};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -39,12 +39,12 @@ pub enum WeightStorage {
 pub enum MethodSettings {
     /// The baseline.
     Plain,
-    /// Hierarchical context merging for contexts of `contexts` tokens.
+    /// Hierarchical context merging.
     Homer {
         /// Chunk lengths, target and warm-up.
         settings: HomerSettings,
-        /// Context lengths; every tree height that one of them can have with affixes of up to half a chunk gets graphs.
-        contexts: Vec<usize>,
+        /// Tree heights to build graphs for, as [`tree_heights`] gives them.
+        tree_heights: Vec<usize>,
     },
 }
 
@@ -76,19 +76,18 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
     let locations = locations(checkpoint)?;
     let (method, graphs) = match &options.method {
-        MethodSettings::Plain => (Method::Plain, BTreeMap::from([("decoder".to_owned(), methods::plain::decoder(&source))])),
-        MethodSettings::Homer { settings, contexts } => {
-            let tree_heights = tree_heights(arch.num_layers, *settings, contexts)?;
-            let graphs = homer_graphs(&source, *settings, &tree_heights)?;
-            (Method::Homer { settings: *settings, tree_heights }, graphs)
+        MethodSettings::Plain => {
+            (Method::Plain, BTreeMap::from([("decoder".to_owned(), methods::plain::decoder(&source))]))
+        }
+        MethodSettings::Homer { settings, tree_heights } => {
+            let graphs = homer_graphs(&source, *settings, tree_heights)?;
+            (Method::Homer { settings: *settings, tree_heights: tree_heights.clone() }, graphs)
         }
     };
 
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let aside = tempfile::Builder::new()
-        .prefix(".accordion-export-")
-        .tempdir_in(parent)
-        .map_err(BundleError::io(parent))?;
+    let aside =
+        tempfile::Builder::new().prefix(".accordion-export-").tempdir_in(parent).map_err(BundleError::io(parent))?;
     let mut manifest =
         Manifest::new(method, options.target, checkpoint.architecture().clone(), checkpoint.fingerprint());
     for (name, graph) in graphs {
@@ -128,12 +127,17 @@ fn locations(checkpoint: &Checkpoint) -> Result<Vec<String>, BundleError> {
         .collect()
 }
 
-/// Every height that a tree over one of `contexts` can have, whatever affixes of up to half a chunk take of the room.
-fn tree_heights(num_layers: usize, settings: HomerSettings, contexts: &[usize]) -> Result<Vec<usize>, BundleError> {
+/// Every height that a tree over one of `contexts` (tokens) can have, whatever affixes of up to half a chunk take of the
+/// room.
+///
+/// # Errors
+///
+/// There is no plan for a context.
+pub fn tree_heights(num_layers: usize, settings: HomerSettings, contexts: &[usize]) -> Result<Vec<usize>, PlanError> {
     let smallest_chunk = settings.max_initial_chunk_len.unwrap_or(settings.max_chunk_len).min(settings.max_chunk_len);
     let mut heights = BTreeSet::new();
     for &context in contexts {
-        let height = |affixes: usize| -> Result<usize, BundleError> {
+        let height = |affixes: usize| -> Result<usize, PlanError> {
             let lengths = PromptLengths { prefix: affixes - 1, context, suffix: 1 };
             Ok(HomerPlan::new(num_layers, lengths, settings)?.tree_height)
         };

@@ -158,7 +158,10 @@ impl WeightFile {
         open.read_exact(&mut length).map_err(BundleError::io(path))?;
         let header_len = u64::from_le_bytes(length);
         if header_len > MAX_HEADER_BYTES || header_len > meta.len() {
-            return Err(BundleError::invalid(path, format!("header of {header_len} bytes in a file of {}", meta.len())));
+            return Err(BundleError::invalid(
+                path,
+                format!("header of {header_len} bytes in a file of {}", meta.len()),
+            ));
         }
         let mut header = Vec::new();
         open.take(header_len).read_to_end(&mut header).map_err(BundleError::io(path))?;

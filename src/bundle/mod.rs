@@ -5,7 +5,7 @@ mod export;
 mod manifest;
 
 pub use error::BundleError;
-pub use export::{ExportOptions, MethodSettings, WeightStorage, export};
+pub use export::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
 pub use manifest::{GraphEntry, Manifest, Method, WeightFile};
 
 use crate::checkpoint::{WeightMaps, read_index};
@@ -63,7 +63,10 @@ impl Bundle {
     pub fn llama(&self) -> Result<&Llama, BundleError> {
         match &self.manifest.architecture {
             Architecture::Llama(llama) => Ok(llama),
-            other => Err(BundleError::invalid(&self.dir.join(MANIFEST_FILE), format!("architecture {other:?} is not supported"))),
+            other => Err(BundleError::invalid(
+                &self.dir.join(MANIFEST_FILE),
+                format!("architecture {other:?} is not supported"),
+            )),
         }
     }
 
@@ -83,10 +86,11 @@ impl Bundle {
     ///
     /// There is no such graph, or its file cannot be read or changed since the export.
     pub fn graph(&self, name: &str) -> Result<Vec<u8>, BundleError> {
-        let entry = self.manifest.graphs.get(name).ok_or_else(|| BundleError::MissingGraph {
-            dir: self.dir.clone(),
-            name: name.to_owned(),
-        })?;
+        let entry = self
+            .manifest
+            .graphs
+            .get(name)
+            .ok_or_else(|| BundleError::MissingGraph { dir: self.dir.clone(), name: name.to_owned() })?;
         entry.read(&self.dir.join(&entry.file))
     }
 }

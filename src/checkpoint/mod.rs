@@ -15,8 +15,8 @@ mod safetensors;
 pub use config::{config_json, from_config_json};
 pub use error::{CheckpointError, HeaderError};
 pub use maps::WeightMaps;
-pub use safetensors::read_index;
 pub use required::{check_tensors, required_tensors};
+pub use safetensors::read_index;
 
 use crate::tensor::Tensor;
 use accordion_graphs::architecture::Architecture;

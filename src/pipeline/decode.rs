@@ -27,7 +27,8 @@ struct CacheNames {
 
 impl CacheNames {
     fn new(layers: usize) -> Self {
-        let names = |what: &str| (0..layers).map(|l| ["key", "value"].map(|part| format!("{what}.{l}.{part}"))).collect();
+        let names =
+            |what: &str| (0..layers).map(|l| ["key", "value"].map(|part| format!("{what}.{l}.{part}"))).collect();
         Self { past: names("past_key_values"), present: names("present") }
     }
 }
@@ -62,7 +63,9 @@ impl Sequence {
             Target::OrtCpu => Cache::Reserved { capacity, buffers: reserve(arch, capacity) },
             Target::Portable => {
                 let empty = || Tensor::from_f32([1, arch.num_kv_heads, 0, arch.head_dim], Vec::new());
-                Cache::Growing((0..arch.num_layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_, PipelineError>>()?)
+                Cache::Growing(
+                    (0..arch.num_layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_, PipelineError>>()?,
+                )
             }
         };
         Ok(Self {

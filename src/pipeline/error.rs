@@ -57,7 +57,9 @@ pub enum PipelineError {
         height: usize,
     },
     /// The context is longer than the model can attend to.
-    #[error("a sequence of {length} tokens is longer than the model's sliding window of {window}, which is not supported")]
+    #[error(
+        "a sequence of {length} tokens is longer than the model's sliding window of {window}, which is not supported"
+    )]
     SlidingWindow {
         /// Rows that attend to each other.
         length: usize,

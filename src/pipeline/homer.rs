@@ -149,7 +149,10 @@ impl Walk<'_, '_, '_> {
             .filter(|(tap, _)| nodes.iter().any(|&n| self.wants(&plan.nodes[n], tap)))
             .map(|(tap, value)| (tap.as_str(), value))
             .collect();
-        let tap_values: Vec<&str> = wanted.iter().map(|(_, value)| value.name.as_str()).collect();
+        // What a leaf is given is known; an input cannot be an output too.
+        let (given, computed): (Vec<_>, Vec<_>) =
+            wanted.into_iter().partition(|(_, value)| signature.inputs.iter().any(|input| input.name == value.name));
+        let tap_values: Vec<&str> = computed.iter().map(|(_, value)| value.name.as_str()).collect();
         // Taps that are outputs already need not be declared again.
         let declared: Vec<&str> =
             tap_values.iter().copied().filter(|name| !signature.outputs.iter().any(|o| o.name == *name)).collect();
@@ -186,9 +189,14 @@ impl Walk<'_, '_, '_> {
         let mut outputs = vec!["hidden", "kept_position_ids", "kv"];
         outputs.extend(&tap_values);
         let mut results = self.engines.get(&name, &declared)?.run(&inputs, &mut [], &outputs)?;
+        for (tap, info) in given {
+            if let Some((_, value)) = inputs.iter().find(|(name, _)| *name == info.name) {
+                self.record(nodes, tap, info, value)?;
+            }
+        }
         drop(owned);
         let tapped = results.split_off(3);
-        for ((tap, info), value) in wanted.iter().zip(&tapped) {
+        for ((tap, info), value) in computed.iter().zip(&tapped) {
             self.record(nodes, tap, info, value)?;
         }
         for (i, &n) in nodes.iter().enumerate() {

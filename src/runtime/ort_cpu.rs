@@ -43,7 +43,10 @@ impl OrtCpu {
     ///
     /// Our kernels cannot be registered.
     pub fn new(runtime: &'static LoadedRuntime, weights: WeightMaps, options: OrtOptions) -> Result<Self, EngineError> {
-        let failed = |e: ort::Error| EngineError::Runtime { graph: accordion_graphs::onnx::DOMAIN.into(), message: e.to_string() };
+        let failed = |e: ort::Error| EngineError::Runtime {
+            graph: accordion_graphs::onnx::DOMAIN.into(),
+            message: e.to_string(),
+        };
         let operators =
             options.fused_operators.then(|| accordion_plugins::domain().map(Arc::new).map_err(failed)).transpose()?;
         Ok(Self { runtime, weights, options, operators })
@@ -69,7 +72,7 @@ impl Loader for OrtCpu {
                 .weights
                 .tensor(weight)
                 .map_err(|e| EngineError::Weight { graph: name.to_owned(), source: Box::new(e) })?;
-            let value = borrow(tensor.dtype(), tensor.shape(), tensor.bytes()).map_err(failed)?;
+            let value = Borrowed::read_only(&tensor).map_err(failed)?.into_value();
             builder = builder.with_external_initializer(weight, value).map_err(|e| failed(e.to_string()))?;
         }
         let session = builder.commit_from_memory(bytes).map_err(|e| failed(e.to_string()))?;
@@ -142,30 +145,48 @@ fn check(status: sys::OrtStatusPtr) -> Result<(), String> {
 }
 
 /// A runtime value over memory that it neither owns nor frees.
-fn borrow_raw(dtype: DType, shape: &[usize], data: *mut c_void, len: usize) -> Result<DynValue, String> {
-    let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
-    let info = ort::memory::MemoryInfo::default();
-    let mut value = null_mut();
-    // SAFETY: `shape` and `info` live through the call, which copies them; the data is only stored as a pointer.
-    check(unsafe {
-        (ort::api().CreateTensorWithDataAsOrtValue)(
-            info.ptr(),
-            data,
-            len,
-            shape.as_ptr(),
-            shape.len(),
-            onnx_type(dtype),
-            &raw mut value,
-        )
-    })?;
-    let value = NonNull::new(value).ok_or("the runtime returned no value")?;
-    // SAFETY: the runtime just created the value, and nobody else frees it.
-    Ok(unsafe { DynValue::from_ptr(value, None) })
+struct Borrowed(NonNull<sys::OrtValue>);
+
+impl Borrowed {
+    fn new(dtype: DType, shape: &[usize], data: *mut c_void, len: usize) -> Result<Self, String> {
+        let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+        let info = ort::memory::MemoryInfo::default();
+        let mut value = null_mut();
+        // SAFETY: `shape` and `info` live through the call, which copies them; the data is only stored as a pointer.
+        check(unsafe {
+            (ort::api().CreateTensorWithDataAsOrtValue)(
+                info.ptr(),
+                data,
+                len,
+                shape.as_ptr(),
+                shape.len(),
+                onnx_type(dtype),
+                &raw mut value,
+            )
+        })?;
+        NonNull::new(value).map(Self).ok_or_else(|| "the runtime returned no value".to_owned())
+    }
+
+    /// Over memory that is only read.
+    fn read_only(tensor: &Tensor) -> Result<Self, String> {
+        let bytes = tensor.bytes();
+        Self::new(tensor.dtype(), tensor.shape(), bytes.as_ptr().cast_mut().cast(), bytes.len())
+    }
+
+    /// As a value that `ort` releases.
+    fn into_value(self) -> DynValue {
+        let value = std::mem::ManuallyDrop::new(self);
+        // SAFETY: the value is valid and from here on released by its new owner alone. The allocator only describes
+        // where the memory is.
+        unsafe { DynValue::from_ptr(value.0, Some(&ort::memory::Allocator::default())) }
+    }
 }
 
-/// As [`borrow_raw`], over memory that is only read.
-fn borrow(dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<DynValue, String> {
-    borrow_raw(dtype, shape, bytes.as_ptr().cast_mut().cast(), bytes.len())
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, released nowhere else.
+        unsafe { (ort::api().ReleaseValue)(self.0.as_ptr()) };
+    }
 }
 
 /// An output that the runtime allocated.
@@ -197,12 +218,16 @@ impl OrtEngine {
         kind: &'static str,
         name: &str,
     ) -> Result<&'s (CString, Option<DType>), EngineError> {
-        names.get(name).ok_or_else(|| EngineError::UnknownName { graph: self.name.clone(), kind, name: name.to_owned() })
+        names.get(name).ok_or_else(|| EngineError::UnknownName {
+            graph: self.name.clone(),
+            kind,
+            name: name.to_owned(),
+        })
     }
 
     fn tensor(&self, name: &str, dtype: DType, value: NonNull<sys::OrtValue>) -> Result<Tensor, EngineError> {
         // SAFETY: the runtime handed this output over to us; it is freed with the storage below.
-        let value = unsafe { DynValue::from_ptr(value, None) };
+        let value = unsafe { DynValue::from_ptr(value, Some(self.session.allocator())) };
         let failed = |message: String| EngineError::Runtime { graph: self.name.clone(), message };
         let shape: Vec<usize> = match value.dtype() {
             ValueType::Tensor { shape, .. } => shape.iter().map(|&n| n.max(0) as usize).collect(),
@@ -215,8 +240,11 @@ impl OrtEngine {
         // An empty tensor may come without memory.
         let data = NonNull::new(data.cast::<u8>()).unwrap_or(NonNull::<i64>::dangling().cast());
         let storage = OrtStorage { _value: value, _session: self.session.inner(), data, len };
-        Tensor::from_storage(dtype, shape, Arc::new(storage), 0)
-            .map_err(|source| EngineError::Output { graph: self.name.clone(), name: name.to_owned(), source })
+        Tensor::from_storage(dtype, shape, Arc::new(storage), 0).map_err(|source| EngineError::Output {
+            graph: self.name.clone(),
+            name: name.to_owned(),
+            source,
+        })
     }
 }
 
@@ -232,7 +260,7 @@ impl Engine for OrtEngine {
         let mut input_values = Vec::with_capacity(inputs.len() + in_place.len());
         for (name, tensor) in inputs {
             input_names.push(self.name_of(&self.inputs, "input", name)?.0.as_ptr());
-            input_values.push(borrow(tensor.dtype(), tensor.shape(), tensor.bytes()).map_err(failed)?);
+            input_values.push(Borrowed::read_only(tensor).map_err(failed)?);
         }
         let mut output_names: Vec<*const c_char> = Vec::with_capacity(outputs.len() + in_place.len());
         let mut output_types = Vec::with_capacity(outputs.len());
@@ -249,9 +277,10 @@ impl Engine for OrtEngine {
             input_names.push(self.name_of(&self.inputs, "input", slot.input)?.0.as_ptr());
             output_names.push(self.name_of(&self.outputs, "output", slot.output)?.0.as_ptr());
             let (data, len) = (slot.data.as_mut_ptr().cast(), size_of_val(slot.data));
-            input_values.push(borrow_raw(DType::F32, slot.shape, data, len).map_err(failed)?);
+            input_values.push(Borrowed::new(DType::F32, slot.shape, data, len).map_err(failed)?);
         }
-        let value_pointers: Vec<*const sys::OrtValue> = input_values.iter().map(AsPointer::ptr).collect();
+        let value_pointers: Vec<*const sys::OrtValue> =
+            input_values.iter().map(|v: &Borrowed| v.0.as_ptr().cast_const()).collect();
         let mut results: Vec<*mut sys::OrtValue> = vec![null_mut(); outputs.len()];
         // One value serves as input and output of what is updated in place.
         results.extend(value_pointers[inputs.len()..].iter().map(|p| p.cast_mut()));

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod compare;
+mod graphs;
 mod reference;
 
 use accordion::goldens::HomerCase;
@@ -33,7 +34,8 @@ trait Implementation {
 }
 
 fn implementations() -> Vec<Box<dyn Implementation>> {
-    vec![Box::new(reference::Reference)]
+    let graphs = graphs::Graphs::all().into_iter().map(|g| Box::new(g) as Box<dyn Implementation>);
+    std::iter::once(Box::new(reference::Reference) as Box<dyn Implementation>).chain(graphs).collect()
 }
 
 /// The folders that hold golden cases: ours, and the one that the environment names.

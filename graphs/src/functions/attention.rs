@@ -1,10 +1,12 @@
-//! Causal attention for ONNX Runtime on CPU: two functions over its contributed `GroupQueryAttention`, which skips the
-//! masked half and can append to a cache in place.
+//! `GroupQueryAttention` for ONNX Runtime on CPU: causal attention over its contributed operator of that name, which
+//! skips the masked half and can append to a cache in place. A function's inputs are all there, so the operator has two
+//! forms, with and without a past; a graph uses one of them.
 
 use crate::dtype::DType;
 use crate::onnx::{Attribute, BuildError, Dim, Function, Scope, Value};
 use std::rc::Rc;
 
+const NAME: &str = "GroupQueryAttention";
 const HEADS: [&str; 2] = ["num_heads", "kv_num_heads"];
 
 /// Queries, keys and values of one call: `[batch, sequence, heads * d]`.
@@ -22,27 +24,27 @@ fn group_query_attention(g: &Scope, [q, k, v]: &[Value; 3], past: Option<[&Value
     let results = vec![(DType::F32, q.shape().to_vec()), (DType::F32, cache.clone()), (DType::F32, cache)];
     let inputs = [Some(q), Some(k), Some(v), past.map(|p| p[0]), past.map(|p| p[1]), Some(&last), Some(&total)];
     let attributes = HEADS.iter().map(|&name| (name, Attribute::IntOf(name))).collect();
-    let outputs = g.contributed("GroupQueryAttention", &inputs, attributes, results);
+    let outputs = g.contributed(NAME, &inputs, attributes, results);
     for (name, value) in ["output", "present_key", "present_value"].iter().zip(&outputs) {
         g.output(name, value);
     }
 }
 
-/// `CausalAttention(query, key, value) -> output, present_key, present_value`: row `t` attends to rows `0 ..= t`. The
+/// `GroupQueryAttention(query, key, value) -> output, present_key, present_value`: row `t` attends to rows `0 ..= t`. The
 /// keys and values come out heads first, `[batch, G, sequence, d]`.
 ///
 /// # Errors
 ///
 /// The body is inconsistent.
 pub fn causal_attention() -> Result<Function, BuildError> {
-    let g = Scope::new("CausalAttention", Rc::default());
+    let g = Scope::new(NAME, Rc::default());
     let qkv = projections(&g);
     let rows = qkv[0].shape_at_run_time(1, 2);
     group_query_attention(&g, &qkv, None, &rows, "sequence".into());
-    Function::new("CausalAttention", &HEADS, &g)
+    Function::new(NAME, &HEADS, &g)
 }
 
-/// `CachedAttention(query, key, value, past_key, past_value, past_length [1])`: as [`causal_attention`], after the first
+/// `GroupQueryAttention(query, key, value, past_key, past_value, past_length [1])`: as [`causal_attention`], after the first
 /// `past_length` rows of a cache `[batch, G, capacity, d]`. The new rows are written behind them; a caller that binds
 /// past and present to one buffer appends in place.
 ///
@@ -50,12 +52,12 @@ pub fn causal_attention() -> Result<Function, BuildError> {
 ///
 /// The body is inconsistent.
 pub fn cached_attention() -> Result<Function, BuildError> {
-    let g = Scope::new("CachedAttention", Rc::default());
+    let g = Scope::new(NAME, Rc::default());
     let qkv = projections(&g);
     let cache = ["batch".into(), "kv_heads".into(), "capacity".into(), "head".into()];
     let past = ["past_key", "past_value"].map(|name| g.input(name, DType::F32, &cache));
     let past_length = g.input("past_length", DType::I64, &[1.into()]);
     let total = past_length + qkv[0].shape_at_run_time(1, 2);
     group_query_attention(&g, &qkv, Some([&past[0], &past[1]]), &total, "capacity".into());
-    Function::new("CachedAttention", &HEADS, &g)
+    Function::new(NAME, &HEADS, &g)
 }

@@ -152,7 +152,8 @@ impl HomerPlan {
             .ok_or_else(|| out_of_range("layers_warmup", warmup, format!("at most the model's {num_layers} layers")))?;
         let per_height = tree_layers / (tree_height + 1);
         let base = num_layers - per_height * (tree_height + 1);
-        let range = |h: usize| if h == 0 { 0..base + per_height } else { base + per_height * h..base + per_height * (h + 1) };
+        let range =
+            |h: usize| if h == 0 { 0..base + per_height } else { base + per_height * h..base + per_height * (h + 1) };
         Ok((0..=tree_height).map(range).collect())
     }
 
