@@ -139,6 +139,34 @@ pub enum CheckpointError {
         /// Size of the file.
         available: u64,
     },
+    /// The tokenizer refused: its file, a text or an id.
+    #[error("{}: {source}", path.display())]
+    Tokenizer {
+        /// tokenizer.json.
+        path: PathBuf,
+        /// The reason the tokenizers library gives.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The tokenizer knows more tokens than the model.
+    #[error("{}: token '{token}' has id {id}, but the model knows only ids below {vocab_size}", path.display())]
+    TokenId {
+        /// tokenizer.json.
+        path: PathBuf,
+        /// The token.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// Number of ids of the model.
+        vocab_size: usize,
+    },
+    /// The chat template is not valid, or refuses the conversation.
+    #[error("the chat template of {}: {detail}", path.display())]
+    ChatTemplate {
+        /// The file it comes from, or the folder when there is none.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
     /// A tensor that cannot be viewed.
     #[error("tensor {name}: {source}")]
     Tensor {
