@@ -52,7 +52,7 @@ pub(crate) struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// The template of the checkpoint in `dir`, if it has one. `config` are the fields of tokenizer_config.json. A file
+    /// The template of the checkpoint in `dir`, if it has one. `config` are the fields of `tokenizer_config.json`. A file
     /// of its own takes precedence; of several named templates, `default` is the one.
     pub(crate) fn load(
         dir: &Path,
@@ -148,6 +148,8 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
 }
 
 /// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it, which the trained prompts contain.
+// minijinja hands keyword arguments over by value.
+#[allow(clippy::needless_pass_by_value)]
 fn tojson(value: &Value, options: minijinja::value::Kwargs) -> Result<Value, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     options.assert_all_used()?;
@@ -186,7 +188,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn template(source: serde_json::Value) -> Result<ChatTemplate, CheckpointError> {
+    fn template(source: &serde_json::Value) -> Result<ChatTemplate, CheckpointError> {
         let config = json!({ "chat_template": source });
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokenizer_config.json");
@@ -195,7 +197,7 @@ mod tests {
     }
 
     fn rendered(source: &str, messages: &[ChatMessage]) -> String {
-        template(json!(source)).unwrap().render(messages, true).unwrap()
+        template(&json!(source)).unwrap().render(messages, true).unwrap()
     }
 
     const CHATML: &str = "{{ bos_token }}{% for message in messages %}\n    {{- '<|im_start|>' + message['role'] + '\n' + message['content'].strip() + '<|im_end|>' + '\n' }}{% endfor %}\n{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -211,7 +213,8 @@ mod tests {
 
     #[test]
     fn the_prompt_splits_around_the_context() {
-        let template = template(json!([{"name": "tool_use", "template": ""}, {"name": "default", "template": CHATML}]));
+        let template =
+            template(&json!([{"name": "tool_use", "template": ""}, {"name": "default", "template": CHATML}]));
         let affixes = template.unwrap().affixes(Some("Be brief."), "Who?").unwrap();
         assert_eq!(affixes.prefix, "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n");
         assert_eq!(affixes.suffix, "\n\nWho?<|im_end|>\n<|im_start|>assistant\n");
@@ -221,7 +224,7 @@ mod tests {
     fn a_template_that_drops_or_repeats_the_message_cannot_be_split() {
         for source in ["nothing", "{{ messages[0].content }}{{ messages[0].content }}", "{{ messages[0].content[1:] }}"]
         {
-            let error = template(json!(source)).unwrap().affixes(None, "Who?").unwrap_err();
+            let error = template(&json!(source)).unwrap().affixes(None, "Who?").unwrap_err();
             assert!(error.to_string().contains("exactly once"), "{source}: {error}");
         }
     }
@@ -247,7 +250,7 @@ mod tests {
         for (source, part) in
             [(json!("{% if %}"), "syntax error"), (json!(3), "`chat_template`"), (json!([]), "named default")]
         {
-            let error = template(source).err().unwrap().to_string();
+            let error = template(&source).err().unwrap().to_string();
             assert!(error.contains(part) && error.contains("tokenizer_config.json"), "{error}");
         }
         for (source, part) in [
@@ -256,7 +259,7 @@ mod tests {
             ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", "fuel"),
             ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ] {
-            let error = template(json!(source)).unwrap().render(&[], false).unwrap_err().to_string();
+            let error = template(&json!(source)).unwrap().render(&[], false).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
         }
     }

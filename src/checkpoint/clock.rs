@@ -39,10 +39,10 @@ impl Moment {
     /// The moment `seconds` after the start of 1970.
     fn at(seconds: u64) -> Self {
         const DAY: u64 = 86_400;
+        /// Days in 400 years, after which the calendar repeats.
+        const CYCLE: u64 = 146_097;
         let mut day = seconds / DAY;
         let weekday = ((day + 4) % 7) as usize;
-        // The calendar repeats every 400 years; within one such cycle whole years, then whole months are taken off.
-        const CYCLE: u64 = 146_097;
         let mut year = 1970 + 400 * (day / CYCLE);
         day %= CYCLE;
         while day >= 365 + u64::from(is_leap(year)) {

@@ -100,12 +100,12 @@ impl Tokenizer {
         self.0.tokenizer.id_to_token(id)
     }
 
-    /// The token that starts a text, as tokenizer_config.json spells it.
+    /// The token that starts a text, as `tokenizer_config.json` spells it.
     pub fn bos_token(&self) -> Option<&str> {
         self.0.bos_token.as_deref()
     }
 
-    /// The token that ends a text, as tokenizer_config.json spells it.
+    /// The token that ends a text, as `tokenizer_config.json` spells it.
     pub fn eos_token(&self) -> Option<&str> {
         self.0.eos_token.as_deref()
     }
