@@ -195,7 +195,7 @@ pub fn config_json(model: &Llama) -> Value {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::panic)]
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::float_cmp)]
     use super::*;
     use accordion_graphs::architecture::RopeScaling;
 

@@ -139,6 +139,48 @@ pub enum CheckpointError {
         /// Size of the file.
         available: u64,
     },
+    /// The tokenizer refused: its file, a text or an id.
+    #[error("{}: {source}", path.display())]
+    Tokenizer {
+        /// tokenizer.json.
+        path: PathBuf,
+        /// The reason the tokenizers library gives.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The tokenizer knows more tokens than the model.
+    #[error("{}: token '{token}' has id {id}, but the model knows only ids below {vocab_size}", path.display())]
+    TokenId {
+        /// tokenizer.json.
+        path: PathBuf,
+        /// The token.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// Number of ids of the model.
+        vocab_size: usize,
+    },
+    /// The chat template is not valid, or refuses the conversation.
+    #[error("the chat template of {}: {detail}", path.display())]
+    ChatTemplate {
+        /// The file it comes from, or the folder when there is none.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// A GGUF file whose structure cannot be trusted.
+    #[error("{}: {problem}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: GgufError,
+    },
+    /// An import would overwrite something.
+    #[error("{} exists already", path.display())]
+    Exists {
+        /// The folder that was to be made.
+        path: PathBuf,
+    },
     /// A tensor that cannot be viewed.
     #[error("tensor {name}: {source}")]
     Tensor {
@@ -228,6 +270,73 @@ pub enum HeaderError {
         /// Bytes there are.
         available: u64,
     },
+}
+
+/// What is wrong with a GGUF file.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GgufError {
+    /// The first four bytes are others.
+    #[error("not a GGUF file")]
+    NotGguf,
+    /// A version that is not 2 or 3.
+    #[error("GGUF version {0}; supported are 2 and 3")]
+    Version(u32),
+    /// The file ends inside something.
+    #[error("the file ends inside {0}")]
+    Truncated(String),
+    /// A count that no honest file has.
+    #[error("{found} {what}; at most {limit} are read")]
+    TooMany {
+        /// What is counted.
+        what: &'static str,
+        /// The count.
+        found: u64,
+        /// The largest count accepted.
+        limit: u64,
+    },
+    /// A name that appears twice.
+    #[error("{0} appears twice")]
+    Twice(String),
+    /// A string that is not UTF-8.
+    #[error("{0} is not UTF-8")]
+    NotUtf8(String),
+    /// A number that stands for a type and is not known.
+    #[error("{what} has type {found}, which is not supported")]
+    UnknownType {
+        /// The metadata field or tensor.
+        what: String,
+        /// The number.
+        found: u32,
+    },
+    /// `general.alignment` is not a power of two of at most 65536.
+    #[error("general.alignment is {0}, expected a power of two up to 65536")]
+    Alignment(u64),
+    /// A tensor whose shape is empty, overflows, or does not divide into blocks.
+    #[error("tensor {name}: shape {shape:?} (innermost first) does not divide into blocks of {block}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Its dimensions as the file orders them.
+        shape: Vec<u64>,
+        /// Elements in one block.
+        block: usize,
+    },
+    /// A tensor that does not lie inside the file at a multiple of the alignment.
+    #[error("tensor {name}: {len} bytes at {offset} of the tensor data, which has {available} bytes")]
+    Offset {
+        /// The tensor.
+        name: String,
+        /// Where it begins.
+        offset: u64,
+        /// Its size.
+        len: u64,
+        /// Size of all tensor data.
+        available: u64,
+    },
+    /// Two tensors share bytes.
+    #[error("tensors {0} and {1} overlap")]
+    Overlap(String, String),
 }
 
 /// Attaches the path to an I/O error.

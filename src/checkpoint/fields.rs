@@ -87,6 +87,16 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
+    /// A whole number below `limit`: an id, an index.
+    pub(crate) fn index(&self, name: &str, limit: usize) -> Result<Option<usize>, CheckpointError> {
+        self.get(name)
+            .map(|value| {
+                let number = value.as_u64().filter(|&n| n < limit as u64);
+                number.map(|n| n as usize).ok_or_else(|| self.wrong(name, format!("a whole number below {limit}")))
+            })
+            .transpose()
+    }
+
     /// A finite number that `accept`s; `expected` describes those.
     pub(crate) fn number(
         &self,

@@ -3,20 +3,29 @@
 //! Nothing in such a folder is trusted: sizes are bounded before anything is allocated, arithmetic is checked, and
 //! what is not understood is refused by name.
 
+mod chat;
+mod clock;
 mod config;
 mod error;
 mod fields;
 mod files;
+mod gguf;
+mod import;
 mod maps;
 mod required;
 mod rope;
 mod safetensors;
+mod tokenizer;
+mod vocabulary;
 
+pub use chat::{ChatMessage, PromptAffixes};
 pub use config::{config_json, from_config_json};
-pub use error::{CheckpointError, HeaderError};
+pub use error::{CheckpointError, GgufError, HeaderError};
+pub use gguf::import_gguf;
 pub use maps::WeightMaps;
 pub use required::{check_tensors, required_tensors};
 pub use safetensors::read_index;
+pub use tokenizer::{TextStream, Tokenizer};
 
 use crate::tensor::Tensor;
 use accordion_graphs::architecture::Architecture;
@@ -36,6 +45,7 @@ const MAX_CONFIG: u64 = 4 << 20;
 pub struct Checkpoint {
     dir: PathBuf,
     architecture: Architecture,
+    vocab_size: usize,
     maps: WeightMaps,
     description: Sha256,
 }
@@ -61,7 +71,8 @@ impl Checkpoint {
         check_tensors(&model, &weights, &dir)?;
         let maps = WeightMaps::open(weights)?;
         let description = Sha256::new().chain_update(Sha256::digest(&text)).chain_update(headers.finalize());
-        Ok(Self { dir, architecture: Architecture::Llama(model), maps, description })
+        let vocab_size = model.vocab_size;
+        Ok(Self { dir, vocab_size, architecture: Architecture::Llama(model), maps, description })
     }
 
     /// The folder.
@@ -91,6 +102,15 @@ impl Checkpoint {
     /// There is no such tensor.
     pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
         self.maps.tensor(name)
+    }
+
+    /// The tokenizer of the folder.
+    ///
+    /// # Errors
+    ///
+    /// tokenizer.json is missing or malformed.
+    pub fn tokenizer(&self) -> Result<Tokenizer, CheckpointError> {
+        Tokenizer::open(&self.dir, self.vocab_size)
     }
 
     /// Names the model: SHA-256, in hexadecimal, over config.json, the headers of the weight files and the first bytes
