@@ -10,6 +10,7 @@
 //! [plan](accordion_graphs::plan) and the [architecture](accordion_graphs::architecture).
 
 pub mod profile;
+pub mod report;
 pub mod taps;
 pub mod tensor;
 pub mod verify;

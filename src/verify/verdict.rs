@@ -222,12 +222,19 @@ fn judge_floats(values: FloatDifference, choices: Option<LogitAgreement>, bounds
     let (verdict, reason) = float_failure(&values, bounds, allowed)
         .map(|reason| (Verdict::Fail, reason))
         .or_else(|| choices.as_ref().and_then(|choices| choice_problem(choices, bounds)))
-        .unwrap_or_else(|| (Verdict::Pass, format!("max abs {:.1e}, allowed {allowed:.1e}", values.max_abs)));
+        .unwrap_or_else(|| (Verdict::Pass, agreement(&values, allowed)));
     let difference = match choices {
         Some(choices) => Difference::Logits { values, choices },
         None => Difference::Float(values),
     };
     (verdict, reason, bound_use, difference)
+}
+
+fn agreement(values: &FloatDifference, allowed: f64) -> String {
+    match values.max_abs_at {
+        Some(_) => format!("max abs {:.1e}, allowed {allowed:.1e}", values.max_abs),
+        None => format!("all {} elements equal", values.elements),
+    }
 }
 
 fn float_failure(values: &FloatDifference, bounds: &Bounds, allowed: f64) -> Option<String> {
