@@ -17,5 +17,8 @@ pub mod goldens;
 pub mod pipeline;
 pub mod reference;
 pub mod runtime;
+pub mod profile;
+pub mod report;
 pub mod taps;
 pub mod tensor;
+pub mod verify;

@@ -1,0 +1,223 @@
+//! What `accordion profile` reports: one row per method and context length.
+
+use super::stats::{LatencyStats, UNSTABLE_ABOVE};
+use accordion_graphs::plan::PromptLengths;
+use serde::{Deserialize, Serialize};
+
+/// The value of [`ProfileReport::schema`].
+pub const SCHEMA: &str = "accordion.profile/1";
+
+/// The method every other one is compared with.
+pub const BASELINE: &str = "plain";
+
+/// How a row was measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Configuration {
+    /// The method.
+    pub method: String,
+    /// The engine, with its precision: `ort-cpu fp32`.
+    pub engine: String,
+    /// Threads the engine may use.
+    pub threads: usize,
+    /// The method's settings: names and values.
+    pub settings: Vec<(String, String)>,
+}
+
+/// What was measured for one method at one context length.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Measurement {
+    /// How.
+    pub configuration: Configuration,
+    /// Tokens of the prompt.
+    pub prompt: PromptLengths,
+    /// Tokens in the context state; for `plain` all of the prompt.
+    pub tokens_kept: usize,
+    /// Time from token ids to context state.
+    pub prefix: LatencyStats,
+    /// Time from the context state to the first new token.
+    pub first_token: LatencyStats,
+    /// Time of each further token.
+    pub per_token: LatencyStats,
+    /// Peak resident memory of the process.
+    pub peak_resident_bytes: u64,
+    /// Size of the context state.
+    pub state_bytes: u64,
+    /// Arithmetic operations of the prefix, if the plan counts them.
+    pub operations: Option<u64>,
+    /// The shortest time those operations can take on this machine, by its measured rates, over the median prefix
+    /// time: 1 is the limit.
+    pub floor_fraction: Option<f64>,
+}
+
+/// A measurement and what follows from it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProfileRow {
+    /// What was measured.
+    #[serde(flatten)]
+    pub measured: Measurement,
+    /// Bytes of the context state per context token; absent for an empty context.
+    pub state_bytes_per_context_token: Option<f64>,
+    /// Median prefix time of the baseline over that of this row, at the same prompt on the same engine with the same
+    /// threads; absent for the baseline and where it was not measured.
+    pub prefix_speedup: Option<f64>,
+    /// The same for each further token.
+    pub per_token_speedup: Option<f64>,
+}
+
+/// All rows of one profile.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ProfileReport {
+    /// [`SCHEMA`].
+    pub schema: String,
+    /// The checkpoint, by name.
+    pub model: String,
+    /// Where it ran: names and values.
+    pub environment: Vec<(String, String)>,
+    /// The rows, by method in the order of their first appearance, then by context length.
+    pub rows: Vec<ProfileRow>,
+    /// Why a number should not be trusted.
+    pub warnings: Vec<String>,
+}
+
+impl ProfileReport {
+    /// Derives, orders and checks. `warnings` of the caller come first.
+    pub fn new(
+        model: String,
+        environment: Vec<(String, String)>,
+        measurements: &[Measurement],
+        mut warnings: Vec<String>,
+    ) -> Self {
+        let mut methods: Vec<&str> = Vec::new();
+        for measurement in measurements {
+            if !methods.contains(&measurement.configuration.method.as_str()) {
+                methods.push(&measurement.configuration.method);
+            }
+        }
+        let mut order: Vec<&Measurement> = measurements.iter().collect();
+        order.sort_by_key(|m| (methods.iter().position(|&name| name == m.configuration.method), m.prompt.context));
+        let rows: Vec<ProfileRow> = order.into_iter().map(|measured| derive(measured, measurements)).collect();
+        warnings.extend(rows.iter().flat_map(|row| instabilities(&row.measured)));
+        Self { schema: SCHEMA.to_owned(), model, environment, rows, warnings }
+    }
+}
+
+fn derive(measured: &Measurement, all: &[Measurement]) -> ProfileRow {
+    let same_conditions = |other: &&Measurement| {
+        other.configuration.method == BASELINE
+            && other.configuration.engine == measured.configuration.engine
+            && other.configuration.threads == measured.configuration.threads
+            && other.prompt == measured.prompt
+    };
+    let baseline = all.iter().find(same_conditions).filter(|_| measured.configuration.method != BASELINE);
+    let speedup = |latency: fn(&Measurement) -> &LatencyStats| {
+        let (theirs, ours) = (latency(baseline?).median_ms, latency(measured).median_ms);
+        (ours > 0.0).then(|| theirs / ours)
+    };
+    let context = measured.prompt.context;
+    ProfileRow {
+        state_bytes_per_context_token: (context > 0).then(|| measured.state_bytes as f64 / context as f64),
+        prefix_speedup: speedup(|m| &m.prefix),
+        per_token_speedup: speedup(|m| &m.per_token),
+        measured: measured.clone(),
+    }
+}
+
+fn instabilities(measured: &Measurement) -> impl Iterator<Item = String> {
+    let Configuration { method, .. } = &measured.configuration;
+    let latencies =
+        [("prefix", measured.prefix), ("first token", measured.first_token), ("per token", measured.per_token)];
+    latencies.into_iter().filter(|(_, stats)| stats.is_unstable()).map(move |(name, stats)| {
+        format!(
+            "{method} at {} context tokens: {name} latency varies by {:.1} % (more than {:.1} %); the machine was not quiet",
+            measured.prompt.context,
+            stats.cv * 100.0,
+            UNSTABLE_ABOVE * 100.0
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::time::Duration;
+
+    fn stats(ms: &[u64]) -> LatencyStats {
+        LatencyStats::new(&ms.iter().map(|&m| Duration::from_millis(m)).collect::<Vec<_>>()).unwrap()
+    }
+
+    fn measurement(method: &str, context: usize, prefix: &[u64]) -> Measurement {
+        Measurement {
+            configuration: Configuration {
+                method: method.into(),
+                engine: "ort-cpu fp32".into(),
+                threads: 2,
+                settings: Vec::new(),
+            },
+            prompt: PromptLengths { prefix: 4, context, suffix: 8 },
+            tokens_kept: 2048,
+            prefix: stats(prefix),
+            first_token: stats(&[20]),
+            per_token: stats(&[20]),
+            peak_resident_bytes: 1 << 30,
+            state_bytes: 1 << 20,
+            operations: None,
+            floor_fraction: None,
+        }
+    }
+
+    fn report(measurements: &[Measurement]) -> ProfileReport {
+        ProfileReport::new("tiny".into(), Vec::new(), measurements, vec!["mind the gap".into()])
+    }
+
+    #[test]
+    fn speed_up_is_against_plain_at_the_same_context() {
+        let report = report(&[
+            measurement("homer", 8192, &[100]),
+            measurement("plain", 8192, &[500]),
+            measurement("plain", 4096, &[150]),
+            measurement("homer", 4096, &[50]),
+            measurement("homer", 16384, &[200]),
+        ]);
+        let rows: Vec<_> = report
+            .rows
+            .iter()
+            .map(|row| (row.measured.configuration.method.as_str(), row.measured.prompt.context, row.prefix_speedup))
+            .collect();
+        assert_eq!(
+            rows,
+            [
+                ("homer", 4096, Some(3.0)),
+                ("homer", 8192, Some(5.0)),
+                ("homer", 16384, None),
+                ("plain", 4096, None),
+                ("plain", 8192, None)
+            ]
+        );
+        assert_eq!(report.rows[1].state_bytes_per_context_token, Some(128.0));
+        assert_eq!(report.warnings, ["mind the gap"]);
+    }
+
+    #[test]
+    fn other_engines_are_no_baseline() {
+        let mut plain = measurement("plain", 8192, &[500]);
+        plain.configuration.engine = "ort-cuda fp16".into();
+        assert_eq!(report(&[plain, measurement("homer", 8192, &[100])]).rows[1].prefix_speedup, None);
+    }
+
+    #[test]
+    fn scatter_becomes_a_warning() {
+        let report = report(&[measurement("homer", 8192, &[100, 100, 150])]);
+        assert_eq!(report.warnings.len(), 2);
+        assert!(report.warnings[1].starts_with("homer at 8192 context tokens: prefix latency varies by 24.7 %"));
+    }
+
+    #[test]
+    fn json_says_the_schema_and_comes_back() {
+        let report = report(&[measurement("plain", 8192, &[512])]);
+        let json = serde_json::to_string(&report).unwrap();
+        assert!(json.starts_with(r#"{"schema":"accordion.profile/1""#), "{json}");
+        assert_eq!(serde_json::from_str::<ProfileReport>(&json).unwrap(), report);
+    }
+}

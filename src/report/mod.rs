@@ -1,0 +1,42 @@
+//! One self-contained HTML page made from any set of results: no network, no fonts, no libraries, readable without
+//! scripts, on paper and by a screen reader.
+//!
+//! - [`Report`]: what goes in. [`render`]: the page.
+//! - `html`: the only place that writes markup; everything it is given as text is escaped.
+//! - `page`, `parity`, `performance`, `plan`, `generation`: the sections. `chart`: the plots. `format`: numbers.
+
+mod chart;
+mod format;
+mod generation;
+mod html;
+mod page;
+mod parity;
+mod performance;
+mod plan;
+mod result;
+
+pub use page::render;
+pub use result::{GenerationRecord, LevelNode, PlanSummary, ResultError};
+
+use crate::profile::schema::ProfileReport;
+use crate::verify::schema::VerifyReport;
+use serde::{Deserialize, Serialize};
+
+/// Everything one page shows. Sections without content are left out.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Heading of the page.
+    pub title: String,
+    /// When the page was made, as it should be printed; the renderer reads no clock.
+    pub generated_at: String,
+    /// Versions, hardware and provenance: names and values.
+    pub environment: Vec<(String, String)>,
+    /// Comparisons.
+    pub verifications: Vec<VerifyReport>,
+    /// Measurements.
+    pub profiles: Vec<ProfileReport>,
+    /// Plans.
+    pub plans: Vec<PlanSummary>,
+    /// Generated texts.
+    pub generations: Vec<GenerationRecord>,
+}

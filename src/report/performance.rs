@@ -1,0 +1,176 @@
+//! What the methods cost: charts against context length, and the table they are drawn from.
+
+use super::chart::{Chart, Point, Series, draw};
+use super::format::{bytes, grouped, latency, percent, significant, tokens};
+use super::html::Html;
+use super::page::{pairs, sort_key};
+use crate::profile::schema::{ProfileReport, ProfileRow};
+use crate::profile::stats::LatencyStats;
+
+pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
+    html.leaf("h3", &[], &profile.model);
+    if !profile.warnings.is_empty() {
+        html.element("div", &[("class", &"note warn"), ("role", &"note")], |html| {
+            html.leaf("strong", &[], "Read with care");
+            html.element("ul", &[], |html| profile.warnings.iter().for_each(|warning| html.leaf("li", &[], warning)));
+        });
+    }
+    html.element("div", &[("class", &"charts")], |html| {
+        let spread = "Median; bars from fastest to 95th percentile.";
+        draw(html, latency_chart(profile, "Time to context state", spread, |row| &row.measured.prefix));
+        draw(html, memory_chart(profile));
+        draw(html, latency_chart(profile, "First token", spread, |row| &row.measured.first_token));
+        draw(html, latency_chart(profile, "Each further token", spread, |row| &row.measured.per_token));
+    });
+    table(html, profile);
+    html.leaf("h3", &[], "How it was measured");
+    let mut described: Vec<&str> = Vec::new();
+    for row in &profile.rows {
+        let how = &row.measured.configuration;
+        if described.contains(&how.method.as_str()) {
+            continue;
+        }
+        described.push(&how.method);
+        let mut values =
+            vec![("engine".to_owned(), how.engine.clone()), ("threads".to_owned(), how.threads.to_string())];
+        values.extend(how.settings.iter().cloned());
+        pairs(html, &how.method, &values);
+    }
+    if !profile.environment.is_empty() {
+        pairs(html, "Machine", &profile.environment);
+    }
+}
+
+/// The rows of each method, in the order of the report.
+fn by_method<'a>(profile: &'a ProfileReport, point: impl Fn(&'a ProfileRow) -> Point) -> Vec<Series<'a>> {
+    let mut all: Vec<Series<'a>> = Vec::new();
+    for row in &profile.rows {
+        let name = row.measured.configuration.method.as_str();
+        match all.iter_mut().find(|series| series.name == name) {
+            Some(series) => series.points.push(point(row)),
+            None => all.push(Series { name, points: vec![point(row)] }),
+        }
+    }
+    all
+}
+
+fn latency_chart<'a>(
+    profile: &'a ProfileReport,
+    title: &'a str,
+    description: &str,
+    stats: fn(&ProfileRow) -> &LatencyStats,
+) -> Chart<'a> {
+    let series = by_method(profile, |row| {
+        let found = stats(row);
+        Point {
+            x: row.measured.prompt.context as f64,
+            y: found.median_ms,
+            spread: Some((found.min_ms, found.p95_ms)),
+            title: format!("{}: {} median", point_name(row), latency(found.median_ms)),
+        }
+    });
+    Chart { title, description: description.to_owned(), series, format: latency }
+}
+
+fn memory_chart(profile: &ProfileReport) -> Chart<'_> {
+    let series = by_method(profile, |row| {
+        let peak = row.measured.peak_resident_bytes as f64;
+        let title = format!("{}: {} peak", point_name(row), bytes(peak));
+        Point { x: row.measured.prompt.context as f64, y: peak, spread: None, title }
+    });
+    let description = "Peak resident memory of the process, weights included.".to_owned();
+    Chart { title: "Memory", description, series, format: bytes }
+}
+
+fn point_name(row: &ProfileRow) -> String {
+    format!("{}, {} context tokens", row.measured.configuration.method, tokens(row.measured.prompt.context))
+}
+
+const COLUMNS: [(&str, &str); 10] = [
+    ("Context", "tokens"),
+    ("Kept", "tokens"),
+    ("Context state", "median · p95"),
+    ("Against plain", "median"),
+    ("First token", "median · p95"),
+    ("Each token", "median · p95"),
+    ("Peak memory", "resident"),
+    ("State", "per context token"),
+    ("Operations", "of the prefix"),
+    ("Of the limit", "floor / median"),
+];
+
+fn table(html: &mut Html, profile: &ProfileReport) {
+    html.element(
+        "div",
+        &[("class", &"scroll"), ("tabindex", &0), ("role", &"region"), ("aria-label", &"Measurements")],
+        |html| {
+            html.element("table", &[("class", &"sortable")], |html| {
+                html.leaf("caption", &[], "Measurements");
+                html.element("thead", &[], |html| {
+                    html.element("tr", &[], |html| {
+                        html.leaf("th", &[("scope", &"col")], "Method");
+                        for (name, detail) in COLUMNS {
+                            html.element("th", &[("scope", &"col"), ("class", &"num")], |html| {
+                                html.text(name);
+                                html.text(" ");
+                                html.leaf("small", &[], detail);
+                            });
+                        }
+                    });
+                });
+                html.element("tbody", &[], |html| profile.rows.iter().for_each(|row| table_row(html, row)));
+            });
+        },
+    );
+}
+
+fn table_row(html: &mut Html, row: &ProfileRow) {
+    let measured = &row.measured;
+    html.element("tr", &[], |html| {
+        html.leaf("th", &[("scope", &"row")], &measured.configuration.method);
+        number(html, Some(measured.prompt.context as f64), |_| tokens(measured.prompt.context));
+        number(html, Some(measured.tokens_kept as f64), |_| tokens(measured.tokens_kept));
+        latency_cell(html, &measured.prefix);
+        number(html, row.prefix_speedup, |factor| format!("{}×", significant(factor)));
+        latency_cell(html, &measured.first_token);
+        latency_cell(html, &measured.per_token);
+        number(html, Some(measured.peak_resident_bytes as f64), bytes);
+        number(html, row.state_bytes_per_context_token, bytes);
+        number(html, measured.operations.map(|n| n as f64), operations);
+        number(html, measured.floor_fraction, percent);
+    });
+    html.newline();
+}
+
+fn operations(count: f64) -> String {
+    if count >= 1e12 {
+        format!("{} T", significant(count / 1e12))
+    } else {
+        format!("{} G", grouped((count / 1e9) as u128))
+    }
+}
+
+fn number(html: &mut Html, value: Option<f64>, format: impl FnOnce(f64) -> String) {
+    match value {
+        Some(value) => html.leaf("td", &[("class", &"num"), ("data-v", &sort_key(value))], format(value)),
+        None => html.leaf("td", &[("class", &"num none")], "–"),
+    }
+}
+
+fn latency_cell(html: &mut Html, stats: &LatencyStats) {
+    let class = if stats.is_unstable() { "num unstable" } else { "num" };
+    let title = format!(
+        "{} runs, min {}, mean {}, p90 {}, p99 {}, variation {}",
+        stats.runs,
+        latency(stats.min_ms),
+        latency(stats.mean_ms),
+        latency(stats.p90_ms),
+        latency(stats.p99_ms),
+        percent(stats.cv)
+    );
+    html.element("td", &[("class", &class), ("data-v", &sort_key(stats.median_ms)), ("title", &title)], |html| {
+        html.text(latency(stats.median_ms));
+        html.text(" ");
+        html.leaf("small", &[], latency(stats.p95_ms));
+    });
+}

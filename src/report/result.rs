@@ -1,0 +1,182 @@
+//! The results that have no schema elsewhere, and reading any result from its JSON.
+
+use super::Report;
+use accordion_graphs::plan::PromptLengths;
+use accordion_graphs::plan::homer::HomerPlan;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+const GENERATION: &str = "accordion.generation/1";
+const PLAN: &str = "accordion.plan/1";
+
+/// One generated text and how it came about.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GenerationRecord {
+    /// `accordion.generation/1`.
+    pub schema: String,
+    /// The method that compressed the context.
+    pub method: String,
+    /// Tokens of the context.
+    pub context_tokens: usize,
+    /// Tokens that were left of the prompt.
+    pub tokens_kept: usize,
+    /// The question after the context.
+    pub prompt: String,
+    /// What the model wrote.
+    pub text: String,
+    /// Tokens of the text.
+    pub tokens: usize,
+    /// Settings of the method and of sampling: names and values.
+    pub settings: Vec<(String, String)>,
+    /// Seed of the sampling; absent when greedy.
+    pub seed: Option<u64>,
+    /// What a reader has to know in order to judge the text fairly.
+    pub remark: Option<String>,
+}
+
+impl GenerationRecord {
+    /// The value of [`Self::schema`].
+    pub const SCHEMA: &str = GENERATION;
+}
+
+/// One node of a plan's tree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LevelNode {
+    /// 0 for leaves.
+    pub height: usize,
+    /// Left to right among the nodes of its height; its parent has half that index.
+    pub index: usize,
+    /// Tokens that enter.
+    pub in_len: usize,
+    /// Tokens that leave.
+    pub out_len: usize,
+    /// Layers it runs.
+    pub layers: Range<usize>,
+}
+
+/// A plan, as far as it is drawn.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanSummary {
+    /// `accordion.plan/1`.
+    pub schema: String,
+    /// The method.
+    pub method: String,
+    /// The prompt it was made for.
+    pub prompt: PromptLengths,
+    /// The method's settings: names and values.
+    pub settings: Vec<(String, String)>,
+    /// The tree.
+    pub nodes: Vec<LevelNode>,
+}
+
+impl From<&HomerPlan> for PlanSummary {
+    fn from(plan: &HomerPlan) -> Self {
+        let settings = plan.settings;
+        let mut listed = vec![("max chunk length".to_owned(), settings.max_chunk_len.to_string())];
+        listed
+            .extend(settings.max_initial_chunk_len.map(|len| ("max initial chunk length".to_owned(), len.to_string())));
+        listed.push(("target length".to_owned(), settings.target_len.to_string()));
+        listed.push(("warm-up layers".to_owned(), settings.layers_warmup.to_string()));
+        Self {
+            schema: PLAN.to_owned(),
+            method: "homer".to_owned(),
+            prompt: plan.lengths,
+            settings: listed,
+            nodes: plan
+                .nodes
+                .iter()
+                .map(|node| LevelNode {
+                    height: node.height,
+                    index: node.index,
+                    in_len: node.in_len,
+                    out_len: node.out_len,
+                    layers: node.layers.clone(),
+                })
+                .collect(),
+        }
+    }
+}
+
+/// Why a file is no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResultError {
+    /// Not JSON, or a field is missing or of the wrong type.
+    #[error("{name}: {source}")]
+    Malformed {
+        /// What was read.
+        name: String,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// Another program's JSON, or another version's.
+    #[error("{name}: schema is {found:?}, expected one of {}", SCHEMAS.join(", "))]
+    Schema {
+        /// What was read.
+        name: String,
+        /// What it says it is.
+        found: String,
+    },
+}
+
+const SCHEMAS: [&str; 4] = [crate::verify::schema::SCHEMA, crate::profile::schema::SCHEMA, PLAN, GENERATION];
+
+impl Report {
+    /// Adds one result, whichever it is. `name` (a file name) is for the error.
+    ///
+    /// # Errors
+    ///
+    /// `json` is malformed, or its `schema` is none that this version reads.
+    pub fn add_result(&mut self, name: &str, json: &[u8]) -> Result<(), ResultError> {
+        #[derive(Deserialize)]
+        struct Head {
+            schema: String,
+        }
+        fn read<'a, T: Deserialize<'a>>(name: &str, json: &'a [u8]) -> Result<T, ResultError> {
+            serde_json::from_slice(json).map_err(|source| ResultError::Malformed { name: name.to_owned(), source })
+        }
+        match read::<Head>(name, json)?.schema.as_str() {
+            crate::verify::schema::SCHEMA => self.verifications.push(read(name, json)?),
+            crate::profile::schema::SCHEMA => self.profiles.push(read(name, json)?),
+            PLAN => self.plans.push(read(name, json)?),
+            GENERATION => self.generations.push(read(name, json)?),
+            other => return Err(ResultError::Schema { name: name.to_owned(), found: other.to_owned() }),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use accordion_graphs::plan::homer::HomerSettings;
+
+    #[test]
+    fn results_are_told_apart_by_their_schema() {
+        let settings =
+            HomerSettings { max_chunk_len: 64, max_initial_chunk_len: None, target_len: 64, layers_warmup: 1 };
+        let plan = HomerPlan::new(6, PromptLengths { prefix: 2, context: 200, suffix: 4 }, settings).unwrap();
+        let summary = PlanSummary::from(&plan);
+        let mut report = Report::default();
+        report.add_result("plan.json", &serde_json::to_vec(&summary).unwrap()).unwrap();
+        assert_eq!(report.plans, [summary]);
+    }
+
+    #[test]
+    fn what_is_no_result_is_refused_by_name() {
+        let mut report = Report::default();
+        let refusal =
+            |report: &mut Report, json: &str| report.add_result("a.json", json.as_bytes()).unwrap_err().to_string();
+        let foreign = refusal(&mut report, r#"{"schema": "accordion.verify/9"}"#);
+        assert!(
+            foreign.starts_with(r#"a.json: schema is "accordion.verify/9", expected one of accordion.verify/1,"#),
+            "{foreign}"
+        );
+        assert!(refusal(&mut report, "{}").contains("missing field `schema`"));
+        assert!(refusal(&mut report, r#"{"schema": "accordion.plan/1"}"#).contains("missing field `method`"));
+        assert!(refusal(&mut report, "[1e999]").starts_with("a.json: "));
+        assert_eq!(report, Report::default());
+    }
+}

@@ -1,0 +1,172 @@
+//! A report of the size of a real one: 30 layers, a HOMER tree with 32 leaves, 4 context lengths, 2 methods.
+
+use accordion::profile::schema::{Configuration, Measurement, ProfileReport};
+use accordion::profile::stats::LatencyStats;
+use accordion::report::{GenerationRecord, PlanSummary, Report};
+use accordion::tensor::Tensor;
+use accordion::verify::schema::{Subject, VerifyReport};
+use accordion::verify::verdict::{Bounds, TapKind, TapResult, judge};
+use accordion_graphs::dtype::DType;
+use accordion_graphs::plan::PromptLengths;
+use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
+use std::time::Duration;
+
+pub(crate) const HOSTILE: &str = "</script><img src=x onerror=\"document.title='owned'\"><!-- ' & ]]>";
+
+fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {
+    list.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+fn plan() -> HomerPlan {
+    let settings =
+        HomerSettings { max_chunk_len: 2048, max_initial_chunk_len: None, target_len: 2048, layers_warmup: 12 };
+    HomerPlan::new(30, PromptLengths { prefix: 5, context: 32_768 - 7, suffix: 17 }, settings).unwrap()
+}
+
+/// A value that looks random and is the same every time.
+fn noise(seed: usize) -> f32 {
+    let mixed = (seed as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (mixed >> 40) as f32 / (1u64 << 24) as f32
+}
+
+fn float_tap(name: &str, off: f32, elements: usize) -> TapResult {
+    let expected: Vec<f32> = (0..elements).map(|i| noise(i) * 4.0 - 2.0).collect();
+    let actual: Vec<f32> = expected.iter().enumerate().map(|(i, v)| v + off * noise(i + name.len())).collect();
+    let tensor = |data| Tensor::from_f32([1, elements], data).unwrap();
+    judge(name, &tensor(actual), &tensor(expected), None, &Bounds::new(TapKind::of(name), DType::F32))
+}
+
+fn selection_tap(name: &str, exchanged: bool) -> TapResult {
+    let ids = |list: Vec<i64>| Tensor::from_i64([list.len()], list).unwrap();
+    let scores = Tensor::from_f32([4], vec![2.0, 1.0, 1.00003, 0.1]).unwrap();
+    let actual = if exchanged { ids(vec![0, 1]) } else { ids(vec![0, 2]) };
+    judge(name, &actual, &ids(vec![0, 2]), Some(&scores), &Bounds::new(TapKind::of(name), DType::F32))
+}
+
+/// Verifications: one with every verdict in it, one hostile and tiny.
+fn verifications() -> Vec<VerifyReport> {
+    let mut taps = Vec::new();
+    for layer in 0..30 {
+        for (i, part) in
+            ["attn.q", "attn.k", "attn.v", "attn.out", "attn_residual", "mlp.out", "out"].iter().enumerate()
+        {
+            let growth = 1e-7 * 1.17f32.powi(layer) * (1.0 + noise(layer as usize * 7 + i) * 8.0);
+            let planted = if (layer, *part) == (21, "attn.out") { 3e-2 } else { growth };
+            taps.push(float_tap(&format!("layers.{layer}.{part}"), planted, 64));
+        }
+    }
+    for node in &plan().nodes {
+        let (scope, seed) = (node.tap_scope(), node.index + 40 * node.height);
+        for part in ["in_hidden", "prune.scores", "out_hidden"] {
+            taps.push(float_tap(&format!("{scope}.{part}"), 1e-6 * 3f32.powi(node.height as i32) * noise(seed), 64));
+        }
+        taps.push(selection_tap(&format!("{scope}.prune.keep_idx"), seed == 45));
+    }
+    for layer in 0..30 {
+        taps.push(float_tap(&format!("cache.k.{layer}"), 4e-5 * noise(layer), 64));
+        taps.push(float_tap(&format!("cache.v.{layer}"), 2e-6 * noise(layer), 64));
+    }
+    taps.push(float_tap("prefix.logits", 6e-5, 100));
+    let subject = Subject {
+        model: "SmolLM2-135M".into(),
+        method: "homer".into(),
+        actual: "ort-cpu fp32".into(),
+        expected: "reference".into(),
+        environment: pairs(&[("CPU", "2 cores, AVX-512"), ("ONNX Runtime", "1.31.0")]),
+    };
+    let hostile = Subject {
+        model: HOSTILE.into(),
+        method: HOSTILE.into(),
+        actual: HOSTILE.into(),
+        expected: HOSTILE.into(),
+        environment: pairs(&[(HOSTILE, HOSTILE)]),
+    };
+    let hostile_taps = vec![float_tap(HOSTILE, 0.0, 4), TapResult::missing(HOSTILE, &[1], HOSTILE)];
+    vec![VerifyReport::new(subject, taps), VerifyReport::new(hostile, hostile_taps)]
+}
+
+fn latency(median_ms: f64, scatter: f64) -> LatencyStats {
+    let sample = |i: usize| Duration::from_secs_f64(median_ms / 1e3 * (1.0 + scatter * f64::from(noise(i) - 0.3)));
+    LatencyStats::new(&(0..20).map(sample).collect::<Vec<_>>()).unwrap()
+}
+
+fn profile() -> ProfileReport {
+    let mut measurements = Vec::new();
+    for method in ["plain", "homer"] {
+        for (context, plain_s, homer_s) in
+            [(4096, 6.1, 2.5), (8192, 17.3, 5.2), (16_384, 65.0, 10.9), (32_768, 262.0, 22.8)]
+        {
+            let plain = method == "plain";
+            let scatter = if plain && context == 4096 { 0.3 } else { 0.04 };
+            let kept = if plain { context + 22 } else { 2048 };
+            measurements.push(Measurement {
+                configuration: Configuration {
+                    method: method.into(),
+                    engine: "ort-cpu fp32".into(),
+                    threads: 2,
+                    settings: if plain { Vec::new() } else { pairs(&[("max chunk length", "2048"), ("width", "1")]) },
+                },
+                prompt: PromptLengths { prefix: 5, context, suffix: 17 },
+                tokens_kept: kept,
+                prefix: latency(1e3 * if plain { plain_s } else { homer_s }, scatter),
+                first_token: latency(if plain { 24.0 + context as f64 / 300.0 } else { 27.0 }, 0.04),
+                per_token: latency(if plain { 23.0 + context as f64 / 320.0 } else { 26.0 }, 0.04),
+                peak_resident_bytes: if plain {
+                    900_000_000 + 140_000 * context as u64
+                } else {
+                    1_080_000_000 + 3000 * context as u64
+                },
+                state_bytes: 46_080 * kept as u64,
+                operations: Some((if plain { plain_s } else { homer_s } * 9e10) as u64),
+                floor_fraction: (!plain).then_some(0.87),
+            });
+        }
+    }
+    ProfileReport::new(
+        "SmolLM2-135M".into(),
+        pairs(&[("CPU", "2 cores"), ("Memory", "16 GB")]),
+        &measurements,
+        Vec::new(),
+    )
+}
+
+fn generation(text: &str) -> GenerationRecord {
+    GenerationRecord {
+        schema: GenerationRecord::SCHEMA.into(),
+        method: "homer".into(),
+        context_tokens: 16_384,
+        tokens_kept: 2048,
+        prompt: "Who is Mr. Knightley, and what does he think of Emma?".into(),
+        text: text.into(),
+        tokens: 64,
+        settings: pairs(&[("max chunk length", "2048"), ("temperature", "0")]),
+        seed: None,
+        remark: Some(
+            "A model of 135 million parameters does not answer well after 16 384 tokens, with or without compression. The \
+             point of this example is that the graphs are right, fast and small."
+                .into(),
+        ),
+    }
+}
+
+pub(crate) fn report() -> Report {
+    Report {
+        title: "HOMER on SmolLM2-135M".into(),
+        generated_at: "2026-01-31 12:00 UTC".into(),
+        environment: pairs(&[
+            ("accordion", "0.1.0"),
+            ("Checkpoint", "SmolLM2-135M, 30 layers, 134.5 M parameters, bf16"),
+            ("Checkpoint fingerprint", "9f2c6b1de84730a5f6a1f5b0c1f1d9b3e7a4c2d8b6f0a9e3d5c7b1a2f4e6d8c0"),
+            ("Hostile", HOSTILE),
+        ]),
+        verifications: verifications(),
+        profiles: vec![profile()],
+        plans: vec![PlanSummary::from(&plan())],
+        generations: vec![
+            generation(
+                "Mr. Knightley is the owner of Donwell Abbey and a friend of the family.\nHe thinks of Emma as a clever young woman who is often wrong.",
+            ),
+            generation(HOSTILE),
+        ],
+    }
+}
