@@ -334,8 +334,8 @@ mod tests {
 
     #[test]
     fn other_survivors_are_a_tie_only_within_the_precision() {
-        // The same two rows: 0.015 apart in single precision; 0.023 in half, which is within the noise of the scores there.
-        assert_eq!(verdict_after("A", |found| exchange_closest(found, "node.h1.i1")), Verdict::Fail);
+        // 0.019 apart in single precision; 0.023 in half, which is within the noise of the scores there.
+        assert_eq!(verdict_after("F", |found| exchange_closest(found, "node.h0.i3")), Verdict::Fail);
         assert_eq!(verdict_after("G", |found| exchange_closest(found, "node.h1.i1")), Verdict::Ambiguous);
         assert_eq!(verdict_after("G", |found| exchange_closest(found, "node.h0.i3")), Verdict::Fail);
     }
