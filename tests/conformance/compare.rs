@@ -1,6 +1,6 @@
 //! What counts as equal, and how a comparison is told.
 
-use accordion::goldens::{GoldenNode, HomerCase};
+use accordion::goldens::homer::{GoldenNode, HomerCase};
 use accordion::tensor::Tensor;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::homer::HomerPlan;
@@ -31,8 +31,8 @@ impl Bound {
     }
 }
 
-/// For `rope.inv_freq`: the smallest frequency still has four digits.
-const FREQUENCIES: Bound = Bound { absolute: 3e-8, relative: 1e-7 };
+/// For `rope.inv_freq`: one rounding of the largest frequency, three digits of the smallest.
+const FREQUENCIES: Bound = Bound { absolute: 1e-7, relative: 0.0 };
 
 struct Bounds {
     /// How far a float may be off.
@@ -334,8 +334,8 @@ mod tests {
 
     #[test]
     fn other_survivors_are_a_tie_only_within_the_precision() {
-        // The same two rows: 0.015 apart in single precision; 0.023 in half, which is within the noise of the scores there.
-        assert_eq!(verdict_after("A", |found| exchange_closest(found, "node.h1.i1")), Verdict::Fail);
+        // 0.019 apart in single precision; 0.023 in half, which is within the noise of the scores there.
+        assert_eq!(verdict_after("F", |found| exchange_closest(found, "node.h0.i3")), Verdict::Fail);
         assert_eq!(verdict_after("G", |found| exchange_closest(found, "node.h1.i1")), Verdict::Ambiguous);
         assert_eq!(verdict_after("G", |found| exchange_closest(found, "node.h0.i3")), Verdict::Fail);
     }
