@@ -8,6 +8,8 @@
 use super::dylib::Dylib;
 use crate::fetch::asset::ONNXRUNTIME;
 use crate::fetch::{Cache, FetchError, OnProgress};
+use ort::AsPointer;
+use ort::environment::GlobalThreadPoolOptions;
 use serde::{Deserialize, Serialize};
 use std::ffi::{CStr, OsStr, OsString};
 use std::fmt;
@@ -115,13 +117,21 @@ fn passed_over(rejected: &[Rejected]) -> String {
 #[derive(Default)]
 pub struct LoadOptions<'a> {
     fetch: Option<&'a mut OnProgress<'a>>,
+    threads: Option<usize>,
 }
 
 impl<'a> LoadOptions<'a> {
     /// Fetch the library into the cache when there is none; progress goes to the callback. The default never uses the
     /// network.
     pub fn fetching(on_progress: &'a mut OnProgress<'a>) -> LoadOptions<'a> {
-        LoadOptions { fetch: Some(on_progress) }
+        LoadOptions { fetch: Some(on_progress), threads: None }
+    }
+
+    /// Run operators on this many threads; all cores if not given. What the first successful load asks for counts.
+    #[must_use]
+    pub fn with_threads(mut self, threads: Option<usize>) -> Self {
+        self.threads = threads;
+        self
     }
 }
 
@@ -194,7 +204,8 @@ pub fn load(options: LoadOptions<'_>) -> Result<&'static LoadedRuntime, RuntimeE
     if let Some(loaded) = LOADED.get() {
         return Ok(loaded);
     }
-    let loaded = start(find(options)?)?;
+    let threads = options.threads.unwrap_or(0);
+    let loaded = start(find(options)?, threads)?;
     Ok(LOADED.get_or_init(|| loaded))
 }
 
@@ -207,16 +218,35 @@ pub fn find(options: LoadOptions<'_>) -> Result<Found, RuntimeError> {
     search(&Places::of(|name| std::env::var_os(name)), Cache::from_environment(), options)
 }
 
-fn start(found: Found) -> Result<LoadedRuntime, RuntimeError> {
+/// Starts the library. All sessions share its threads (0: one per core) and its arena: graphs of one method run one
+/// after the other, and none should keep memory or spinning threads for itself.
+fn start(found: Found, threads: usize) -> Result<LoadedRuntime, RuntimeError> {
     let path = &found.library.path;
     let failed = |reason: String| RuntimeError::Start { path: path.clone(), reason };
-    let environment = ort::init_from(path)
-        .map_err(|e| failed(e.to_string()))?
-        .with_name("accordion")
-        .with_telemetry(false)
-        .build()
-        .map_err(|e| failed(e.to_string()))?;
+    let builder = ort::init_from(path).map_err(|e| failed(e.to_string()))?.with_name("accordion").with_telemetry(false);
+    let pool = GlobalThreadPoolOptions::default().with_intra_threads(threads).map_err(|e| failed(e.to_string()))?;
+    let environment = builder.with_global_thread_pool(pool).build().map_err(|e| failed(e.to_string()))?;
+    share_arena(&environment).map_err(failed)?;
     Ok(LoadedRuntime { found, environment })
+}
+
+/// Registers an arena with the environment, for the sessions that ask for the environment's allocators.
+fn share_arena(environment: &ort::environment::Environment) -> Result<(), String> {
+    let info = ort::memory::MemoryInfo::default();
+    // No limit; grow by what is asked for; defaults for the rest.
+    let (no_limit, as_requested, default) = (0, 1, -1);
+    let mut config = std::ptr::null_mut();
+    // SAFETY: the configuration is created, used and released here; the other arguments live through the calls, which
+    // copy what they keep.
+    let status = unsafe {
+        let created = (ort::api().CreateArenaCfg)(no_limit, as_requested, default, default, &raw mut config);
+        ort::Error::result_from_status(created).map_err(|e| e.to_string())?;
+        let registered = (ort::api().CreateAndRegisterAllocator)(environment.ptr().cast_mut(), info.ptr(), config);
+        (ort::api().ReleaseArenaCfg)(config);
+        registered
+    };
+    // SAFETY: the status was just returned by the runtime and is consumed here.
+    unsafe { ort::Error::result_from_status(status) }.map_err(|e| e.to_string())
 }
 
 /// Where to look before the cache.

@@ -22,8 +22,6 @@ use std::sync::Arc;
 /// How the runtime is set up.
 #[derive(Debug, Clone, Default)]
 pub struct OrtOptions {
-    /// Threads per operator; all cores if not given.
-    pub threads: Option<usize>,
     /// Whether our own kernels are registered. Without them the bodies of the model-local functions run.
     pub fused_operators: bool,
 }
@@ -32,7 +30,6 @@ pub struct OrtOptions {
 pub struct OrtCpu {
     runtime: &'static LoadedRuntime,
     weights: WeightMaps,
-    options: OrtOptions,
     operators: Option<Arc<OperatorDomain>>,
 }
 
@@ -42,14 +39,18 @@ impl OrtCpu {
     /// # Errors
     ///
     /// Our kernels cannot be registered.
-    pub fn new(runtime: &'static LoadedRuntime, weights: WeightMaps, options: OrtOptions) -> Result<Self, EngineError> {
+    pub fn new(
+        runtime: &'static LoadedRuntime,
+        weights: WeightMaps,
+        options: &OrtOptions,
+    ) -> Result<Self, EngineError> {
         let failed = |e: ort::Error| EngineError::Runtime {
             graph: accordion_graphs::onnx::DOMAIN.into(),
             message: e.to_string(),
         };
         let operators =
             options.fused_operators.then(|| accordion_plugins::domain().map(Arc::new).map_err(failed)).transpose()?;
-        Ok(Self { runtime, weights, options, operators })
+        Ok(Self { runtime, weights, operators })
     }
 }
 
@@ -61,9 +62,6 @@ impl Loader for OrtCpu {
         builder = builder.with_memory_pattern(false).map_err(|e| failed(e.to_string()))?;
         builder = builder.with_prepacking(false).map_err(|e| failed(e.to_string()))?;
         builder = builder.with_env_allocators().map_err(|e| failed(e.to_string()))?;
-        if let Some(threads) = self.options.threads {
-            builder = builder.with_intra_threads(threads).map_err(|e| failed(e.to_string()))?;
-        }
         if let Some(domain) = &self.operators {
             builder = builder.with_operators(Arc::clone(domain)).map_err(|e| failed(e.to_string()))?;
         }

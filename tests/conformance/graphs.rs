@@ -58,8 +58,8 @@ impl Implementation for Graphs {
         let bundle = Bundle::open(&out)?;
 
         let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
-        let options = OrtOptions { threads: None, fused_operators: self.fused_operators };
-        let loader = OrtCpu::new(runtime, bundle.weights().clone(), options)?;
+        let options = OrtOptions { fused_operators: self.fused_operators };
+        let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options)?;
         let mut engines = Engines::new(&bundle, Box::new(loader));
 
         let mut found = Tensors::new();

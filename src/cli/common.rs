@@ -1,0 +1,79 @@
+//! What several commands share: settings of the methods, opening a bundle with its engines.
+
+use super::output::Output;
+use accordion::bundle::Bundle;
+use accordion::pipeline::Engines;
+use accordion::runtime::locate::{self, LoadOptions, LoadedRuntime};
+use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion_graphs::plan::homer::HomerSettings;
+use clap::{Args, ValueEnum};
+
+/// HOMER's hyper-parameters on the command line.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "HOMER settings")]
+pub(crate) struct HomerArguments {
+    /// Longest chunk a node processes, prefix and suffix included
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    max_chunk_len: usize,
+    /// Longest leaf, if leaves are to be smaller than merged chunks
+    #[arg(long, value_name = "N")]
+    max_initial_chunk_len: Option<usize>,
+    /// Length of the final cache [default: max-chunk-len]
+    #[arg(long, value_name = "N")]
+    target_len: Option<usize>,
+    /// Layers that every leaf runs before the tree's share begins [default: 12, or half the layers if there are fewer]
+    #[arg(long, value_name = "N")]
+    layers_warmup: Option<usize>,
+}
+
+impl HomerArguments {
+    /// The settings for a model of `num_layers` layers.
+    pub(crate) fn settings(&self, num_layers: usize) -> HomerSettings {
+        HomerSettings {
+            max_chunk_len: self.max_chunk_len,
+            max_initial_chunk_len: self.max_initial_chunk_len,
+            target_len: self.target_len.unwrap_or(self.max_chunk_len),
+            layers_warmup: self.layers_warmup.unwrap_or_else(|| 12.min(num_layers / 2)),
+        }
+    }
+}
+
+/// Which kernels run the fused operators.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Operators {
+    /// Our kernels
+    Fused,
+    /// The bodies of the model-local functions: what any other runtime runs
+    Portable,
+}
+
+/// How graphs are run.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct EngineArguments {
+    /// What runs the operators of the domain ai.accordion
+    #[arg(long, value_enum, default_value_t = Operators::Fused)]
+    operators: Operators,
+}
+
+impl EngineArguments {
+    /// Our kernels everywhere.
+    pub(crate) fn fused() -> Self {
+        Self { operators: Operators::Fused }
+    }
+
+    /// Engines for `bundle` on ONNX Runtime's CPU provider.
+    pub(crate) fn engines<'b>(&self, bundle: &'b Bundle, output: &Output) -> anyhow::Result<Engines<'b>> {
+        let options = OrtOptions { fused_operators: self.operators == Operators::Fused };
+        let loader = OrtCpu::new(runtime(output)?, bundle.weights().clone(), &options)?;
+        Ok(Engines::new(bundle, Box::new(loader)))
+    }
+}
+
+/// ONNX Runtime, fetched into the cache if it is nowhere else.
+pub(crate) fn runtime(output: &Output) -> anyhow::Result<&'static LoadedRuntime> {
+    let mut bar = None;
+    let mut on_progress = |progress: accordion::fetch::Progress| super::fetch::show(&mut bar, output, progress);
+    let options = LoadOptions::fetching(&mut on_progress).with_threads(output.threads());
+    Ok(locate::load(options)?)
+}

@@ -1,0 +1,14 @@
+//! `accordion demo`.
+
+use super::Outcome;
+use super::output::Output;
+use clap::Args;
+
+/// Fetch a real model, export, verify, generate, profile, and write report.html
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {}
+
+/// Runs the command.
+pub(crate) fn run(_arguments: &Arguments, _output: &Output) -> anyhow::Result<Outcome> {
+    anyhow::bail!("not there yet")
+}

@@ -1,0 +1,14 @@
+//! `accordion import`.
+
+use super::Outcome;
+use super::output::Output;
+use clap::Args;
+
+/// Turn a GGUF file into a checkpoint folder
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {}
+
+/// Runs the command.
+pub(crate) fn run(_arguments: &Arguments, _output: &Output) -> anyhow::Result<Outcome> {
+    anyhow::bail!("not there yet")
+}

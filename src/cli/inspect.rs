@@ -1,0 +1,14 @@
+//! `accordion inspect`.
+
+use super::Outcome;
+use super::output::Output;
+use clap::Args;
+
+/// Describe a checkpoint or a bundle
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {}
+
+/// Runs the command.
+pub(crate) fn run(_arguments: &Arguments, _output: &Output) -> anyhow::Result<Outcome> {
+    anyhow::bail!("not there yet")
+}

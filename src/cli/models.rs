@@ -1,0 +1,1 @@
+//! Models by name: what a CHECKPOINT argument may be.
