@@ -88,13 +88,13 @@ impl Call<'_> {
     fn write(&self, head: usize, range: Range<usize>, memory: &BlockMemory, output: &SharedSlice<'_, f32>) {
         let dim = self.geometry.head_dim;
         let width = self.block(head, range.start).width();
-        let mut rows = memory.sums.get().chunks_exact(width).zip(&memory.states);
+        let mut rows = memory.sums.get().chunks_exact(width).zip(memory.totals.get().chunks_exact(self.kernels.lanes));
         for t in range {
             let at = self.row(head, t);
             // SAFETY: every group and position is written by one task alone.
             let out = unsafe { output.piece(at.start, at.len()) };
-            for (out, (sums, state)) in out.chunks_exact_mut(dim).zip(&mut rows) {
-                let factor = 1.0 / state.total();
+            for (out, (sums, total)) in out.chunks_exact_mut(dim).zip(&mut rows) {
+                let factor = 1.0 / total.iter().sum::<f32>();
                 for (out, sum) in out.iter_mut().zip(sums) {
                     *out = sum * factor;
                 }
@@ -145,7 +145,7 @@ impl Call<'_> {
             // SAFETY: each task has its own part.
             let out = unsafe { shared.piece(task * part.len(), part.len()) };
             let keys = start..self.total().min(start + SPLIT_KEYS);
-            self.attend(head, 0..rows, keys, |memory| part.save(memory, self.block(head, 0).width(), out));
+            self.attend(head, 0..rows, keys, |memory| part.save(memory, self.kernels.lanes, out));
         })?;
         for (head, partials) in partials.chunks_exact(parts * part.len()).enumerate() {
             for row in 0..part.rows {
@@ -172,11 +172,13 @@ impl Partial {
         self.rows * (self.dim + 2)
     }
 
-    fn save(self, memory: &BlockMemory, width: usize, out: &mut [f32]) {
-        let rows = memory.sums.get().chunks_exact(width).zip(&memory.states);
-        for (out, (sums, state)) in out.chunks_exact_mut(self.dim + 2).zip(rows) {
-            out[0] = state.max;
-            out[1] = state.total();
+    fn save(self, memory: &BlockMemory, lanes: usize, out: &mut [f32]) {
+        let sums = memory.sums.get().chunks_exact(self.dim.next_multiple_of(lanes));
+        let totals = memory.totals.get().chunks_exact(lanes);
+        let rows = sums.zip(totals).zip(memory.maxima.get());
+        for (out, ((sums, total), &max)) in out.chunks_exact_mut(self.dim + 2).zip(rows) {
+            out[0] = max;
+            out[1] = total.iter().sum();
             out[2..].copy_from_slice(&sums[..self.dim]);
         }
     }

@@ -71,7 +71,7 @@ type Kernel = unsafe fn(*const f32, *const f32, *mut f32, usize);
 /// The kernel of `level`, or of the widest narrower one that this processor has.
 fn kernel(level: Level) -> Kernel {
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512dq")]
     unsafe fn avx512(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
         // SAFETY: passed on from the caller.
         unsafe { all::<Avx512>(gate, up, out, len) }

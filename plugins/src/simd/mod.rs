@@ -25,7 +25,7 @@ pub enum Level {
     Portable,
     /// AVX2 with FMA, 8 lanes.
     Avx2,
-    /// AVX-512 F, 16 lanes.
+    /// AVX-512 F and DQ, 16 lanes.
     Avx512,
 }
 
@@ -43,7 +43,7 @@ impl Level {
         {
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 levels.push(Self::Avx2);
-                if is_x86_feature_detected!("avx512f") {
+                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
                     levels.push(Self::Avx512);
                 }
             }
