@@ -1,5 +1,8 @@
 //! The online softmax: a strip of rows of logits against what the rows have seen before.
 
+// Forced inlining is what `simd` demands of every kernel.
+#![allow(clippy::inline_always)]
+
 use crate::simd::Simd;
 
 /// Lanes of the widest level.
@@ -65,9 +68,9 @@ pub(super) unsafe fn absorb<V: Simd>(strip: &Strip) {
             let change = V::load(before.as_ptr().add(row)).sub(V::load(after.as_ptr().add(row)));
             change.exp2().store(decay.add(row));
         }
-        for row in 0..rows {
+        for (row, &max) in after.iter().enumerate().take(rows) {
             let logits = logits.add(row * stride);
-            let max = V::splat(after[row]);
+            let max = V::splat(max);
             let total = totals.add(row * V::LANES);
             let mut sum = V::load(total).mul(V::splat(*decay.add(row)));
             for i in (0..width).step_by(V::LANES) {

@@ -45,7 +45,10 @@ fn rows(data: &[f32], heads: usize, from: usize, to: usize) -> DynValue {
     tensor([1, to - from, width], data[from * width..to * width].to_vec())
 }
 
-fn run(session: &mut Session, inputs: Vec<(&str, DynValue)>) -> Result<Vec<(Vec<i64>, Vec<f32>)>, String> {
+/// Shape and elements.
+type Output = (Vec<i64>, Vec<f32>);
+
+fn run(session: &mut Session, inputs: Vec<(&str, DynValue)>) -> Result<Vec<Output>, String> {
     let outputs = session.run(inputs).map_err(|error| error.to_string())?;
     Ok((0..outputs.len())
         .map(|i| {

@@ -4,6 +4,10 @@
 //! A kernel is a generic `#[inline(always)]` function, and each level instantiates it inside a function that carries
 //! the `#[target_feature]` of that level: only there do the intrinsics become single instructions.
 
+// Without forced inlining an intrinsic would be a function call: only the function that carries the target feature may
+// contain it.
+#![allow(clippy::inline_always)]
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
