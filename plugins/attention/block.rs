@@ -11,7 +11,7 @@ use super::tile::Weighing;
 use crate::scratch::Scratch;
 
 /// Keys that are packed and used at once.
-const KEY_BLOCK: usize = 192;
+pub(super) const KEY_BLOCK: usize = 192;
 
 /// One group of heads over one stretch of query rows.
 pub(super) struct Block<'a> {

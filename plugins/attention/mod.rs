@@ -14,14 +14,11 @@ pub use operator::GroupQueryAttention;
 
 use self::call::Call;
 use self::kernels::Kernels;
-use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
+use crate::parallel::{ParallelError, ParallelFor};
 use crate::simd::Level;
 
 /// Largest supported head dimension.
 pub const MAX_HEAD_DIM: usize = 256;
-
-/// Up to so many query positions the keys are split among tasks instead of the queries.
-const SPLIT_MAX_ROWS: usize = 16;
 
 /// The lengths of one call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,6 +193,5 @@ pub fn attend_at(
     let key = cache::append(geometry, inputs.key, past_key, present_key, threads)?;
     let value = cache::append(geometry, inputs.value, past_value, present_value, threads)?;
     let call = Call { kernels: Kernels::of(level), geometry, query: inputs.query, key, value, scale: inputs.scale };
-    let output = SharedSlice::new(output);
-    if rows <= SPLIT_MAX_ROWS { call.split_keys(&output, threads) } else { call.split_rows(&output, threads) }
+    Ok(call.run(output, threads)?)
 }
