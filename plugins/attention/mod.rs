@@ -154,11 +154,7 @@ pub fn attend(
 }
 
 /// [`attend`] with the kernels of one instruction set, or of the widest narrower one that this processor has.
-///
-/// # Errors
-///
-/// Those of [`attend`].
-pub fn attend_at(
+fn attend_at(
     level: Level,
     geometry: &Geometry,
     inputs: &Inputs<'_>,

@@ -3,8 +3,8 @@
 use super::{Inputs, Lengths, Outputs, PruneError};
 use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
 
-/// Rows of the hidden states that one task copies.
-const HIDDEN_ROWS: usize = 256;
+/// Longest run of rows copied at once, so that long ones can be shared among threads.
+const RUN_ROWS: usize = 256;
 
 /// Scores the tokens of every sequence, keeps the best and gathers what belongs to them.
 ///
@@ -152,7 +152,7 @@ impl Run {
         for (to, &from) in kept.iter().enumerate() {
             let from = from as usize;
             match runs.last_mut() {
-                Some(run) if run.from + run.len == from && run.len < HIDDEN_ROWS => run.len += 1,
+                Some(run) if run.from + run.len == from && run.len < RUN_ROWS => run.len += 1,
                 _ => runs.push(Self { from, to, len: 1 }),
             }
         }

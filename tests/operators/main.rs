@@ -32,7 +32,9 @@ fn attention(cached: bool) -> Session {
     if cached {
         inputs.extend([("past_key", FLOAT, 4), ("past_value", FLOAT, 4), ("past_length", INT64, 1)]);
     }
-    let names: Vec<&str> = inputs.iter().map(|input| input.0).collect();
+    let mut names: Vec<&str> = inputs.iter().map(|input| input.0).collect();
+    // Optional inputs that are left out by name are as good as absent ones.
+    names.resize(6, "");
     let outputs = [("output", FLOAT, 3), ("present_key", FLOAT, 4), ("present_value", FLOAT, 4)];
     let attributes = [("num_heads", Int(HEADS as i64)), ("kv_num_heads", Int(KV_HEADS as i64)), ("scale", Float(0.5))];
     let node = node("ai.accordion", "GroupQueryAttention", &names, &outputs.map(|output| output.0), &attributes);

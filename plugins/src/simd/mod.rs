@@ -24,7 +24,7 @@ use std::sync::OnceLock;
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
+pub(crate) enum Level {
     /// Whatever the target guarantees.
     Portable,
     /// AVX2 with FMA, 8 lanes.
@@ -35,13 +35,13 @@ pub enum Level {
 
 impl Level {
     /// The widest level this processor has.
-    pub fn detect() -> Self {
+    pub(crate) fn detect() -> Self {
         static FOUND: OnceLock<Level> = OnceLock::new();
         *FOUND.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Portable))
     }
 
     /// Every level this processor has, narrowest first.
-    pub fn available() -> Vec<Self> {
+    pub(crate) fn available() -> Vec<Self> {
         let mut levels = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
