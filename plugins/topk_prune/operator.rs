@@ -80,12 +80,11 @@ fn compute(context: &ComputeContext, scale: Option<f32>) -> ort::Result<()> {
     let mut scores = output(context, 4, "scores", [batch, tokens])?;
     let mut metric = optional_output(context, 5, [batch, heads, tokens])?;
     let mut unasked = Vec::new();
-    let metric = match &mut metric {
-        Some(metric) => metric.try_extract_tensor_mut::<f32>()?.1,
-        None => {
-            unasked.resize(batch * heads * tokens, 0.0);
-            &mut unasked
-        }
+    let metric = if let Some(metric) = &mut metric {
+        metric.try_extract_tensor_mut::<f32>()?.1
+    } else {
+        unasked.resize(batch * heads * tokens, 0.0);
+        &mut unasked
     };
     prune(
         &Lengths { batch, heads, kv_heads, head_dim, length: tokens, hidden: width, layers, keep, prefix, suffix },
