@@ -12,7 +12,7 @@ const STYLE: &str = include_str!("assets/report.css");
 const SCRIPT: &str = include_str!("assets/report.js");
 
 /// Taps listed on a page, over all comparisons.
-const LISTED_TAPS: usize = 1000;
+const LISTED_TAPS: usize = 800;
 
 /// Renders the page. The same report gives the same bytes.
 pub fn render(report: &Report) -> String {
