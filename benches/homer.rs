@@ -76,6 +76,23 @@ fn main() {
     let operations = plan.operations(&arch);
     println!("operations {:.2} TFLOP linear, {:.2} attention", operations.linear as f64 / 1e12, operations.attention as f64 / 1e12);
     let width = flag("--width").unwrap_or(1);
+    if flag("--rss").is_some() {
+        let show = |what: &str| {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let lines: Vec<&str> = status.lines().filter(|l| l.starts_with("RssAnon") || l.starts_with("RssFile")).collect();
+            println!("{what}: {lines:?}");
+        };
+        show("start");
+        for (name, _) in &bundle.manifest().graphs {
+            if plan.layers.iter().enumerate().any(|(h, l)| *name == accordion_graphs::methods::homer::graph_name(h, l)) {
+                engines.get(name, &[]).unwrap();
+                show(name);
+            }
+        }
+        engines.get("decoder", &[]).unwrap();
+        show("decoder");
+        return;
+    }
     for _ in 0..flag("--runs").unwrap_or(2) {
         println!("before: {} MB", megabytes(current_resident_bytes()));
         reset_peak_resident().unwrap();

@@ -1,2 +1,0 @@
-fn main(){ let c=accordion::fetch::Cache::from_environment().unwrap(); let a=accordion::fetch::asset::named("smollm2-135m").unwrap(); let f=c.fetch(a,&mut |_|{}).unwrap(); let t=std::time::Instant::now(); accordion::checkpoint::import_gguf(f.path(), std::path::Path::new("/tmp/smol"), |_,_|{}).unwrap(); println!("{:?} import {:?}",f.path(),t.elapsed());
- for n in ["demo-text","emma","moby-dick"] { println!("{:?}", c.fetch(accordion::fetch::asset::named(n).unwrap(),&mut |_|{}).map(|f| f.path().to_owned())); } }
