@@ -120,12 +120,7 @@ impl Checkpoint {
     pub fn fingerprint(&self) -> String {
         const SAMPLE: u64 = 64;
         let mut digest = self.description.clone();
-        for (_, weight) in self.weights().iter() {
-            if let Some(file) = self.maps.file(weight.file) {
-                let start = weight.offset as usize;
-                digest.update(&file.bytes()[start..start + weight.len.min(SAMPLE) as usize]);
-            }
-        }
+        self.maps.sample(SAMPLE, |bytes| digest.update(bytes));
         digest.finalize().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
     }
 }
