@@ -11,6 +11,7 @@ mod fields;
 mod files;
 mod gguf;
 mod import;
+mod llama2c;
 mod maps;
 mod required;
 mod rope;
@@ -22,6 +23,7 @@ pub use chat::{ChatMessage, PromptAffixes};
 pub use config::{config_json, from_config_json};
 pub use error::{CheckpointError, GgufError, HeaderError};
 pub use gguf::import_gguf;
+pub use llama2c::import_llama2c;
 pub use maps::WeightMaps;
 pub use required::{check_tensors, required_tensors};
 pub use safetensors::read_index;
@@ -119,12 +121,7 @@ impl Checkpoint {
     pub fn fingerprint(&self) -> String {
         const SAMPLE: u64 = 64;
         let mut digest = self.description.clone();
-        for (_, weight) in self.weights().iter() {
-            if let Some(file) = self.maps.file(weight.file) {
-                let start = weight.offset as usize;
-                digest.update(&file.bytes()[start..start + weight.len.min(SAMPLE) as usize]);
-            }
-        }
+        self.maps.sample(SAMPLE, |bytes| digest.update(bytes));
         digest.finalize().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
     }
 }
