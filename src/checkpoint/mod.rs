@@ -23,7 +23,6 @@ mod vocabulary;
 pub use chat::{ChatMessage, PromptAffixes};
 pub use config::{config_json, from_config_json};
 pub use error::{CheckpointError, GgufError, HeaderError};
-pub use gguf::import_gguf;
 pub use llama2c::import_llama2c;
 pub use gguf::{GgufFacts, gguf_facts, import_gguf};
 pub(crate) use identity::identity_of;
