@@ -202,7 +202,7 @@ fn data(html: &mut Html, report: &Report, verifications: Vec<VerifyReport>) {
     // Serialising plain structs of strings and finite numbers into memory cannot fail.
     let json = serde_json::to_string(&shown).unwrap_or_default();
     html.element("script", &[("type", &"application/json"), ("id", &"data")], |html| {
-        html.trusted(&embeddable_json(&json))
+        html.trusted(&embeddable_json(&json));
     });
     html.newline();
 }

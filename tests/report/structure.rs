@@ -90,7 +90,7 @@ fn absurd_numbers_from_files_do_no_harm() {
     plan.prompt = PromptLengths { prefix: usize::MAX, context: usize::MAX, suffix: usize::MAX };
     plan.nodes[0].height = usize::MAX;
     plan.nodes[1].in_len = usize::MAX;
-    plan.nodes[2].layers = usize::MAX..0;
+    (plan.nodes[2].layers.start, plan.nodes[2].layers.end) = (usize::MAX, 0);
     plan.nodes[3].index = usize::MAX;
     let row = &mut absurd.profiles[0].rows[0];
     row.measured.prompt.context = usize::MAX;
