@@ -57,7 +57,7 @@ fn main() {
     let out = folder.path().join("bundle");
     let heights = tree_heights(arch.num_layers, settings, &[total]).unwrap();
     let start = Instant::now();
-    let method = MethodSettings::Homer { settings, tree_heights: heights };
+    let method = MethodSettings::Homer { settings, tree_heights: heights, significance: None };
     let target = if flag("--portable").is_some() { Target::Portable } else { Target::OrtCpu };
     export(&checkpoint, &out, &ExportOptions { method, target, weights: WeightStorage::Link, force: false }).unwrap();
     println!("export {:.3} s", start.elapsed().as_secs_f64());
