@@ -154,6 +154,26 @@ fn a_cache_bound_to_past_and_present_is_written_in_place() {
 }
 
 #[test]
+fn a_cache_bound_half_in_place_is_refused() {
+    let mut session = attention(true);
+    let mut binding = session.create_binding().unwrap();
+    for (name, heads) in [("query", HEADS), ("key", KV_HEADS), ("value", KV_HEADS)] {
+        binding.bind_input(name, &tensor([1, 1, heads * DIM], noise(heads * DIM, 0.3))).unwrap();
+    }
+    binding.bind_input("past_length", &integers(&[3])).unwrap();
+    let cache = || Tensor::<f32>::new(session.allocator(), [1, KV_HEADS, 8, DIM]).unwrap();
+    let (mut shared, mut apart) = (cache(), cache());
+    binding.bind_input("past_key", &shared).unwrap();
+    binding.bind_input("past_value", &cache()).unwrap();
+    // The keys' cache receives the values.
+    binding.bind_output("present_value", &mut shared).unwrap();
+    binding.bind_output("present_key", &mut apart).unwrap();
+    binding.bind_output_to_device("output", session.allocator().memory_info()).unwrap();
+    let message = session.run_binding(&binding).err().unwrap().to_string();
+    assert!(message.contains("past and present overlap"), "{message}");
+}
+
+#[test]
 fn attention_refuses_with_the_name_of_what_is_wrong() {
     let inputs = |value_width: usize, past: i64, past_dim: usize| {
         vec![
