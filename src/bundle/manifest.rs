@@ -134,7 +134,11 @@ impl Manifest {
         identity_of(self.fingerprint.clone(), &self.architecture)
     }
 
+    /// Reads and checks the manifest `path`.
     pub(super) fn read(path: &Path) -> Result<Self, BundleError> {
+        if !path.exists() {
+            return Err(BundleError::invalid(path, "there is no such file, so its folder is not a bundle"));
+        }
         let bytes = read_bounded(path, MAX_MANIFEST_BYTES)?;
         let json: serde_json::Value =
             serde_json::from_slice(&bytes).map_err(|e| BundleError::invalid(path, format!("not valid JSON: {e}")))?;

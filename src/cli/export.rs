@@ -172,13 +172,18 @@ impl<'a> Summary<'a> {
         let Self { method, graphs, nodes, bytes_written, seconds, weight_files, weights, .. } = self;
         let table = if self.significance { ", with significance table" } else { "" };
         format!(
-            "{}: {method}, {graphs} graphs of {} nodes{table}\n{} written in {seconds:.2} s; {weight_files} weight {} {weights}",
+            "{}: {method}, {} of {} nodes{table}\n{} written in {seconds:.2} s; {} {weights}",
             self.bundle.display(),
+            counted(*graphs, "graph"),
             grouped(*nodes as u64),
             bytes(*bytes_written),
-            if *weight_files == 1 { "file" } else { "files" },
+            counted(*weight_files, "weight file"),
         )
     }
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 impl From<Target> for blocks::Target {
