@@ -32,7 +32,7 @@ enum Table {
 #[derive(Debug, Args)]
 struct Significance {
     /// The model: a Hugging Face folder
-    checkpoint: String,
+    checkpoint: PathBuf,
     /// Ordinary text of the kind the model will read, UTF-8; - reads standard input
     #[arg(long, value_name = "FILE")]
     text: String,
