@@ -1,0 +1,9 @@
+//! The command as its users meet it: exit codes, what goes to standard output and what to standard error, JSON.
+
+mod doctor;
+mod export;
+mod fetch;
+mod inspect;
+mod program;
+mod sparse;
+mod usage;
