@@ -1,5 +1,12 @@
-//! The command as users run it: arguments, output, exit codes.
+//! The command as its users meet it: exit codes, what goes to standard output and what to standard error, JSON.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod doctor;
+mod export;
+mod fetch;
+mod inspect;
+mod program;
+mod sparse;
+mod usage;
 mod verify;
