@@ -81,13 +81,13 @@ struct GenerationArguments {
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
     /// Sampling temperature; 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Sample only from the K most likely tokens
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Sample only from the most likely tokens that have this probability together
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f32,
     /// Seed of the sampling
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -115,7 +115,7 @@ struct CompressionArguments {
     /// Significance table [default: the bundle's]; none prunes by uncalibrated scores
     #[arg(long, value_name = "FILE|none")]
     table: Option<PathBuf>,
-    /// Leaves to build in one batch: a number, or max. Costs memory, saves time, does not change the text
+    /// Leaves to build in one batch: a number, or max; more of them take more memory and less time
     #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
     width: usize,
     /// After every N new tokens compress the whole past anew, for texts longer than the model can see
@@ -163,6 +163,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     let compression = compression(arguments, &bundle)?;
     let max_positions = if arguments.compression.allow_overlong { usize::MAX } else { arch.max_positions };
     let settings = settings(&arguments.generation, max_positions);
+    settings.check()?;
     let tokenizer = Tokenizer::open(bundle.dir(), arch.vocab_size)?;
     let prompts = prompts(arguments, &tokenizer)?;
     check_recompressions(arguments, &bundle, &compression, &prompts)?;
@@ -275,8 +276,8 @@ fn compression(arguments: &Arguments, bundle: &Bundle) -> anyhow::Result<Compres
             ensure!(!allow_overlong, "--allow-overlong is for --method plain: homer keeps positions small by itself");
             let significance = match table {
                 Some(path) if path == Path::new("none") => Some(Significance::Uncalibrated),
-                Some(path) => Some(Significance::Table(SignificanceTable::load(path)?)),
-                None => bundled_table(bundle)?.map(Significance::Table),
+                Some(path) => Some(Significance::Table(Box::new(SignificanceTable::load(path)?))),
+                None => bundled_table(bundle)?.map(|table| Significance::Table(Box::new(table))),
             };
             let settings = arguments.homer.overriding(settings);
             Ok(Compression::Homer(Homer { settings, significance, width: *width }))

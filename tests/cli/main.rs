@@ -2,11 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod calibrate;
 mod doctor;
 mod export;
 mod fetch;
 mod inspect;
 mod program;
+mod run;
 mod sparse;
+mod tiny;
 mod usage;
 mod verify;
