@@ -4,7 +4,7 @@
 mod bundle;
 mod checkpoint;
 mod gguf;
-mod tokenizer;
 #[path = "../cli/sparse.rs"]
 #[allow(dead_code, reason = "each target that shares the file uses its part")]
 mod sparse;
+mod tokenizer;

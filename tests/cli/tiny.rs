@@ -51,9 +51,11 @@ impl Tiny {
         let config = json!({"chat_template": template});
         std::fs::write(checkpoint.join("tokenizer_config.json"), config.to_string()).unwrap();
         let checkpoint = Checkpoint::open(checkpoint).unwrap();
-        let tree_heights = tree_heights(arch.num_layers, SETTINGS, &[SHORT.len(), 50, LONG.len(), 150]).unwrap();
-        let methods =
-            [("homer", MethodSettings::Homer { settings: SETTINGS, tree_heights }), ("plain", MethodSettings::Plain)];
+        let tree_heights = tree_heights(arch.num_layers, SETTINGS, LONG.len().max(150)).unwrap();
+        let methods = [
+            ("homer", MethodSettings::Homer { settings: SETTINGS, tree_heights, significance: None }),
+            ("plain", MethodSettings::Plain),
+        ];
         for (name, method) in methods {
             let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: false };
             export(&checkpoint, &tiny.path(name), &options).unwrap();
