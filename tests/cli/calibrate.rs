@@ -2,7 +2,6 @@
 
 use super::tiny::{LONG, Tiny};
 use accordion::checkpoint::Checkpoint;
-use accordion::reference::cache::Cache;
 use accordion::reference::llama::Llama;
 use accordion::reference::plain;
 use accordion::tensor::Tensor;
