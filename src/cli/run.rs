@@ -218,11 +218,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
             token_seconds: &generation.seconds,
             tokens_per_second: generation.tokens_per_second(),
         };
-        if output.is_json() {
-            output.result(&report, String::new)?;
-        } else {
-            output.piece("\n")?;
-        }
+        // The text itself has been printed.
+        output.result(&report, String::new)?;
         remark_end(&generation, output);
     }
     Ok(Outcome::Done)
@@ -239,12 +236,11 @@ fn answer(
 ) -> anyhow::Result<Generation> {
     let mut printed = Ok(());
     let mut on_event = |event: Event<'_>| match event {
-        Event::Text(piece) if !output.is_json() && printed.is_ok() => printed = output.piece(piece),
-        Event::Text(_) => {}
+        Event::Text(piece) if printed.is_ok() => printed = output.piece(piece),
         Event::Recompressing { generated, done, total } if done == total => {
             output.remark(format!("compressed the past again after {generated} tokens"));
         }
-        Event::Recompressing { .. } => {}
+        Event::Text(_) | Event::Recompressing { .. } => {}
     };
     let generation = generate(engines, tokenizer, state, settings, recompression, &mut on_event)?;
     printed?;

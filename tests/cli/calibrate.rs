@@ -1,7 +1,13 @@
 //! `accordion calibrate`.
 
 use super::tiny::{LONG, Tiny};
+use accordion::checkpoint::Checkpoint;
+use accordion::reference::llama::Llama;
+use accordion::reference::plain;
+use accordion::tensor::Tensor;
 use accordion_calibration::significance::SignificanceTable;
+use accordion_graphs::architecture::Architecture;
+use std::collections::BTreeMap;
 
 const BASE: [&str; 9] =
     ["calibrate", "significance", "checkpoint", "--text", "text.txt", "--windows", "6", "--window-len", "32"];
@@ -29,6 +35,43 @@ fn the_same_seed_gives_the_same_file() {
     assert_eq!(table.provenance().seed, 3);
     assert_eq!(table.provenance().window_tokens, 32);
     assert_eq!(table.provenance().text_sha256.len(), 64);
+}
+
+/// One window is the whole text, and near distances are not smoothed.
+#[test]
+fn entries_are_the_references_logits_by_distance() {
+    let tiny = tiny();
+    let text = &LONG[..24];
+    std::fs::write(tiny.path("text.txt"), text).unwrap();
+    tiny.succeed(&[&BASE[..5], &["--windows", "1", "--window-len", "24", "-o", "table.safetensors"]].concat());
+    let table = SignificanceTable::load(&tiny.path("table.safetensors")).unwrap();
+
+    let checkpoint = Checkpoint::open(tiny.checkpoint()).unwrap();
+    let Architecture::Llama(arch) = checkpoint.architecture() else { panic!("not a Llama") };
+    let model = Llama::load(arch, |name| checkpoint.tensor(name)).unwrap();
+    let ids = checkpoint.tokenizer().unwrap().encode(text, false).unwrap();
+    let positions: Vec<i64> = (0..24).collect();
+    let mut taps = BTreeMap::<String, Tensor>::new();
+    plain::forward(&model, &ids, &positions, &mut model.empty_cache(), &mut taps).unwrap();
+    let width = arch.head_dim;
+    for layer in 0..arch.num_layers {
+        let [q, k] = ["q", "k"].map(|part| taps[&format!("layers.{layer}.attn.{part}")].to_f32());
+        // Row `row` of head `head` of `[heads, 24, width]`.
+        let at = |head: usize, row: usize| (head * 24 + row) * width..(head * 24 + row + 1) * width;
+        for distance in 0..=16 {
+            let score = |head: usize| {
+                let group = head * arch.num_kv_heads / arch.num_heads;
+                let (q, k) = (&q[at(head, 23)], &k[at(group, 23 - distance)]);
+                q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>() / (width as f32).sqrt()
+            };
+            let expected = (0..arch.num_heads).map(score).fold(f32::NEG_INFINITY, f32::max);
+            let found = table.bias(layer)[distance];
+            assert!(
+                (found - expected).abs() < 1e-4,
+                "layer {layer}, distance {distance}: {found}, expected {expected}"
+            );
+        }
+    }
 }
 
 #[test]
