@@ -46,8 +46,11 @@ fn a_bundle_is_described_with_its_plan() {
     for word in ["tree heights 2, 3", "leaf.0-", "past_key_values.*.key (6 of them)", "HEIGHT", "no table"] {
         assert!(text.contains(word), "{word} is not in\n{text}");
     }
-    let longer = inspect(&workspace, "bundle", &["--context", "1000"]).output();
-    assert!(longer.contains("not in the bundle: ") && longer.contains("--context 1000"), "{longer}");
+    let shorter = inspect(&workspace, "bundle", &["--context", "40"]).output();
+    assert!(
+        shorter.contains("not in the bundle: leaf.0-4, merge.5-5") && shorter.contains("--context 40"),
+        "{shorter}"
+    );
 }
 
 #[test]
