@@ -25,9 +25,6 @@ const SIDE_FILES: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// ONNX Runtime's `GroupQueryAttention` takes heads of a multiple of this width.
-const ORT_HEAD_DIM_STEP: usize = 8;
-
 /// How weight files get into a bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WeightStorage {
@@ -89,13 +86,6 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
     let Architecture::Llama(arch) = checkpoint.architecture() else {
         return Err(BundleError::invalid(checkpoint.dir(), "only Llama-family models can be exported"));
     };
-    if options.target == Target::OrtCpu && !arch.head_dim.is_multiple_of(ORT_HEAD_DIM_STEP) {
-        let problem = format!(
-            "head_dim is {}, target ort-cpu needs a multiple of {ORT_HEAD_DIM_STEP}: export with --target portable",
-            arch.head_dim
-        );
-        return Err(BundleError::invalid(checkpoint.dir(), problem));
-    }
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
     let locations = locations(checkpoint)?;
     let (method, graphs) = match &options.method {
@@ -174,15 +164,22 @@ fn locations(checkpoint: &Checkpoint) -> Result<Vec<String>, BundleError> {
 ///
 /// # Errors
 ///
-/// There is no plan for the longest context.
+/// The settings are out of range, whatever the prompt.
 pub fn tree_heights(
     num_layers: usize,
     settings: HomerSettings,
     longest_context: usize,
 ) -> Result<Vec<usize>, PlanError> {
-    let affixes = (leaf_chunk_len(settings).min(settings.max_chunk_len) / 2).max(1);
+    let chunk = leaf_chunk_len(settings).min(settings.max_chunk_len);
+    let affixes = (chunk / 2).min(settings.target_len).max(1);
     let lengths = PromptLengths { prefix: affixes - 1, context: longest_context, suffix: 1 };
-    Ok((0..=HomerPlan::new(num_layers, lengths, settings)?.tree_height).collect())
+    let height = match HomerPlan::new(num_layers, lengths, settings) {
+        Ok(plan) => plan.tree_height,
+        // There is no plan for just these lengths, but there is for others that need a tree of that height.
+        Err(PlanError::EmptyLeaves { leaves, .. }) => leaves.ilog2() as usize,
+        Err(problem) => return Err(problem),
+    };
+    Ok((0..=height).collect())
 }
 
 /// Longest leaf, prefix and suffix included.
