@@ -273,7 +273,7 @@ fn compression(arguments: &Arguments, bundle: &Bundle) -> anyhow::Result<Compres
             let significance = match table {
                 Some(path) if path == Path::new("none") => Some(Significance::Uncalibrated),
                 Some(path) => Some(Significance::Table(Box::new(SignificanceTable::load(path)?))),
-                None => bundled_table(bundle)?.map(|table| Significance::Table(Box::new(table))),
+                None => bundle.significance()?.map(|table| Significance::Table(Box::new(table))),
             };
             let settings = arguments.homer.overriding(settings);
             Ok(Compression::Homer(Homer { settings, significance, width: *width }))
@@ -291,12 +291,6 @@ fn compression(arguments: &Arguments, bundle: &Bundle) -> anyhow::Result<Compres
             Ok(Compression::Plain { allow_overlong: *allow_overlong })
         }
     }
-}
-
-/// The table that the bundle brings along.
-fn bundled_table(bundle: &Bundle) -> anyhow::Result<Option<SignificanceTable>> {
-    let path = bundle.dir().join("significance.safetensors");
-    Ok(if path.is_file() { Some(SignificanceTable::load(&path)?) } else { None })
 }
 
 fn settings(arguments: &GenerationArguments, max_positions: usize) -> GenerationSettings {
