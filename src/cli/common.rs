@@ -12,9 +12,9 @@ use clap::{Args, ValueEnum};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "HOMER settings")]
 pub(crate) struct HomerArguments {
-    /// Longest chunk a node processes, prefix and suffix included
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    max_chunk_len: usize,
+    /// Longest chunk a node processes, prefix and suffix included [default: 2048]
+    #[arg(long, value_name = "N")]
+    max_chunk_len: Option<usize>,
     /// Longest leaf, if leaves are to be smaller than merged chunks
     #[arg(long, value_name = "N")]
     max_initial_chunk_len: Option<usize>,
@@ -29,11 +29,22 @@ pub(crate) struct HomerArguments {
 impl HomerArguments {
     /// The settings for a model of `num_layers` layers.
     pub(crate) fn settings(&self, num_layers: usize) -> HomerSettings {
+        const MAX_CHUNK_LEN: usize = 2048;
+        self.overriding(HomerSettings {
+            max_chunk_len: MAX_CHUNK_LEN,
+            max_initial_chunk_len: None,
+            target_len: MAX_CHUNK_LEN,
+            layers_warmup: 12.min(num_layers / 2),
+        })
+    }
+
+    /// `settings` with those that were given in their place. Another chunk length is another target length too.
+    pub(crate) fn overriding(&self, settings: HomerSettings) -> HomerSettings {
         HomerSettings {
-            max_chunk_len: self.max_chunk_len,
-            max_initial_chunk_len: self.max_initial_chunk_len,
-            target_len: self.target_len.unwrap_or(self.max_chunk_len),
-            layers_warmup: self.layers_warmup.unwrap_or_else(|| 12.min(num_layers / 2)),
+            max_chunk_len: self.max_chunk_len.unwrap_or(settings.max_chunk_len),
+            max_initial_chunk_len: self.max_initial_chunk_len.or(settings.max_initial_chunk_len),
+            target_len: self.target_len.or(self.max_chunk_len).unwrap_or(settings.target_len),
+            layers_warmup: self.layers_warmup.unwrap_or(settings.layers_warmup),
         }
     }
 }

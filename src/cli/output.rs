@@ -50,6 +50,13 @@ impl Output {
         Ok(())
     }
 
+    /// Prints a piece of a result that comes bit by bit.
+    pub(crate) fn piece(&self, text: &str) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        out.write_all(text.as_bytes())?;
+        Ok(out.flush()?)
+    }
+
     /// A line about what is being done.
     pub(crate) fn remark(&self, text: impl AsRef<str>) {
         if !self.quiet {

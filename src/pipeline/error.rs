@@ -4,6 +4,7 @@ use super::sampling::LogitsError;
 use crate::bundle::BundleError;
 use crate::runtime::EngineError;
 use crate::tensor::TensorError;
+use accordion_calibration::significance::MismatchError;
 use accordion_graphs::plan::PlanError;
 
 /// Why a pipeline stopped.
@@ -42,6 +43,26 @@ pub enum PipelineError {
         found: usize,
         /// Entries needed.
         expected: usize,
+    },
+    /// Something is to be pruned, and nothing says what scores are expected.
+    #[error(
+        "pruning this context needs a significance table: make one with `accordion calibrate significance CHECKPOINT \
+         --text FILE -o TABLE` and pass it with --table TABLE, or prune by uncalibrated scores with --table none"
+    )]
+    NoTable,
+    /// The significance table was made for something else.
+    #[error(transparent)]
+    Table(#[from] MismatchError),
+    /// A plain prompt is longer than what the model was trained for.
+    #[error(
+        "a prompt of {length} tokens is longer than the {max_positions} positions the model was trained for; shorten \
+         it, compress it with another method, or pass --allow-overlong"
+    )]
+    Overlong {
+        /// Tokens of the prompt.
+        length: usize,
+        /// Positions of the model.
+        max_positions: usize,
     },
     /// The bundle was exported for other lengths.
     #[error(

@@ -1,12 +1,17 @@
 //! Host code that walks a plan over engines: token ids -> context state -> decoded tokens. The same functions run
 //! whichever runtime is behind the engines.
 
+pub mod compress;
 pub mod decode;
 mod engines;
 mod error;
+pub mod generate;
 pub mod homer;
 pub mod plain;
+pub mod prompt;
+pub mod question;
 pub mod sampling;
+pub mod significance;
 mod state;
 pub mod stop;
 

@@ -110,6 +110,11 @@ impl StopMonitor {
         Step { emit: std::mem::replace(&mut self.held, waiting), stop: None }
     }
 
+    /// From here on there are positions for `room` more tokens.
+    pub fn renew_room(&mut self, room: usize) {
+        self.settings.room = self.generated.saturating_add(room);
+    }
+
     /// Tokens pushed so far.
     pub fn generated(&self) -> usize {
         self.generated
