@@ -16,6 +16,7 @@ mod profile;
 mod report;
 mod run;
 mod shell;
+mod text;
 mod verify;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};

@@ -32,6 +32,11 @@ impl Output {
         self.json
     }
 
+    /// Whether only results are wanted.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     /// Threads per operator, if given.
     pub(crate) fn threads(&self) -> Option<usize> {
         self.threads

@@ -2,10 +2,12 @@
 //!
 //! - [`stats`]: repeated timing and its statistics.
 //! - [`ceilings`]: the rates of this machine, and the floors they give.
+//! - [`load`]: whether the machine is quiet enough.
 //! - [`measure`]: one method at one prompt length, measured.
 //! - [`schema`]: the report that is printed, stored and drawn.
 
 pub mod ceilings;
+pub mod load;
 pub mod measure;
 pub mod schema;
 pub mod stats;

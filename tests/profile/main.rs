@@ -6,13 +6,15 @@ use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, ex
 use accordion::checkpoint::{Checkpoint, config_json};
 use accordion::goldens::HomerCase;
 use accordion::pipeline::Engines;
-use accordion::pipeline::homer::Prompt;
+use accordion::pipeline::compress::{Compression, Homer, Significance};
+use accordion::pipeline::prompt::PromptIds;
 use accordion::profile::ceilings::Ceilings;
-use accordion::profile::measure::{Effort, Step, Subject, measure, random_tokens};
+use accordion::profile::measure::{Effort, Step, measure, random_tokens};
 use accordion::profile::stats::Protocol;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion_graphs::blocks::Target;
+use accordion_graphs::plan::OperationCount;
 use accordion_graphs::plan::homer::HomerPlan;
 use std::path::Path;
 use std::time::Duration;
@@ -48,10 +50,10 @@ fn everything_but_the_times_follows_from_the_plan() {
     let arch = &case.architecture;
     let mut engines = Engines::new(&bundle, Box::new(loader(&bundle)));
     let plan = HomerPlan::new(arch.num_layers, case.lengths(), case.settings).unwrap();
-    let tokens = random_tokens(arch.vocab_size, case.lengths().total(), 7);
-    let (prefix, rest) = tokens.split_at(case.lengths().prefix);
-    let (context, suffix) = rest.split_at(case.lengths().context);
-    let prompt = Prompt { prefix, context, suffix };
+    let mut prefix = random_tokens(arch.vocab_size, case.lengths().total(), 7);
+    let mut context = prefix.split_off(case.lengths().prefix);
+    let suffix = context.split_off(case.lengths().context);
+    let prompt = PromptIds { prefix, context, suffix };
     let protocol = Protocol {
         warm_up_time: Duration::ZERO,
         warm_up_runs: 1,
@@ -61,14 +63,17 @@ fn everything_but_the_times_follows_from_the_plan() {
     };
     let effort = Effort { prefix: protocol, new_tokens: 4 };
 
-    let homer = Subject::Homer { settings: case.settings, width: 2 };
-    for (subject, kept, operations) in [
+    let significance = Some(Significance::Uncalibrated);
+    let plain_operations = OperationCount::plain_prefill(arch, case.lengths().total()).total();
+    let homer = Compression::Homer(Homer { settings: case.settings, significance, width: 2 });
+    for (compression, kept, operations) in [
         (homer, plan.root().out_len, plan.operations(arch).total()),
-        (Subject::Plain, case.lengths().total(), homer_free_operations(&case)),
+        (Compression::Plain { allow_overlong: true }, case.lengths().total(), plain_operations),
     ] {
         let mut steps = Vec::new();
         let found =
-            measure(&mut engines, subject, prompt, &effort, ("ort-cpu fp32", 2), &mut |step| steps.push(step)).unwrap();
+            measure(&mut engines, &compression, &prompt, &effort, ("ort-cpu fp32", 2), &mut |step| steps.push(step))
+                .unwrap();
         assert_eq!(found.prompt, case.lengths());
         assert_eq!(found.tokens_kept, kept);
         assert_eq!(found.operations, Some(operations));
@@ -77,12 +82,8 @@ fn everything_but_the_times_follows_from_the_plan() {
         assert_eq!((found.prefix.runs, found.per_token.runs), (3, 4));
         assert!(found.peak_resident_bytes > 1 << 20);
         assert_eq!(steps.iter().filter(|step| **step == Step::Run).count(), 4);
-        assert_eq!(steps.last(), Some(&Step::Built(1.0)));
+        assert!(matches!(steps.last(), Some(Step::Built { done, total }) if done == total), "{steps:?}");
     }
-}
-
-fn homer_free_operations(case: &HomerCase) -> u64 {
-    accordion_graphs::plan::OperationCount::plain_prefill(&case.architecture, case.lengths().total()).total()
 }
 
 #[test]
