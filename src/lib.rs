@@ -14,6 +14,7 @@ pub mod checkpoint;
 pub mod environment;
 pub mod fetch;
 pub mod goldens;
+pub mod models;
 pub mod pipeline;
 pub mod profile;
 pub mod reference;

@@ -1,6 +1,7 @@
 //! What can be wrong with a bundle.
 
 use crate::checkpoint::CheckpointError;
+use accordion_calibration::significance::{MismatchError, TableError};
 use accordion_graphs::onnx::BuildError;
 use accordion_graphs::plan::PlanError;
 use std::path::{Path, PathBuf};
@@ -50,6 +51,17 @@ pub enum BundleError {
         dir: PathBuf,
         /// The graph.
         name: String,
+    },
+    /// The significance table cannot be read.
+    #[error(transparent)]
+    Table(Box<TableError>),
+    /// The significance table was made for something else, or is too short.
+    #[error("{}: {problem}", path.display())]
+    TableMismatch {
+        /// The table's file.
+        path: PathBuf,
+        /// What does not fit.
+        problem: MismatchError,
     },
     /// The checkpoint is at fault.
     #[error(transparent)]

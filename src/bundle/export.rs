@@ -1,8 +1,10 @@
 //! Writing a bundle: graphs are built, weights are linked, and the folder appears at once or not at all.
 
-use super::manifest::{GraphEntry, Manifest, Method, WeightFile, sha256};
-use super::{BundleError, MANIFEST_FILE};
+use super::manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile, sha256};
+use super::staging::Staging;
+use super::{BundleError, MANIFEST_FILE, SIGNIFICANCE_FILE};
 use crate::checkpoint::Checkpoint;
+use accordion_calibration::significance::{SignificanceTable, TableError};
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::methods::{self, Source};
@@ -10,7 +12,6 @@ use accordion_graphs::onnx::Scope;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 use accordion_graphs::plan::{PlanError, PromptLengths};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -45,6 +46,8 @@ pub enum MethodSettings {
         settings: HomerSettings,
         /// Tree heights to build graphs for, as [`tree_heights`] gives them.
         tree_heights: Vec<usize>,
+        /// File of the significance table that goes into the bundle.
+        significance: Option<PathBuf>,
     },
 }
 
@@ -61,15 +64,25 @@ pub struct ExportOptions {
     pub force: bool,
 }
 
-/// Exports `checkpoint` as a bundle in the folder `out`.
+/// What an export did.
+#[derive(Debug, Clone)]
+pub struct Exported {
+    /// What the bundle holds.
+    pub manifest: Manifest,
+    /// Bytes written; links have none.
+    pub bytes_written: u64,
+    /// Why files were copied that should have been linked: the first of them, and what the system said.
+    pub link_failure: Option<String>,
+}
+
+/// Exports `checkpoint` as a bundle in the folder `out`. The same checkpoint and options give the same bytes.
 ///
 /// # Errors
 ///
-/// The settings do not fit the model, or something cannot be written; then nothing is left behind.
-pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> Result<Manifest, BundleError> {
-    if out.exists() && !options.force {
-        return Err(BundleError::Exists { path: out.to_owned() });
-    }
+/// The settings do not fit the model, the significance table is not the model's or too short, or something cannot be
+/// written; then nothing is left behind.
+pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> Result<Exported, BundleError> {
+    let mut staging = Staging::create(out, options.force)?;
     let Architecture::Llama(arch) = checkpoint.architecture() else {
         return Err(BundleError::invalid(checkpoint.dir(), "only Llama-family models can be exported"));
     };
@@ -79,39 +92,58 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
         MethodSettings::Plain => {
             (Method::Plain, BTreeMap::from([("decoder".to_owned(), methods::plain::decoder(&source))]))
         }
-        MethodSettings::Homer { settings, tree_heights } => {
+        MethodSettings::Homer { settings, tree_heights, .. } => {
             let graphs = homer_graphs(&source, *settings, tree_heights)?;
             (Method::Homer { settings: *settings, tree_heights: tree_heights.clone() }, graphs)
         }
     };
-
-    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let aside =
-        tempfile::Builder::new().prefix(".accordion-export-").tempdir_in(parent).map_err(BundleError::io(parent))?;
     let mut manifest =
         Manifest::new(method, options.target, checkpoint.architecture().clone(), checkpoint.fingerprint());
     for (name, graph) in graphs {
         let model = graph.finish(&locations)?;
         let file = format!("{name}.onnx");
-        write(&aside.path().join(&file), &model.bytes)?;
+        staging.write(&file, &model.bytes)?;
         let entry = GraphEntry { file, sha256: sha256(&model.bytes), signature: model.signature };
         manifest.graphs.insert(name, entry);
     }
     for (from, location) in checkpoint.weights().files().iter().zip(&locations) {
-        let to = aside.path().join(location);
-        place(from, &to, options.weights)?;
-        manifest.weights.push(WeightFile::describe(&to, location.clone())?);
+        let sha256 = staging.place(from, location, options.weights)?;
+        let mut described = WeightFile::describe(&staging.path(location), location.clone())?;
+        described.sha256 = sha256;
+        manifest.weights.push(described);
     }
     for file in SIDE_FILES {
         let from = checkpoint.dir().join(file);
         if from.is_file() {
-            place(&from, &aside.path().join(file), options.weights)?;
+            staging.place(&from, file, options.weights)?;
         }
     }
+    if let MethodSettings::Homer { settings, significance: Some(table), .. } = &options.method {
+        manifest.significance = Some(place_table(&mut staging, table, &manifest, arch.num_layers, settings)?);
+    }
     let json = serde_json::to_vec_pretty(&manifest).map_err(|e| BundleError::invalid(out, e.to_string()))?;
-    write(&aside.path().join(MANIFEST_FILE), &json)?;
-    put_in_place(aside, out)?;
-    Ok(manifest)
+    staging.write(MANIFEST_FILE, &json)?;
+    let (bytes_written, link_failure) = (staging.bytes_written(), staging.link_failure().map(str::to_owned));
+    staging.publish()?;
+    Ok(Exported { manifest, bytes_written, link_failure })
+}
+
+/// Puts a significance table into the bundle, if it is the model's and long enough for every leaf the settings allow.
+fn place_table(
+    staging: &mut Staging,
+    table: &Path,
+    manifest: &Manifest,
+    num_layers: usize,
+    settings: &HomerSettings,
+) -> Result<FileEntry, BundleError> {
+    let sha256 = staging.place(table, SIGNIFICANCE_FILE, WeightStorage::Copy)?.unwrap_or_default();
+    // The copy is what will be used, so the copy is what is checked.
+    let copied = SignificanceTable::load(&staging.path(SIGNIFICANCE_FILE))
+        .map_err(|error| BundleError::Table(Box::new(TableError { path: table.to_owned(), ..error })))?;
+    let misfit = |problem| BundleError::TableMismatch { path: table.to_owned(), problem };
+    copied.check_matches(&manifest.identity()).map_err(misfit)?;
+    copied.covers(num_layers, leaf_chunk_len(*settings).saturating_sub(1)).map_err(misfit)?;
+    Ok(FileEntry { file: SIGNIFICANCE_FILE.to_owned(), sha256 })
 }
 
 /// Weight file names inside the bundle, by number of the file.
@@ -134,16 +166,21 @@ fn locations(checkpoint: &Checkpoint) -> Result<Vec<String>, BundleError> {
 ///
 /// There is no plan for a context.
 pub fn tree_heights(num_layers: usize, settings: HomerSettings, contexts: &[usize]) -> Result<Vec<usize>, PlanError> {
-    let smallest_chunk = settings.max_initial_chunk_len.unwrap_or(settings.max_chunk_len).min(settings.max_chunk_len);
+    let longest_affixes = (leaf_chunk_len(settings).min(settings.max_chunk_len) / 2).max(1);
     let mut heights = BTreeSet::new();
     for &context in contexts {
         let height = |affixes: usize| -> Result<usize, PlanError> {
             let lengths = PromptLengths { prefix: affixes - 1, context, suffix: 1 };
             Ok(HomerPlan::new(num_layers, lengths, settings)?.tree_height)
         };
-        heights.extend(height(1)?..=height((smallest_chunk / 2).max(1))?);
+        heights.extend(height(1)?..=height(longest_affixes)?);
     }
     Ok(heights.into_iter().collect())
+}
+
+/// Longest leaf, prefix and suffix included.
+fn leaf_chunk_len(settings: HomerSettings) -> usize {
+    settings.max_initial_chunk_len.unwrap_or(settings.max_chunk_len)
 }
 
 /// The graphs of all stages of all heights; heights that share a layer range share its graph.
@@ -167,44 +204,4 @@ fn homer_graphs(
         }
     }
     Ok(graphs)
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<(), BundleError> {
-    fs::write(path, bytes).map_err(BundleError::io(path))
-}
-
-/// A hard link if it may be one and can be, else a copy that keeps the modification time.
-fn place(from: &Path, to: &Path, storage: WeightStorage) -> Result<(), BundleError> {
-    // A link to a symbolic link would dangle where the bundle lies: link what it points to.
-    let from = fs::canonicalize(from).map_err(BundleError::io(from))?;
-    if storage == WeightStorage::Link && fs::hard_link(&from, to).is_ok() {
-        return Ok(());
-    }
-    fs::copy(&from, to).map_err(BundleError::io(to))?;
-    Ok(())
-}
-
-/// Renames the finished folder to its place; an old bundle there is removed only once the new one is complete.
-fn put_in_place(aside: tempfile::TempDir, out: &Path) -> Result<(), BundleError> {
-    let mut replaced: Option<PathBuf> = None;
-    if out.exists() {
-        if !out.join(MANIFEST_FILE).is_file() {
-            return Err(BundleError::invalid(out, "not a bundle: --force replaces only bundles"));
-        }
-        let old = aside.path().with_extension("replaced");
-        fs::rename(out, &old).map_err(BundleError::io(out))?;
-        replaced = Some(old);
-    }
-    if let Err(source) = fs::rename(aside.path(), out) {
-        if let Some(old) = replaced {
-            fs::rename(&old, out).map_err(BundleError::io(out))?;
-        }
-        return Err(BundleError::Io { path: out.to_owned(), source });
-    }
-    // The folder is no longer where the guard would remove it.
-    let _ = aside.keep();
-    if let Some(old) = replaced {
-        fs::remove_dir_all(&old).map_err(BundleError::io(&old))?;
-    }
-    Ok(())
 }

@@ -1,6 +1,8 @@
 //! `bundle.json`: what a bundle holds and what it was made from.
 
 use super::BundleError;
+use crate::checkpoint::{config_json, from_config_json, identity_of};
+use accordion_calibration::significance::ModelIdentity;
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::onnx::GraphSignature;
@@ -8,9 +10,9 @@ use accordion_graphs::plan::homer::HomerSettings;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 /// Version of the format.
@@ -68,6 +70,18 @@ pub struct Manifest {
     pub weights: Vec<WeightFile>,
     /// The graphs by name.
     pub graphs: BTreeMap<String, GraphEntry>,
+    /// The significance table, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub significance: Option<FileEntry>,
+}
+
+/// A file that is only what it was at export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Name inside the bundle.
+    pub file: String,
+    /// SHA-256 of the file.
+    pub sha256: String,
 }
 
 /// A weight file as it was at export.
@@ -77,10 +91,14 @@ pub struct WeightFile {
     pub file: String,
     /// Bytes.
     pub size: u64,
-    /// Seconds since 1970 of the last change.
-    pub modified: u64,
+    /// Nanoseconds since 1970 of the last change.
+    pub modified_ns: u64,
     /// SHA-256 of the safetensors header: names, shapes and places of all tensors.
     pub header_sha256: String,
+    /// SHA-256 of the file, known where the export copied it: such a bundle may be moved by means that do not keep the
+    /// time of the last change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 /// A graph file.
@@ -107,10 +125,20 @@ impl Manifest {
             fingerprint,
             weights: Vec::new(),
             graphs: BTreeMap::new(),
+            significance: None,
         }
     }
 
+    /// The model with the rotary embedding of the graphs, for tables that hold only for these.
+    pub fn identity(&self) -> ModelIdentity {
+        identity_of(self.fingerprint.clone(), &self.architecture)
+    }
+
+    /// Reads and checks the manifest `path`.
     pub(super) fn read(path: &Path) -> Result<Self, BundleError> {
+        if !path.exists() {
+            return Err(BundleError::invalid(path, "there is no such file, so its folder is not a bundle"));
+        }
         let bytes = read_bounded(path, MAX_MANIFEST_BYTES)?;
         let json: serde_json::Value =
             serde_json::from_slice(&bytes).map_err(|e| BundleError::invalid(path, format!("not valid JSON: {e}")))?;
@@ -119,13 +147,28 @@ impl Manifest {
             return Err(BundleError::invalid(path, format!("schema is '{schema}', expected '{SCHEMA}'")));
         }
         let manifest: Self = serde_json::from_value(json).map_err(|e| BundleError::invalid(path, e.to_string()))?;
-        let files = manifest.weights.iter().map(|w| &w.file).chain(manifest.graphs.values().map(|g| &g.file));
-        for file in files {
+        let weights = manifest.weights.iter().map(|weight| &weight.file);
+        let graphs = manifest.graphs.values().map(|graph| &graph.file);
+        let table = manifest.significance.iter().map(|table| &table.file);
+        for file in weights.chain(graphs).chain(table) {
             if !is_plain_name(file) {
                 return Err(BundleError::invalid(path, format!("file name '{file}' must not leave the bundle")));
             }
         }
+        manifest.check_architecture(path)?;
         Ok(manifest)
+    }
+
+    /// The architecture must be one that a config.json could have brought in: what follows relies on its numbers.
+    fn check_architecture(&self, path: &Path) -> Result<(), BundleError> {
+        let Architecture::Llama(model) = &self.architecture else {
+            return Err(BundleError::invalid(path, "only Llama-family models are supported"));
+        };
+        let checked = from_config_json(&config_json(model), path).map_err(Box::new)?;
+        if checked != self.architecture {
+            return Err(BundleError::invalid(path, "the architecture contradicts itself"));
+        }
+        Ok(())
     }
 }
 
@@ -134,8 +177,17 @@ fn is_plain_name(name: &str) -> bool {
     matches!((components.next(), components.next()), (Some(Component::Normal(_)), None)) && !name.contains(['/', '\\'])
 }
 
+/// Opens a regular file. Pipes and devices, which may never end, are refused.
+fn open_file(path: &Path) -> Result<(File, fs::Metadata), BundleError> {
+    let meta = fs::metadata(path).map_err(BundleError::io(path))?;
+    if !meta.is_file() {
+        return Err(BundleError::invalid(path, "not a regular file"));
+    }
+    Ok((File::open(path).map_err(BundleError::io(path))?, meta))
+}
+
 fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, BundleError> {
-    let file = File::open(path).map_err(BundleError::io(path))?;
+    let (file, _) = open_file(path)?;
     let mut bytes = Vec::new();
     file.take(limit + 1).read_to_end(&mut bytes).map_err(BundleError::io(path))?;
     if bytes.len() as u64 > limit {
@@ -151,8 +203,7 @@ pub(super) fn sha256(bytes: &[u8]) -> String {
 impl WeightFile {
     /// Describes the file at `path`, called `file` in the bundle.
     pub(super) fn describe(path: &Path, file: String) -> Result<Self, BundleError> {
-        let mut open = File::open(path).map_err(BundleError::io(path))?;
-        let meta = open.metadata().map_err(BundleError::io(path))?;
+        let (mut open, meta) = open_file(path)?;
         let modified = meta.modified().map_err(BundleError::io(path))?;
         let mut length = [0; 8];
         open.read_exact(&mut length).map_err(BundleError::io(path))?;
@@ -168,8 +219,9 @@ impl WeightFile {
         Ok(Self {
             file,
             size: meta.len(),
-            modified: modified.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            modified_ns: modified.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
             header_sha256: sha256(&header),
+            sha256: None,
         })
     }
 
@@ -185,10 +237,37 @@ impl WeightFile {
         if found.header_sha256 != self.header_sha256 {
             return changed("header hash", self.header_sha256.clone(), found.header_sha256);
         }
-        if found.modified != self.modified {
-            return changed("modification time", self.modified.to_string(), found.modified.to_string());
+        if found.modified_ns != self.modified_ns {
+            let Some(expected) = &self.sha256 else {
+                let [expected, found] = [self, &found].map(|file| format!("{} ns since 1970", file.modified_ns));
+                return changed("time of the last change", expected, found);
+            };
+            let found = file_sha256(path)?;
+            if found != *expected {
+                return changed("SHA-256", expected.clone(), found);
+            }
         }
         Ok(())
+    }
+}
+
+/// SHA-256 of a file of any length.
+fn file_sha256(path: &Path) -> Result<String, BundleError> {
+    let (mut file, _) = open_file(path)?;
+    let mut digest = Sha256::new();
+    std::io::copy(&mut file, &mut digest).map_err(BundleError::io(path))?;
+    Ok(format!("{:x}", digest.finalize()))
+}
+
+impl FileEntry {
+    /// The path of the file in the bundle `dir`, if the file is the one that was exported.
+    pub(super) fn check(&self, dir: &Path) -> Result<PathBuf, BundleError> {
+        let path = dir.join(&self.file);
+        let found = file_sha256(&path)?;
+        if found != self.sha256 {
+            return Err(BundleError::Changed { path, what: "SHA-256", expected: self.sha256.clone(), found });
+        }
+        Ok(path)
     }
 }
 

@@ -3,18 +3,23 @@
 mod error;
 mod export;
 mod manifest;
+mod staging;
 
 pub use error::BundleError;
-pub use export::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
-pub use manifest::{GraphEntry, Manifest, Method, WeightFile};
+pub use export::{ExportOptions, Exported, MethodSettings, WeightStorage, export, tree_heights};
+pub use manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile};
 
-use crate::checkpoint::{WeightMaps, read_index};
+use crate::checkpoint::{WeightMaps, check_tensors, read_index};
+use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::architecture::{Architecture, Llama};
 use accordion_graphs::onnx::GraphSignature;
 use std::path::{Path, PathBuf};
 
 /// Name of the file that makes a folder a bundle.
 pub const MANIFEST_FILE: &str = "bundle.json";
+
+/// Name of the significance table in a bundle.
+const SIGNIFICANCE_FILE: &str = "significance.safetensors";
 
 /// A bundle on disk, opened and checked against its manifest.
 #[derive(Debug)]
@@ -41,6 +46,9 @@ impl Bundle {
             files.push(path);
         }
         let index = read_index(&files).map_err(Box::new)?;
+        if let Architecture::Llama(model) = &manifest.architecture {
+            check_tensors(model, &index, &dir).map_err(Box::new)?;
+        }
         let weights = WeightMaps::open(index).map_err(Box::new)?;
         Ok(Self { dir, manifest, weights })
     }
@@ -92,5 +100,22 @@ impl Bundle {
             .get(name)
             .ok_or_else(|| BundleError::MissingGraph { dir: self.dir.clone(), name: name.to_owned() })?;
         entry.read(&self.dir.join(&entry.file))
+    }
+
+    /// The significance table of the bundle, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// The file changed since the export, cannot be read, or was made for another model or rotary embedding.
+    pub fn significance(&self) -> Result<Option<SignificanceTable>, BundleError> {
+        let Some(entry) = &self.manifest.significance else {
+            return Ok(None);
+        };
+        let path = entry.check(&self.dir)?;
+        let table = SignificanceTable::load(&path).map_err(|error| BundleError::Table(Box::new(error)))?;
+        table
+            .check_matches(&self.manifest.identity())
+            .map_err(|problem| BundleError::TableMismatch { path, problem })?;
+        Ok(Some(table))
     }
 }

@@ -10,6 +10,7 @@ mod error;
 mod fields;
 mod files;
 mod gguf;
+mod identity;
 mod import;
 mod maps;
 mod required;
@@ -21,14 +22,17 @@ mod vocabulary;
 pub use chat::{ChatMessage, PromptAffixes};
 pub use config::{config_json, from_config_json};
 pub use error::{CheckpointError, GgufError, HeaderError};
-pub use gguf::import_gguf;
+pub use gguf::{GgufFacts, gguf_facts, import_gguf};
+pub(crate) use identity::identity_of;
+pub use identity::{model_identity, rope_text};
 pub use maps::WeightMaps;
 pub use required::{check_tensors, required_tensors};
+pub use rope::parse_rope_scaling;
 pub use safetensors::read_index;
 pub use tokenizer::{TextStream, Tokenizer};
 
 use crate::tensor::Tensor;
-use accordion_graphs::architecture::Architecture;
+use accordion_graphs::architecture::{Architecture, RopeScaling};
 use accordion_graphs::weights::WeightIndex;
 use fields::Fields;
 use sha2::{Digest, Sha256};
@@ -73,6 +77,15 @@ impl Checkpoint {
         let description = Sha256::new().chain_update(Sha256::digest(&text)).chain_update(headers.finalize());
         let vocab_size = model.vocab_size;
         Ok(Self { dir, vocab_size, architecture: Architecture::Llama(model), maps, description })
+    }
+
+    /// The same checkpoint under another rotary scaling than config.json has.
+    #[must_use]
+    pub fn with_rope_scaling(mut self, scaling: RopeScaling) -> Self {
+        if let Architecture::Llama(model) = &mut self.architecture {
+            model.rope.scaling = scaling;
+        }
+        self
     }
 
     /// The folder.

@@ -3,7 +3,8 @@
 use super::error::CheckpointError;
 use super::fields::{Fields, shown};
 use accordion_graphs::architecture::{Rope, RopeScaling};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+use std::path::Path;
 
 /// What Hugging Face's Llama, Mistral and Qwen2 use when the config says nothing.
 const DEFAULT_THETA: f64 = 10_000.0;
@@ -105,6 +106,31 @@ fn scaling(fields: Fields<'_>, name: &str, max_positions: usize) -> Result<RopeS
     })
 }
 
+/// Reads a scaling as a flag spells it: `none`, `linear=FACTOR`, `dynamic=FACTOR[:ORIGINAL]` or `yarn=FACTOR[:ORIGINAL]`,
+/// where ORIGINAL is the trained length, `max_positions` if not given. The base of the frequencies stays the model's; the
+/// `YaRN` patch of HOMER's authors computes with 10000 whatever the model has.
+///
+/// # Errors
+///
+/// It is not one of those, or a number is outside what the scaling is defined for.
+pub fn parse_rope_scaling(text: &str, max_positions: usize) -> Result<RopeScaling, CheckpointError> {
+    if text == "none" {
+        return Ok(RopeScaling::None);
+    }
+    let number = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_else(|_| json!(text));
+    let (kind, numbers) = text.split_once('=').unwrap_or((text, ""));
+    let (factor, original) = numbers.split_once(':').map_or((numbers, None), |(f, o)| (f, Some(o)));
+    let mut spelled = Map::from_iter([("type".to_owned(), json!(kind))]);
+    if !factor.is_empty() {
+        spelled.insert("factor".to_owned(), number(factor));
+    }
+    if let Some(original) = original {
+        spelled.insert("original_max_position_embeddings".to_owned(), number(original));
+    }
+    let flag = Path::new("--rope-scaling");
+    scaling(Fields::of(&Value::Object(spelled), "", flag)?, "rope_scaling", max_positions)
+}
+
 fn yarn(fields: Fields<'_>, factor: f64, original_max_positions: usize) -> Result<RopeScaling, CheckpointError> {
     if fields.flag("truncate")? == Some(false) {
         return Err(fields.wrong("truncate", "true: the frequency bounds are rounded to whole dimensions"));
@@ -150,5 +176,40 @@ pub(crate) fn scaling_json(scaling: &RopeScaling) -> Value {
             "high_freq_factor": high_freq_factor,
             "original_max_position_embeddings": original_max_positions,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn flags_spell_scalings() {
+        let parse = |text| parse_rope_scaling(text, 8192).unwrap();
+        assert_eq!(parse("none"), RopeScaling::None);
+        assert_eq!(parse("linear=2"), RopeScaling::Linear { factor: 2.0 });
+        assert_eq!(parse("dynamic=4"), RopeScaling::Dynamic { factor: 4.0, original_max_positions: 8192 });
+        let RopeScaling::Yarn { factor, original_max_positions, attention_factor, .. } = parse("yarn=2:4096") else {
+            unreachable!("{:?}", parse("yarn=2:4096"))
+        };
+        assert_eq!((factor, original_max_positions), (2.0, 4096));
+        assert_eq!(attention_factor, 0.1 * 2.0_f64.ln() + 1.0);
+    }
+
+    #[test]
+    fn what_is_no_scaling_is_refused_by_name() {
+        for (text, word) in [
+            ("foo=2", "'foo'"),
+            ("yarn", "`factor` is missing in --rope-scaling"),
+            ("yarn=0.5", "0.5"),
+            ("yarn=two", "two"),
+            ("yarn=2:-1", "-1"),
+            ("linear=2:4096", "original_max_position_embeddings"),
+            ("", "''"),
+        ] {
+            let message = parse_rope_scaling(text, 8192).unwrap_err().to_string();
+            assert!(message.contains(word) && message.contains("--rope-scaling"), "{text}: {message}");
+        }
     }
 }

@@ -1,14 +1,205 @@
 //! `accordion export`.
 
-use super::Outcome;
+use super::common::HomerArguments;
 use super::output::Output;
-use clap::Args;
+use super::text::{bytes, grouped};
+use super::{Outcome, models};
+use accordion::bundle::{self, ExportOptions, Exported, MethodSettings, WeightStorage};
+use accordion::checkpoint::{Checkpoint, parse_rope_scaling};
+use accordion_graphs::architecture::Architecture;
+use accordion_graphs::blocks;
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-/// Export a checkpoint as a bundle of ONNX graphs
+/// Build a method's graphs for a checkpoint, as a bundle that links to the checkpoint's weights
 #[derive(Debug, Args)]
-pub(crate) struct Arguments {}
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    method: Method,
+}
+
+#[derive(Debug, Subcommand)]
+enum Method {
+    /// The baseline: the whole context through the model
+    Plain(PlainArguments),
+    /// HOMER: chunks, pruned and merged pairwise up a tree
+    Homer(Box<TreeArguments>),
+}
+
+#[derive(Debug, Args)]
+struct PlainArguments {
+    #[command(flatten)]
+    common: CommonArguments,
+}
+
+#[derive(Debug, Args)]
+struct TreeArguments {
+    #[command(flatten)]
+    common: CommonArguments,
+    /// Context lengths in tokens to build graphs for; other lengths whose tree is as high run too
+    #[arg(long = "context", value_name = "N,...", value_delimiter = ',', default_value = "32768")]
+    contexts: Vec<usize>,
+    /// Significance table to put into the bundle, from `accordion calibrate significance`
+    #[arg(long, value_name = "FILE")]
+    table: Option<PathBuf>,
+    #[command(flatten)]
+    homer: HomerArguments,
+}
+
+#[derive(Debug, Args)]
+struct CommonArguments {
+    /// Checkpoint folder, GGUF file, or the name of a model that can be fetched
+    checkpoint: PathBuf,
+    /// The bundle folder to write
+    out: PathBuf,
+    /// What runtime the graphs are for
+    #[arg(long, value_enum, default_value_t = Target::OrtCpu)]
+    target: Target,
+    /// How the weights get into the bundle
+    #[arg(long, value_enum, default_value_t = Weights::Link)]
+    weights: Weights,
+    /// Rotary scaling instead of the checkpoint's: none, linear=F, dynamic=F[:N] or yarn=F[:N]
+    ///
+    /// F stretches the range of positions, N is the trained length [default: the checkpoint's]. The base of the
+    /// frequencies stays the checkpoint's; the YaRN of HOMER's authors computes with 10000 for every model.
+    #[arg(long, value_name = "SCALING")]
+    rope_scaling: Option<String>,
+    /// Replace a bundle that is already there
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Target {
+    /// Standard operators: any runtime
+    Portable,
+    /// ONNX Runtime's CPU provider
+    OrtCpu,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Weights {
+    /// Hard links to the checkpoint's files, or copies where these cannot be made
+    Link,
+    /// Copies: such a bundle can be moved anywhere
+    Copy,
+}
+
+#[derive(Serialize)]
+struct Summary<'a> {
+    schema: &'static str,
+    bundle: &'a Path,
+    method: &'static str,
+    graphs: usize,
+    nodes: usize,
+    bytes_written: u64,
+    seconds: f64,
+    weight_files: usize,
+    weights: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    link_failure: Option<&'a str>,
+    significance: bool,
+}
 
 /// Runs the command.
-pub(crate) fn run(_arguments: &Arguments, _output: &Output) -> anyhow::Result<Outcome> {
-    anyhow::bail!("not there yet")
+pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    let common = match &arguments.method {
+        Method::Plain(plain) => &plain.common,
+        Method::Homer(tree) => &tree.common,
+    };
+    let folder = models::folder(&common.checkpoint, output)?;
+    let start = Instant::now();
+    let checkpoint = common.rescaled(Checkpoint::open(folder)?)?;
+    let method = match &arguments.method {
+        Method::Plain(_) => MethodSettings::Plain,
+        Method::Homer(tree) => tree.settings(&checkpoint)?,
+    };
+    let options =
+        ExportOptions { method, target: common.target.into(), weights: common.weights.into(), force: common.force };
+    let exported = bundle::export(&checkpoint, &common.out, &options)?;
+    let summary = Summary::of(&exported, common, start.elapsed().as_secs_f64());
+    if let Some(problem) = summary.link_failure {
+        output.warning(format!("files were copied because they cannot be linked: {problem}"));
+    }
+    output.result(&summary, || summary.in_words())?;
+    Ok(Outcome::Done)
+}
+
+impl CommonArguments {
+    /// The checkpoint under the rotary scaling that was asked for.
+    fn rescaled(&self, checkpoint: Checkpoint) -> anyhow::Result<Checkpoint> {
+        let (Some(text), Architecture::Llama(model)) = (&self.rope_scaling, checkpoint.architecture()) else {
+            return Ok(checkpoint);
+        };
+        let scaling = parse_rope_scaling(text, model.max_positions)?;
+        Ok(checkpoint.with_rope_scaling(scaling))
+    }
+}
+
+impl TreeArguments {
+    fn settings(&self, checkpoint: &Checkpoint) -> anyhow::Result<MethodSettings> {
+        let Architecture::Llama(model) = checkpoint.architecture() else {
+            anyhow::bail!("{}: only Llama-family models can be exported", checkpoint.dir().display());
+        };
+        let settings = self.homer.settings(model.num_layers);
+        let tree_heights = bundle::tree_heights(model.num_layers, settings, &self.contexts)?;
+        Ok(MethodSettings::Homer { settings, tree_heights, significance: self.table.clone() })
+    }
+}
+
+impl<'a> Summary<'a> {
+    fn of(exported: &'a Exported, common: &'a CommonArguments, seconds: f64) -> Self {
+        let manifest = &exported.manifest;
+        let copied = manifest.weights.iter().filter(|file| file.sha256.is_some()).count();
+        Self {
+            schema: "accordion.export/1",
+            bundle: &common.out,
+            method: manifest.method.name(),
+            graphs: manifest.graphs.len(),
+            nodes: manifest.graphs.values().map(|graph| graph.signature.nodes).sum(),
+            bytes_written: exported.bytes_written,
+            seconds,
+            weight_files: manifest.weights.len(),
+            weights: if copied == 0 { "linked" } else { "copied" },
+            link_failure: exported.link_failure.as_deref(),
+            significance: manifest.significance.is_some(),
+        }
+    }
+
+    fn in_words(&self) -> String {
+        let Self { method, graphs, nodes, bytes_written, seconds, weight_files, weights, .. } = self;
+        let table = if self.significance { ", with significance table" } else { "" };
+        format!(
+            "{}: {method}, {} of {} nodes{table}\n{} written in {seconds:.2} s; {} {weights}",
+            self.bundle.display(),
+            counted(*graphs, "graph"),
+            grouped(*nodes as u64),
+            bytes(*bytes_written),
+            counted(*weight_files, "weight file"),
+        )
+    }
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+impl From<Target> for blocks::Target {
+    fn from(target: Target) -> Self {
+        match target {
+            Target::Portable => Self::Portable,
+            Target::OrtCpu => Self::OrtCpu,
+        }
+    }
+}
+
+impl From<Weights> for WeightStorage {
+    fn from(weights: Weights) -> Self {
+        match weights {
+            Weights::Link => Self::Link,
+            Weights::Copy => Self::Copy,
+        }
+    }
 }

@@ -1,14 +1,111 @@
 //! `accordion inspect`.
 
-use super::Outcome;
-use super::output::Output;
-use clap::Args;
+mod bundle;
+mod checkpoint;
+mod plan;
 
-/// Describe a checkpoint or a bundle
+use super::output::Output;
+use super::text::table;
+use super::{Outcome, models};
+use accordion::bundle::{Bundle, MANIFEST_FILE};
+use accordion::checkpoint::{Checkpoint, gguf_facts};
+use accordion_graphs::architecture::Llama;
+use accordion_graphs::plan::PromptLengths;
+use clap::Args;
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Say what a checkpoint, a bundle or a GGUF file holds
+///
+/// With --context, also what a prompt of these lengths costs and, for a HOMER bundle, its tree.
 #[derive(Debug, Args)]
-pub(crate) struct Arguments {}
+pub(crate) struct Arguments {
+    /// Checkpoint or bundle folder, GGUF file, or the name of a model that can be fetched
+    path: PathBuf,
+    /// Plan for a context of this many tokens
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Tokens before the context
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "context")]
+    prefix: usize,
+    /// Tokens after the context
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "context")]
+    suffix: usize,
+}
+
+/// The result: what was found at the path, and the plan that was asked for.
+#[derive(Serialize)]
+struct Inspection<T: Serialize> {
+    schema: &'static str,
+    path: PathBuf,
+    #[serde(flatten)]
+    found: T,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plan: Option<plan::Cost>,
+}
+
+/// What can be told about.
+trait Described: Serialize {
+    /// Lines for a reader.
+    fn in_words(&self) -> String;
+}
 
 /// Runs the command.
-pub(crate) fn run(_arguments: &Arguments, _output: &Output) -> anyhow::Result<Outcome> {
-    anyhow::bail!("not there yet")
+pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    let path = &arguments.path;
+    let lengths =
+        arguments.context.map(|context| PromptLengths { prefix: arguments.prefix, context, suffix: arguments.suffix });
+    if path.join(MANIFEST_FILE).exists() {
+        let bundle = Bundle::open(path)?;
+        let plan = lengths.map(|lengths| plan::of_bundle(&bundle, lengths)).transpose()?;
+        return print(path.clone(), bundle::describe(&bundle)?, plan, output);
+    }
+    if path.is_file() {
+        let facts = gguf_facts(path)?;
+        let plan = lengths.map(|lengths| plan::plain(&facts.model, lengths)).transpose()?;
+        return print(path.clone(), checkpoint::describe_gguf(facts), plan, output);
+    }
+    let folder = models::folder(path, output)?;
+    let found = checkpoint::describe(&Checkpoint::open(&folder)?)?;
+    let plan = lengths.map(|lengths| plan::plain(found.model(), lengths)).transpose()?;
+    print(folder, found, plan, output)
+}
+
+fn print(path: PathBuf, found: impl Described, plan: Option<plan::Cost>, output: &Output) -> anyhow::Result<Outcome> {
+    let inspection = Inspection { schema: "accordion.inspect/1", path, found, plan };
+    output.result(&inspection, || {
+        let plan = inspection.plan.as_ref().map(|plan| format!("\n{}", plan.in_words())).unwrap_or_default();
+        format!("{}\n{}{plan}", inspection.path.display(), inspection.found.in_words())
+    })?;
+    Ok(Outcome::Done)
+}
+
+/// Names and values, one to a line.
+fn facts(rows: &[(&str, String)]) -> String {
+    let rows: Vec<[String; 2]> = rows.iter().map(|(name, value)| [format!("  {name}"), value.clone()]).collect();
+    table(["", ""], &rows)
+}
+
+/// Lines about an architecture.
+fn architecture(model: &Llama) -> Vec<(&'static str, String)> {
+    let Llama { num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, .. } = model;
+    let biases = [(model.qkv_bias, "q, k, v"), (model.o_bias, "o"), (model.mlp_bias, "MLP")];
+    let biases: Vec<&str> = biases.into_iter().filter_map(|(has, name)| has.then_some(name)).collect();
+    let tied = if model.tie_word_embeddings { "tied to the output" } else { "with an output matrix of its own" };
+    let mut rows = vec![
+        ("layers", format!("{num_layers}, hidden {hidden_size}, MLP {intermediate_size}")),
+        ("heads", format!("{num_heads} query, {num_kv_heads} key/value, {head_dim} wide")),
+        ("vocabulary", format!("{}, {tied}", model.vocab_size)),
+        ("positions", format!("{}, rotary {}", model.max_positions, accordion::checkpoint::rope_text(&model.rope))),
+    ];
+    rows.extend(model.sliding_window.map(|window| ("sliding window", format!("{window} tokens"))));
+    if !biases.is_empty() {
+        rows.push(("biases", biases.join(", ")));
+    }
+    rows
+}
+
+/// Bytes of keys and values that one token takes in an fp32 cache.
+fn kv_bytes_per_token(model: &Llama) -> u64 {
+    2 * (model.num_layers * model.num_kv_heads * model.head_dim * size_of::<f32>()) as u64
 }

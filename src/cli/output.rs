@@ -11,6 +11,7 @@ pub(crate) struct Output {
     json: bool,
     quiet: bool,
     color: bool,
+    result_color: bool,
     progress: bool,
     threads: Option<usize>,
 }
@@ -18,13 +19,15 @@ pub(crate) struct Output {
 impl Output {
     pub(crate) fn new(global: &Global) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let color = match global.color {
+        let color_on = |terminal: bool| match global.color {
             Color::Always => true,
             Color::Never => false,
             Color::Auto => terminal && std::env::var_os("NO_COLOR").is_none(),
         };
+        let (color, result_color) = (color_on(terminal), color_on(std::io::stdout().is_terminal()));
         let progress = terminal && !global.quiet;
-        Self { json: global.json, quiet: global.quiet, color, progress, threads: global.threads.map(usize::from) }
+        let threads = global.threads.map(usize::from);
+        Self { json: global.json, quiet: global.quiet, color, result_color, progress, threads }
     }
 
     /// Whether results are wanted as JSON.
@@ -87,9 +90,14 @@ impl Output {
         self.line(&format!("{label}: {message}"));
     }
 
-    /// `text` in an ANSI style, where colour is used.
+    /// `text` in an ANSI style, where messages are coloured.
     pub(crate) fn paint(&self, text: &str, style: &str) -> String {
-        if self.color { format!("\x1b[{style}m{text}\x1b[0m") } else { text.to_owned() }
+        painted(self.color, text, style)
+    }
+
+    /// `text` in an ANSI style, where results are coloured.
+    pub(crate) fn paint_result(&self, text: &str, style: &str) -> String {
+        painted(self.result_color, text, style)
     }
 
     /// A progress bar over `total` steps; invisible unless standard error is a terminal.
@@ -109,6 +117,10 @@ impl Output {
         // Nothing can be done about a standard error that is closed.
         let _ = writeln!(std::io::stderr().lock(), "{text}");
     }
+}
+
+fn painted(color: bool, text: &str, style: &str) -> String {
+    if color { format!("\x1b[{style}m{text}\x1b[0m") } else { text.to_owned() }
 }
 
 /// Rust ignores SIGPIPE, so that writing into a closed pipe is an error instead of a quiet end.

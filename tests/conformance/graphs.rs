@@ -52,7 +52,8 @@ impl Implementation for Graphs {
         std::fs::copy(case.weights_path(), checkpoint.join("model.safetensors"))?;
         std::fs::write(checkpoint.join("config.json"), config_json(&case.architecture).to_string())?;
         let out = folder.path().join("bundle");
-        let method = MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height] };
+        let tree_heights = vec![plan.tree_height];
+        let method = MethodSettings::Homer { settings: case.settings, tree_heights, significance: None };
         let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
         export(&Checkpoint::open(&checkpoint)?, &out, &options)?;
         let bundle = Bundle::open(&out)?;

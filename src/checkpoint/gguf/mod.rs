@@ -11,7 +11,7 @@ use super::import::{Folder, RowOrder};
 use super::required::required_tensors;
 use accordion_graphs::architecture::Llama;
 use reader::{Gguf, StoredTensor};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Imports the GGUF file `source` as a new checkpoint folder `out`: weights as fp32, one tensor in memory at a time.
@@ -42,6 +42,34 @@ pub fn import_gguf(source: &Path, out: &Path, progress: impl FnMut(u64, u64)) ->
         }))
     })?;
     folder.publish()
+}
+
+/// What a GGUF file holds, from its header alone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GgufFacts {
+    /// The model.
+    pub model: Llama,
+    /// Number of elements over all tensors.
+    pub parameters: u64,
+    /// Number of tensors by the encoding of their elements.
+    pub encodings: BTreeMap<String, usize>,
+}
+
+/// Reads the header of the GGUF file `source`.
+///
+/// # Errors
+///
+/// The file is malformed, or its architecture is not supported.
+pub fn gguf_facts(source: &Path) -> Result<GgufFacts, CheckpointError> {
+    let gguf = Gguf::open(source)?;
+    let mut encodings = BTreeMap::new();
+    let mut parameters = 0_u64;
+    for tensor in gguf.tensors().values() {
+        *encodings.entry(format!("{:?}", tensor.encoding)).or_default() += 1;
+        let elements = tensor.shape.iter().fold(1_u64, |n, &dim| n.saturating_mul(dim));
+        parameters = parameters.saturating_add(elements);
+    }
+    Ok(GgufFacts { model: architecture::read(&gguf)?.model, parameters, encodings })
 }
 
 /// What the metadata say about the model.

@@ -1,0 +1,199 @@
+//! What a bundle holds.
+
+use super::{Described, architecture, facts};
+use crate::cli::text::{bytes, grouped, table};
+use accordion::bundle::{Bundle, Method};
+use accordion_graphs::architecture::Architecture;
+use accordion_graphs::blocks::Target;
+use accordion_graphs::onnx::{GraphSignature, ValueInfo};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// Facts about an exported bundle.
+#[derive(Serialize)]
+pub(super) struct Description<'b> {
+    kind: &'static str,
+    producer: &'b str,
+    method: &'b Method,
+    target: Target,
+    precision: &'b str,
+    architecture: &'b Architecture,
+    fingerprint: &'b str,
+    weights: Vec<Weights<'b>>,
+    significance: Option<Table>,
+    graphs: Vec<Graph<'b>>,
+}
+
+#[derive(Serialize)]
+struct Weights<'b> {
+    file: &'b str,
+    bytes: u64,
+    /// Whether the file has other names; `None` where the system does not say.
+    linked: Option<bool>,
+}
+
+#[derive(Serialize)]
+struct Table {
+    layers: usize,
+    distances: usize,
+    measured_distance: usize,
+    windows: u64,
+}
+
+#[derive(Serialize)]
+struct Graph<'b> {
+    name: &'b str,
+    file: &'b str,
+    bytes: u64,
+    nodes: usize,
+    linked_tensors: usize,
+    taps: usize,
+    inputs: &'b [ValueInfo],
+    outputs: &'b [ValueInfo],
+}
+
+/// Describes an open bundle; every file of it is checked on the way.
+pub(super) fn describe(bundle: &Bundle) -> anyhow::Result<Description<'_>> {
+    let manifest = bundle.manifest();
+    let weights = manifest.weights.iter();
+    let weights = weights.map(|file| Weights {
+        file: &file.file,
+        bytes: file.size,
+        linked: is_linked(&bundle.dir().join(&file.file)),
+    });
+    let significance = bundle.significance()?.map(|table| Table {
+        layers: table.num_layers(),
+        distances: table.num_distances(),
+        measured_distance: table.measured_distance(),
+        windows: table.windows(),
+    });
+    let graphs = manifest.graphs.iter().map(|(name, entry)| {
+        let GraphSignature { inputs, outputs, weights, taps, nodes } = &entry.signature;
+        Ok(Graph {
+            name,
+            file: &entry.file,
+            bytes: bundle.graph(name)?.len() as u64,
+            nodes: *nodes,
+            linked_tensors: weights.len(),
+            taps: taps.len(),
+            inputs,
+            outputs,
+        })
+    });
+    Ok(Description {
+        kind: "bundle",
+        producer: &manifest.producer,
+        method: &manifest.method,
+        target: manifest.target,
+        precision: &manifest.precision,
+        architecture: &manifest.architecture,
+        fingerprint: &manifest.fingerprint,
+        weights: weights.collect(),
+        significance,
+        graphs: graphs.collect::<anyhow::Result<_>>()?,
+    })
+}
+
+#[cfg(unix)]
+fn is_linked(path: &Path) -> Option<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+    path.metadata().ok().map(|meta| meta.nlink() > 1)
+}
+
+#[cfg(not(unix))]
+fn is_linked(_: &Path) -> Option<bool> {
+    None
+}
+
+impl Described for Description<'_> {
+    fn in_words(&self) -> String {
+        let mut rows = vec![("method", method(self.method))];
+        let target = match self.target {
+            Target::Portable => "any runtime",
+            Target::OrtCpu => "ONNX Runtime's CPU provider",
+        };
+        rows.push(("graphs for", format!("{target}, {}", self.precision)));
+        if let Architecture::Llama(model) = self.architecture {
+            rows.extend(architecture(model));
+        }
+        for file in &self.weights {
+            let how = match file.linked {
+                Some(true) => ", linked",
+                Some(false) => ", no other link",
+                None => "",
+            };
+            rows.push(("weights", format!("{}, {}{how}", file.file, bytes(file.bytes))));
+        }
+        if let Method::Homer { .. } = self.method {
+            rows.push(("significance", self.significance.as_ref().map_or("no table".to_owned(), Table::in_words)));
+        }
+        rows.push(("written by", self.producer.to_owned()));
+        rows.push(("fingerprint", self.fingerprint.to_owned()));
+        let mut text = format!("bundle\n{}", facts(&rows));
+        for graph in &self.graphs {
+            let Graph { name, bytes: size, nodes, linked_tensors, taps, .. } = graph;
+            let _ = write!(
+                text,
+                "\n{name}: {} nodes, {linked_tensors} linked tensors, {taps} taps, {}\n{}",
+                grouped(*nodes as u64),
+                bytes(*size),
+                interface(graph),
+            );
+        }
+        text
+    }
+}
+
+impl Table {
+    fn in_words(&self) -> String {
+        let Self { layers, distances, measured_distance, windows } = self;
+        format!("{layers} layers, {distances} distances, measured up to {measured_distance} in {windows} windows")
+    }
+}
+
+fn method(method: &Method) -> String {
+    match method {
+        Method::Plain => "plain".to_owned(),
+        Method::Homer { settings, tree_heights } => {
+            let heights: Vec<String> = tree_heights.iter().map(usize::to_string).collect();
+            let initial = settings.max_initial_chunk_len.map(|len| format!(", leaves {len}")).unwrap_or_default();
+            format!(
+                "homer: chunks {}{initial}, target {}, warm-up {} layers, tree heights {}",
+                settings.max_chunk_len,
+                settings.target_len,
+                settings.layers_warmup,
+                heights.join(", ")
+            )
+        }
+    }
+}
+
+/// Inputs and outputs, those that differ only by a layer's number on one line.
+fn interface(graph: &Graph<'_>) -> String {
+    let mut rows: Vec<([String; 4], usize)> = Vec::new();
+    for (direction, values) in [("in", graph.inputs), ("out", graph.outputs)] {
+        for value in values {
+            let row =
+                [format!("  {direction}"), pattern(&value.name), value.dtype.to_string(), value.shape.join(" x ")];
+            match rows.iter_mut().find(|(known, _)| *known == row) {
+                Some((_, count)) => *count += 1,
+                None => rows.push((row, 1)),
+            }
+        }
+    }
+    let rows: Vec<[String; 4]> = rows
+        .into_iter()
+        .map(|([direction, name, dtype, shape], count)| {
+            let name = if count > 1 { format!("{name} ({count} of them)") } else { name };
+            [direction, name, dtype, shape]
+        })
+        .collect();
+    table(["", "", "", ""], &rows)
+}
+
+/// `past_key_values.*.key` for `past_key_values.12.key`.
+fn pattern(name: &str) -> String {
+    let parts = name.split('.').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
+    parts.collect::<Vec<_>>().join(".")
+}

@@ -1,0 +1,129 @@
+//! What a checkpoint folder or a GGUF file holds.
+
+use super::{Described, architecture, facts, kv_bytes_per_token};
+use crate::cli::text::{approximate, bytes, grouped};
+use accordion::checkpoint::{Checkpoint, GgufFacts};
+use accordion_graphs::architecture::{Architecture, Llama};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// Facts about a model on disk.
+#[derive(Serialize)]
+pub(super) struct Model {
+    kind: &'static str,
+    architecture: Architecture,
+    #[serde(skip)]
+    model: Llama,
+    parameters: u64,
+    kv_bytes_per_token: u64,
+    /// Number of tensors by element type.
+    dtypes: BTreeMap<String, usize>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    folder: Option<Folder>,
+}
+
+/// Facts that only a checkpoint folder has.
+#[derive(Serialize)]
+struct Folder {
+    fingerprint: String,
+    weight_bytes: u64,
+    files: Vec<String>,
+    tokenizer: Option<Tokenizer>,
+}
+
+#[derive(Serialize)]
+struct Tokenizer {
+    vocab_size: usize,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    chat_template: bool,
+}
+
+/// Describes an open checkpoint.
+pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Model> {
+    let Architecture::Llama(model) = checkpoint.architecture() else {
+        anyhow::bail!("{}: only Llama-family models are supported", checkpoint.dir().display());
+    };
+    let weights = checkpoint.weights();
+    let mut dtypes = BTreeMap::new();
+    for (_, weight) in weights.iter() {
+        *dtypes.entry(weight.dtype.to_string()).or_default() += 1;
+    }
+    let names = weights.files().iter().filter_map(|path| path.file_name());
+    // A checkpoint without one can be exported, but not run.
+    let tokenizer = checkpoint.dir().join("tokenizer.json").exists().then(|| checkpoint.tokenizer()).transpose()?;
+    let folder = Folder {
+        fingerprint: checkpoint.fingerprint(),
+        weight_bytes: weights.byte_count(),
+        files: names.map(|name| name.to_string_lossy().into_owned()).collect(),
+        tokenizer: tokenizer.map(|tokenizer| Tokenizer {
+            vocab_size: tokenizer.vocab_size(),
+            bos_token: tokenizer.bos_token().map(str::to_owned),
+            eos_token: tokenizer.eos_token().map(str::to_owned),
+            chat_template: tokenizer.has_chat_template(),
+        }),
+    };
+    Ok(Model::new("checkpoint", model.clone(), weights.parameter_count(), dtypes, Some(folder)))
+}
+
+/// Describes a GGUF file.
+pub(super) fn describe_gguf(facts: GgufFacts) -> Model {
+    Model::new("gguf", facts.model, facts.parameters, facts.encodings, None)
+}
+
+impl Model {
+    fn new(
+        kind: &'static str,
+        model: Llama,
+        parameters: u64,
+        dtypes: BTreeMap<String, usize>,
+        folder: Option<Folder>,
+    ) -> Self {
+        let (architecture, kv_bytes_per_token) = (Architecture::Llama(model.clone()), kv_bytes_per_token(&model));
+        Self { kind, architecture, model, parameters, kv_bytes_per_token, dtypes, folder }
+    }
+
+    /// The model.
+    pub(super) fn model(&self) -> &Llama {
+        &self.model
+    }
+}
+
+impl Described for Model {
+    fn in_words(&self) -> String {
+        let mut rows = architecture(&self.model);
+        rows.push(("parameters", format!("{} ({})", grouped(self.parameters), approximate(self.parameters))));
+        let dtypes: Vec<String> = self.dtypes.iter().map(|(dtype, count)| format!("{dtype} ({count})")).collect();
+        rows.push(("tensors", dtypes.join(", ")));
+        rows.push(("cache", format!("{} per token as fp32", bytes(self.kv_bytes_per_token))));
+        rows.push(("end ids", ids(&self.model)));
+        let title = match &self.folder {
+            None => "GGUF file: import it, or pass it as a CHECKPOINT",
+            Some(folder) => {
+                let files = match folder.files.as_slice() {
+                    [only] => only.clone(),
+                    several => format!("{} files", several.len()),
+                };
+                rows.push(("weights", format!("{} in {files}", bytes(folder.weight_bytes))));
+                rows.push(("tokenizer", folder.tokenizer.as_ref().map_or("none".to_owned(), Tokenizer::in_words)));
+                rows.push(("fingerprint", folder.fingerprint.clone()));
+                "checkpoint"
+            }
+        };
+        format!("{title}\n{}", facts(&rows))
+    }
+}
+
+impl Tokenizer {
+    fn in_words(&self) -> String {
+        let Self { vocab_size, bos_token, eos_token, chat_template } = self;
+        let name = |token: &Option<String>| token.clone().unwrap_or_else(|| "none".to_owned());
+        let template = if *chat_template { "chat template" } else { "no chat template" };
+        format!("{vocab_size} tokens, begin {}, end {}, {template}", name(bos_token), name(eos_token))
+    }
+}
+
+fn ids(model: &Llama) -> String {
+    let ids: Vec<String> = model.eos_token_ids.iter().map(u32::to_string).collect();
+    if ids.is_empty() { "none".to_owned() } else { ids.join(", ") }
+}
