@@ -6,6 +6,11 @@
 //! `prefix.position_ids`, `cache.k.<layer>`, `cache.v.<layer>`. Inside a layer, `layers.<l>.` followed by
 //! `attn.q` and `attn.k` (after rotation), `attn.v`, `attn.out` (before the output projection), `attn_residual`,
 //! `mlp.out` and `out`. No tap carries a batch axis.
+//!
+//! Shapes, row-major, with `rows` tokens, `H` heads, `G` key heads of width `d`, hidden width `D`, vocabulary `V`: what is
+//! stored or selected by head is heads first, `cache.*`, `in_k` and `in_v` `[G, rows, d]` and `prune.metric_last`
+//! `[H, rows]`; inside a layer everything is by row, `attn.q` and `attn.out` `[rows, H * d]`, `attn.k` and `attn.v`
+//! `[rows, G * d]`, the rest `[rows, D]`. Logits are `[rows, V]`, scores, indices and position ids `[rows]`.
 
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;

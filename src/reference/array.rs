@@ -4,7 +4,7 @@ use super::Result;
 use crate::taps::TapSink;
 use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::dtype::DType;
-use ndarray::{ArrayBase, Data, Dimension};
+use ndarray::{Array3, ArrayBase, Data, Dimension};
 use std::sync::Arc;
 
 /// The elements of `array` as a tensor of the same shape.
@@ -34,6 +34,15 @@ impl<'a> Scope<'a> {
 
     pub(super) fn tap<S: Data<Elem = f32>, D: Dimension>(&mut self, name: &str, value: &ArrayBase<S, D>) -> Result<()> {
         self.tap_with(name, || to_tensor(value))
+    }
+
+    /// Taps `value [heads, rows, d]` as `[rows, heads * d]`.
+    pub(super) fn tap_rows(&mut self, name: &str, value: &Array3<f32>) -> Result<()> {
+        let (heads, rows, width) = value.dim();
+        self.tap_with(name, || {
+            let by_row = value.view().permuted_axes([1, 0, 2]);
+            Tensor::from_f32([rows, heads * width], by_row.iter().copied().collect())
+        })
     }
 
     pub(super) fn tap_integers(&mut self, name: &str, values: impl ExactSizeIterator<Item = i64>) -> Result<()> {

@@ -200,9 +200,9 @@ impl Llama {
         let heads = |projection: &Linear| split_heads(&projection.apply(&normed), self.architecture.head_dim);
         let q = rotary.apply(&heads(&weights.q_proj));
         let mut kv = KeyValue { k: rotary.apply(&heads(&weights.k_proj)), v: heads(&weights.v_proj) };
-        taps.tap("attn.q", &q)?;
-        taps.tap("attn.k", &kv.k)?;
-        taps.tap("attn.v", &kv.v)?;
+        taps.tap_rows("attn.q", &q)?;
+        taps.tap_rows("attn.k", &kv.k)?;
+        taps.tap_rows("attn.v", &kv.v)?;
         if let Some(past) = past {
             let new = std::mem::replace(&mut kv, past.clone());
             kv.append(&new);

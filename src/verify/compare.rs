@@ -152,7 +152,7 @@ fn for_each_pair<T: Copy>(
 }
 
 /// Coordinates of element `index` of a tensor of `shape`, row-major.
-fn coordinates(mut index: usize, shape: &[usize]) -> Vec<usize> {
+pub(super) fn coordinates(mut index: usize, shape: &[usize]) -> Vec<usize> {
     let mut at: Vec<usize> = shape
         .iter()
         .rev()

@@ -1,4 +1,5 @@
-//! What `accordion verify` reports: every tap in model order, grouped by the part of the model it belongs to.
+//! What `accordion verify` reports: every tap in the order of the computation, grouped by the part of the model it
+//! belongs to.
 
 use super::order::{model_order, scope};
 use super::verdict::{TapResult, Verdict};
@@ -45,7 +46,7 @@ impl Counts {
 pub struct Scope {
     /// Its name: `layers.7`, `node.h1.i0`, `cache`.
     pub name: String,
-    /// Its taps in model order.
+    /// Its taps in the order of the computation.
     pub taps: Vec<TapResult>,
 }
 
@@ -60,7 +61,10 @@ pub struct VerifyReport {
     pub verdict: Verdict,
     /// Taps by verdict.
     pub counts: Counts,
-    /// The first tap in model order that failed: where to look.
+    /// Taps that both sides have but that follow from a choice which fell differently, so that they say nothing.
+    #[serde(default)]
+    pub not_comparable: usize,
+    /// The first tap in the order of the computation that failed: where to look.
     pub first_failure: Option<String>,
     /// The tap with the worst verdict and, among those, the largest share of its bound.
     pub worst: Option<String>,
@@ -69,9 +73,15 @@ pub struct VerifyReport {
 }
 
 impl VerifyReport {
-    /// Orders, groups and counts `taps`.
+    /// Groups and counts `taps` that come in no particular order: they are put into model order.
     pub fn new(subject: Subject, mut taps: Vec<TapResult>) -> Self {
         taps.sort_by(|a, b| model_order(&a.name, &b.name));
+        Self::in_order(subject, taps, 0)
+    }
+
+    /// Groups and counts `taps` that come in the order of their computation, besides which `not_comparable` others were
+    /// left out.
+    pub fn in_order(subject: Subject, taps: Vec<TapResult>, not_comparable: usize) -> Self {
         let mut counts = Counts::default();
         for tap in &taps {
             match tap.verdict {
@@ -88,6 +98,7 @@ impl VerifyReport {
             subject,
             verdict: taps.iter().map(|tap| tap.verdict).max().unwrap_or(Verdict::Fail),
             counts,
+            not_comparable,
             first_failure: taps.iter().find(|tap| tap.verdict == Verdict::Fail).map(|tap| tap.name.clone()),
             worst: worst.map(|tap| tap.name.clone()),
             scopes: Vec::new(),
@@ -102,7 +113,7 @@ impl VerifyReport {
         report
     }
 
-    /// All taps in model order.
+    /// All taps in the order of the computation.
     pub fn taps(&self) -> impl Iterator<Item = &TapResult> {
         self.scopes.iter().flat_map(|scope| &scope.taps)
     }

@@ -1,0 +1,61 @@
+//! What can keep a comparison from being made.
+
+use crate::bundle::BundleError;
+use crate::checkpoint::CheckpointError;
+use crate::goldens::GoldenError;
+use crate::pipeline::PipelineError;
+use crate::reference::ReferenceError;
+use crate::runtime::EngineError;
+use crate::tensor::TensorError;
+use accordion_graphs::plan::PlanError;
+use std::path::PathBuf;
+
+/// Why nothing could be compared. That two sides differ is no error: it is what a comparison finds.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// The graphs could not be run.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// The reference could not be computed.
+    #[error("the reference: {0}")]
+    Reference(#[from] ReferenceError),
+    /// The golden case cannot be read.
+    #[error(transparent)]
+    Golden(#[from] GoldenError),
+    /// There is no plan for the lengths.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The golden's plan is another one.
+    #[error("golden {case}: node {node} was run as {found}, the plan says {expected}")]
+    OtherPlan {
+        /// The case.
+        case: String,
+        /// Number of the node in the order of execution.
+        node: usize,
+        /// The golden's node.
+        found: String,
+        /// The plan's.
+        expected: String,
+    },
+    /// The bundle cannot be written or opened.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The weights cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] Box<CheckpointError>),
+    /// An engine could not be made.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A tensor has another form than it should.
+    #[error("unexpected tensor: {0}")]
+    Tensor(#[from] TensorError),
+    /// A file could not be written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}

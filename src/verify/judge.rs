@@ -1,0 +1,220 @@
+//! Where taps of two sides meet. Actual values wait by name; expected values arrive in the order of the computation, are
+//! judged and dropped, so that a comparison of any size needs the memory of one node or one chunk.
+
+use super::verdict::{Bounds, TapKind, TapResult, Verdict, judge};
+use crate::taps::TapSink;
+use crate::tensor::Tensor;
+use accordion_graphs::dtype::DType;
+use std::collections::BTreeMap;
+
+/// Taps that graphs do not have: they mark affixes by their number, and gather what is kept.
+const NOT_IN_GRAPHS: [&str; 2] = [".in_reduction_mask", ".prune.remove_idx"];
+
+/// How much is compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Detail {
+    /// Every tap.
+    #[default]
+    All,
+    /// What enters, is scored and leaves every tree node, and the result.
+    Nodes,
+    /// Which tokens every tree node keeps, and the result.
+    Result,
+}
+
+impl Detail {
+    /// Whether the tap called `name` is compared.
+    pub fn includes(self, name: &str) -> bool {
+        if NOT_IN_GRAPHS.iter().any(|part| name.ends_with(part)) {
+            return false;
+        }
+        let in_layer = name.starts_with("layers.") || name.contains(".layers.");
+        let selects = || name.ends_with(".prune.scores") || name.ends_with(".prune.keep_idx");
+        match self {
+            Self::All => true,
+            Self::Nodes => !in_layer,
+            Self::Result => !in_layer && (!name.starts_with("node.") || selects()),
+        }
+    }
+}
+
+/// What a comparison found.
+#[derive(Debug, Clone, Default)]
+pub struct Findings {
+    /// Every tap that was judged, in the order of the computation.
+    pub taps: Vec<TapResult>,
+    /// Taps left out, because another choice among near-equals (or a wrong one) came before them.
+    pub not_comparable: usize,
+}
+
+/// Judges expected taps, as a sink that they are recorded into, against actual ones.
+pub(super) struct Judge {
+    detail: Detail,
+    /// The less precise of the two sides.
+    dtype: DType,
+    /// What results are called besides the names of their taps.
+    pub(super) prefix: String,
+    actual: BTreeMap<String, Tensor>,
+    /// The expected scores of the node that is being judged.
+    scores: Option<Tensor>,
+    diverged: bool,
+    findings: Findings,
+}
+
+impl Judge {
+    pub(super) fn new(detail: Detail, dtype: DType) -> Self {
+        Self {
+            detail,
+            dtype,
+            prefix: String::new(),
+            actual: BTreeMap::new(),
+            scores: None,
+            diverged: false,
+            findings: Findings::default(),
+        }
+    }
+
+    /// Whether [`Judge::offer`] should be given the actual tap `name`.
+    pub(super) fn expects(&self, name: &str) -> bool {
+        self.detail.includes(name)
+    }
+
+    /// Takes an actual tap, to wait for the expected one.
+    pub(super) fn offer(&mut self, name: &str, value: Tensor) {
+        self.actual.insert(name.to_owned(), value);
+    }
+
+    /// Begins a part of the computation; `diverged` says that it follows from another choice than the expected one.
+    pub(super) fn begin(&mut self, diverged: bool) {
+        self.diverged = diverged;
+        self.scores = None;
+    }
+
+    /// Ends the part whose taps begin with `scope`: what is still waiting there has no counterpart. Returns whether the
+    /// sides diverged before its end.
+    pub(super) fn end(&mut self, scope: &str) -> bool {
+        let unmatched: Vec<String> = self
+            .actual
+            .range(scope.to_owned()..)
+            .map(|(name, _)| name)
+            .take_while(|n| n.starts_with(scope))
+            .cloned()
+            .collect();
+        for name in unmatched {
+            let Some(actual) = self.actual.remove(&name) else { continue };
+            if self.diverged {
+                self.findings.not_comparable += 1;
+            } else {
+                let name = format!("{}{name}", self.prefix);
+                self.findings.taps.push(TapResult::missing(&name, actual.shape(), "the expected side"));
+            }
+        }
+        self.diverged
+    }
+
+    /// Judges one tap; `actual` need not have waited.
+    pub(super) fn compare(&mut self, name: &str, actual: &Tensor, expected: &Tensor) {
+        let kind = TapKind::of(name);
+        let scores = if kind == TapKind::Selection { self.scores.as_ref() } else { None };
+        let full = format!("{}{name}", self.prefix);
+        let result = judge(&full, actual, expected, scores, &Bounds::new(kind, self.dtype));
+        // A wrong selection is told once, not again by every tensor that follows from it.
+        self.diverged |= kind == TapKind::Selection && result.verdict != Verdict::Pass;
+        self.findings.taps.push(result);
+    }
+
+    /// Adds `count` taps that could not be compared.
+    pub(super) fn leave_out(&mut self, count: usize) {
+        self.findings.not_comparable += count;
+    }
+
+    pub(super) fn into_findings(self) -> Findings {
+        self.findings
+    }
+}
+
+impl TapSink for Judge {
+    fn wants(&self, name: &str) -> bool {
+        !self.diverged && self.detail.includes(name)
+    }
+
+    fn record(&mut self, name: &str, expected: Tensor) {
+        if self.diverged {
+            return;
+        }
+        match self.actual.remove(name) {
+            Some(actual) => self.compare(name, &actual, &expected),
+            None => {
+                let full = format!("{}{name}", self.prefix);
+                self.findings.taps.push(TapResult::missing(&full, expected.shape(), "the actual side"));
+            }
+        }
+        if name.ends_with(".prune.scores") {
+            self.scores = Some(expected);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn floats(values: &[f32]) -> Tensor {
+        Tensor::from_f32([values.len()], values.to_vec()).unwrap()
+    }
+
+    fn ids(values: &[i64]) -> Tensor {
+        Tensor::from_i64([values.len()], values.to_vec()).unwrap()
+    }
+
+    fn verdicts(findings: &Findings) -> Vec<(&str, Verdict)> {
+        findings.taps.iter().map(|tap| (tap.name.as_str(), tap.verdict)).collect()
+    }
+
+    #[test]
+    fn what_only_one_side_has_is_a_failure() {
+        let mut judge = Judge::new(Detail::All, DType::F32);
+        judge.offer("node.h0.i1.a", floats(&[1.0]));
+        judge.offer("node.h0.i1.b", floats(&[1.0]));
+        judge.offer("node.h0.i10.b", floats(&[1.0]));
+        judge.begin(false);
+        judge.record("node.h0.i1.a", floats(&[1.0]));
+        judge.record("node.h0.i1.c", floats(&[1.0]));
+        assert!(!judge.end("node.h0.i1."));
+        let findings = judge.into_findings();
+        let expected =
+            [("node.h0.i1.a", Verdict::Pass), ("node.h0.i1.c", Verdict::Fail), ("node.h0.i1.b", Verdict::Fail)];
+        assert_eq!(verdicts(&findings), expected);
+    }
+
+    #[test]
+    fn behind_another_selection_nothing_is_compared() {
+        for (exchanged, verdict) in [(1.000_01, Verdict::Ambiguous), (0.5, Verdict::Fail)] {
+            let mut judge = Judge::new(Detail::All, DType::F32);
+            for name in ["n.prune.scores", "n.out_hidden"] {
+                judge.offer(name, floats(&[2.0, 1.0, exchanged]));
+            }
+            judge.offer("n.prune.keep_idx", ids(&[0, 2]));
+            judge.begin(false);
+            judge.record("n.prune.scores", floats(&[2.0, 1.0, exchanged]));
+            judge.record("n.prune.keep_idx", ids(&[0, 1]));
+            assert!(!judge.wants("n.out_hidden"));
+            judge.record("n.out_hidden", floats(&[0.0, 0.0, 0.0]));
+            assert!(judge.end("n."));
+            let findings = judge.into_findings();
+            assert_eq!(verdicts(&findings), [("n.prune.scores", Verdict::Pass), ("n.prune.keep_idx", verdict)]);
+            assert_eq!(findings.not_comparable, 1);
+        }
+    }
+
+    #[test]
+    fn less_detail_never_hides_a_selection() {
+        let names = ["node.h0.i0.layers.3.out", "node.h0.i0.in_hidden", "node.h0.i0.prune.keep_idx", "cache.k.0"];
+        let included = |detail: Detail| names.map(|name| detail.includes(name));
+        assert_eq!(included(Detail::All), [true; 4]);
+        assert_eq!(included(Detail::Nodes), [false, true, true, true]);
+        assert_eq!(included(Detail::Result), [false, false, true, true]);
+        assert!(!Detail::All.includes("node.h0.i0.in_reduction_mask"));
+    }
+}

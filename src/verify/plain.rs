@@ -1,0 +1,68 @@
+//! The plain decoder against the reference, a chunk of rows at a time.
+
+use super::error::VerifyError;
+use super::judge::{Detail, Findings, Judge};
+use crate::pipeline::Engines;
+use crate::pipeline::decode::{DECODER, Sequence};
+use crate::reference::llama::Llama;
+use crate::reference::{plain, to_tensor};
+use crate::tensor::{Tensor, TensorError};
+use accordion_graphs::dtype::DType;
+use accordion_graphs::onnx::ValueInfo;
+
+/// Rows that are compared at a time: their logits over a large vocabulary take a hundred megabytes on each side.
+const ROWS: usize = 512;
+
+/// Compares the decoder of `engines` with `reference` on `ids`, from position 0 on: every layer, the logits of all rows, the
+/// cache. Where `ids` take more than one chunk, taps are called `rows.<first>.` and their name. `on_progress` hears how many
+/// tokens have been compared.
+///
+/// # Errors
+///
+/// A side cannot be run.
+pub fn compare_plain(
+    engines: &mut Engines<'_>,
+    reference: &Llama,
+    ids: &[u32],
+    detail: Detail,
+    on_progress: &mut dyn FnMut(usize),
+) -> Result<Findings, VerifyError> {
+    let mut judge = Judge::new(detail, DType::F32);
+    let taps = &engines.signature(DECODER)?.taps;
+    let taps: Vec<(&String, &ValueInfo)> =
+        taps.iter().filter(|(tap, _)| tap.starts_with("layers.") && judge.expects(tap)).collect();
+    let values: Vec<&str> = taps.iter().map(|(_, value)| value.name.as_str()).collect();
+
+    let mut sequence = Sequence::new(engines, ids.len())?;
+    let mut cache = reference.empty_cache();
+    for chunk in ids.chunks(ROWS) {
+        let first = sequence.len();
+        if ids.len() > ROWS {
+            judge.prefix = format!("rows.{first}.");
+        }
+        let (logits, tapped) = sequence.forward_tapped(engines, chunk, chunk.len(), &values)?;
+        for ((tap, info), value) in taps.iter().zip(tapped) {
+            judge.offer(tap, single(info, &value)?);
+        }
+        let positions: Vec<i64> = (first as i64..).take(chunk.len()).collect();
+        judge.begin(false);
+        let hidden = plain::forward(reference, chunk, &positions, &mut cache, &mut judge)?;
+        judge.end("");
+        judge.compare("logits", &logits, &to_tensor(&reference.logits(&hidden))?);
+        on_progress(sequence.len());
+    }
+    judge.prefix.clear();
+    for (layer, (found, expected)) in sequence.cache()?.iter().zip(&cache.layers).enumerate() {
+        for (part, found, expected) in [("k", &found[0], &expected.k), ("v", &found[1], &expected.v)] {
+            let found = found.reshaped(&found.shape()[1..])?;
+            judge.compare(&format!("cache.{part}.{layer}"), &found, &to_tensor(expected)?);
+        }
+    }
+    Ok(judge.into_findings())
+}
+
+/// A tap of a batch of one, without the batch axis where it has one.
+fn single(info: &ValueInfo, value: &Tensor) -> Result<Tensor, TensorError> {
+    let batched = info.shape.first().is_some_and(|dim| dim == "batch");
+    if batched { value.reshaped(&value.shape()[1..]) } else { Ok(value.clone()) }
+}

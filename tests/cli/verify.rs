@@ -1,0 +1,261 @@
+//! `accordion verify`: agreement passes, and every planted fault is found where it was planted.
+
+use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
+use accordion::checkpoint::{Checkpoint, config_json};
+use accordion::goldens::HomerCase;
+use accordion_graphs::blocks::Target;
+use onnx_protobuf::ModelProto;
+use protobuf::Message;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Tokens of the context that the bundles are made for: a tree of height 2.
+const CONTEXT: usize = 60;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/goldens/homer/homer_{name}.json"))
+}
+
+fn verify(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_accordion")).arg("verify").args(arguments).output().unwrap()
+}
+
+/// The model of golden case F as a checkpoint.
+fn checkpoint(folder: &Path) -> PathBuf {
+    let case = HomerCase::open(&golden("F")).unwrap();
+    let dir = folder.join("checkpoint");
+    fs::create_dir(&dir).unwrap();
+    fs::copy(case.weights_path(), dir.join("model.safetensors")).unwrap();
+    fs::write(dir.join("config.json"), config_json(&case.architecture).to_string()).unwrap();
+    dir
+}
+
+fn bundle(folder: &Path, checkpoint: &Path, method: MethodSettings) -> PathBuf {
+    let out = folder.join("bundle");
+    let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Copy, force: false };
+    export(&Checkpoint::open(checkpoint).unwrap(), &out, &options).unwrap();
+    out
+}
+
+fn homer() -> MethodSettings {
+    let case = HomerCase::open(&golden("F")).unwrap();
+    let tree_heights = tree_heights(case.architecture.num_layers, case.settings, &[CONTEXT]).unwrap();
+    MethodSettings::Homer { settings: case.settings, tree_heights }
+}
+
+fn homer_bundle(folder: &Path) -> PathBuf {
+    bundle(folder, &checkpoint(folder), homer())
+}
+
+/// Changes `bundle.json`.
+fn edit_manifest(bundle: &Path, edit: impl FnOnce(&mut Value)) {
+    let path = bundle.join("bundle.json");
+    let mut manifest = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    edit(&mut manifest);
+    fs::write(&path, manifest.to_string()).unwrap();
+}
+
+/// Changes the graphs whose names begin with `kind`, and says in the manifest that they were exported like that.
+fn edit_graphs(bundle: &Path, kind: &str, edit: impl Fn(&mut ModelProto)) {
+    edit_manifest(bundle, |manifest| {
+        for (_, graph) in
+            manifest["graphs"].as_object_mut().unwrap().iter_mut().filter(|(name, _)| name.starts_with(kind))
+        {
+            let path = bundle.join(graph["file"].as_str().unwrap());
+            let mut model = ModelProto::parse_from_bytes(&fs::read(&path).unwrap()).unwrap();
+            edit(&mut model);
+            let bytes = model.write_to_bytes().unwrap();
+            graph["sha256"] = format!("{:x}", Sha256::digest(&bytes)).into();
+            fs::write(path, bytes).unwrap();
+        }
+    });
+}
+
+fn run(bundle: &Path, more: &[&str]) -> (Option<i32>, Value) {
+    let mut arguments = vec![bundle.to_str().unwrap(), "--json"];
+    arguments.extend(more);
+    let output = verify(&arguments);
+    let report = serde_json::from_slice(&output.stdout);
+    (output.status.code(), report.unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stderr))))
+}
+
+fn count(report: &Value) -> [u64; 4] {
+    let counts = &report["counts"];
+    [&counts["pass"], &counts["ambiguous"], &counts["fail"], &report["not_comparable"]].map(|n| n.as_u64().unwrap())
+}
+
+#[test]
+fn a_faithful_bundle_passes_at_every_width_and_detail() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = homer_bundle(folder.path());
+    let file = folder.path().join("report.json");
+    let (code, report) = run(&bundle, &["--out", file.to_str().unwrap()]);
+    assert_eq!((code, &report["schema"]), (Some(0), &"accordion.verify/1".into()), "{report:#}");
+    assert_eq!(serde_json::from_slice::<Value>(&fs::read(&file).unwrap()).unwrap(), report);
+    let [all, 0, 0, 0] = count(&report) else { panic!("{report:#}") };
+    let scopes: Vec<&str> = report["scopes"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
+    let nodes = ["h0.i0", "h0.i1", "h1.i0", "h0.i2", "h0.i3", "h1.i1", "h2.i0"].map(|n| format!("node.{n}"));
+    let nodes = nodes.iter().map(String::as_str);
+    let expected: Vec<&str> =
+        std::iter::once("weights").chain(nodes).chain(["prefix", "cache", "prefix", "teacher"]).collect();
+    assert_eq!(scopes, expected);
+
+    let (code, wide) = run(&bundle, &["--width", "max", "--operators", "portable"]);
+    assert_eq!((code, count(&wide)), (Some(0), [all, 0, 0, 0]));
+    let less = ["nodes", "result"].map(|taps| count(&run(&bundle, &["--taps", taps]).1));
+    assert!(all > less[0][0] && less[0][0] > less[1][0] && less[1][0] > 20, "{all} {less:?}");
+
+    let output = verify(&[bundle.to_str().unwrap(), "--seed", "3"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.lines().last().unwrap().starts_with("PASS: bundle (homer), ort-cpu fp32"), "{text}");
+}
+
+#[test]
+fn a_wrong_constant_is_found_at_the_first_tap_it_touches() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = homer_bundle(folder.path());
+    edit_manifest(&bundle, |manifest| {
+        let base = &mut manifest["architecture"]["rope"]["theta"];
+        *base = (base.as_f64().unwrap() * 1.5).into();
+    });
+    let (code, report) = run(&bundle, &[]);
+    assert_eq!((code, &report["verdict"]), (Some(1), &"FAIL".into()), "{report:#}");
+    assert_eq!(report["first_failure"], "node.h0.i0.layers.0.attn.q");
+
+    let output = verify(&[bundle.to_str().unwrap()]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.lines().last().unwrap().ends_with("the first to fail is node.h0.i0.layers.0.attn.q"), "{text}");
+    assert!(text.lines().count() < 60, "{text}");
+}
+
+#[test]
+fn a_fault_in_one_layer_of_one_graph_is_found_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = homer_bundle(folder.path());
+    edit_graphs(&bundle, "merge", |model| {
+        let graph = model.graph.as_mut().unwrap();
+        let last = graph.node.iter().rposition(|n| n.name.contains("post_attention_layernorm")).unwrap();
+        let epsilon = graph.node[last].attribute.iter_mut().find(|a| a.name() == "epsilon").unwrap();
+        epsilon.set_f(1.0);
+    });
+    let (code, report) = run(&bundle, &[]);
+    assert_eq!(code, Some(1));
+    let first = report["first_failure"].as_str().unwrap();
+    assert!(first.starts_with("node.h1.i0.layers.") && first.ends_with(".mlp.out"), "{first}");
+}
+
+#[test]
+fn another_selection_is_told_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = homer_bundle(folder.path());
+    // The graphs get another table than the reference: the scores differ, and with them what is kept.
+    edit_graphs(&bundle, "leaf", |model| {
+        let call = model.graph.as_mut().unwrap().node.iter_mut().find(|n| n.op_type() == "TopKPrune").unwrap();
+        call.attribute.iter_mut().find(|a| a.name() == "scale").unwrap().set_f(-1.0);
+    });
+    let (code, report) = run(&bundle, &[]);
+    assert_eq!((code, &report["first_failure"]), (Some(1), &"node.h0.i0.prune.metric_last".into()), "{report:#}");
+    let [_, _, failed, not_comparable] = count(&report);
+    // Four leaves fail in metric, scores and selection; their own results and all above them are left out.
+    assert_eq!(failed, 12, "{report:#}");
+    assert!(not_comparable > 100, "{not_comparable}");
+}
+
+#[test]
+fn numbers_that_are_none_are_found_in_the_weights_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = checkpoint(folder.path());
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let weight = Checkpoint::open(&dir).unwrap().weights().get(name).unwrap().clone();
+    let path = dir.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let width = weight.shape[1];
+    let at = weight.offset as usize + 4 * (2 * width + 3);
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    bytes[at + 4..at + 8].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    let bundle = bundle(folder.path(), &dir, MethodSettings::Plain);
+    let output = verify(&[bundle.to_str().unwrap()]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains(&format!("1 NaN and 1 infinite numbers in tensor {name}, first at [2, 3]")), "{text}");
+}
+
+#[test]
+fn the_plain_decoder_is_compared_row_by_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = bundle(folder.path(), &checkpoint(folder.path()), MethodSettings::Plain);
+    let (code, short) = run(&bundle, &["--context", "40"]);
+    assert_eq!(code, Some(0), "{short:#}");
+    let (code, long) = run(&bundle, &["--context", "600", "--taps", "result"]);
+    assert_eq!(code, Some(0), "{long:#}");
+    let names = |report: &Value| -> Vec<String> {
+        let scopes = report["scopes"].as_array().unwrap();
+        scopes.iter().flat_map(|s| s["taps"].as_array().unwrap()).map(|t| t["name"].as_str().unwrap().into()).collect()
+    };
+    for name in ["layers.1.attn.v", "logits", "cache.k.0"] {
+        assert!(names(&short).iter().any(|n| n == name), "{name}");
+    }
+    assert!(names(&long).starts_with(&["weights", "rows.0.logits", "rows.512.logits"].map(String::from)));
+
+    edit_graphs(&bundle, "decoder", |model| {
+        let graph = model.graph.as_mut().unwrap();
+        let norm = graph.node.iter_mut().find(|n| n.name.contains("model.norm")).unwrap();
+        norm.attribute.iter_mut().find(|a| a.name() == "epsilon").unwrap().set_f(1.0);
+    });
+    let (code, report) = run(&bundle, &["--context", "40"]);
+    assert_eq!((code, &report["first_failure"]), (Some(1), &"logits".into()));
+    assert_eq!(count(&report)[2], 1);
+}
+
+#[test]
+fn a_golden_case_is_held_against_reference_and_graphs() {
+    let output = verify(&["--golden", golden("C").to_str().unwrap(), "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stdout));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let scopes: Vec<&str> = report["scopes"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
+    assert_eq!(scopes, ["reference", "portable", "ort-cpu"]);
+    let [passed, 0, 0, 0] = count(&report) else { panic!("{report:#}") };
+    assert!(passed > 300, "{passed}");
+
+    let folder = tempfile::tempdir().unwrap();
+    for part in [".json", "_weights.safetensors", "_main.safetensors", "_trace.safetensors"] {
+        fs::copy(golden("D").with_file_name(format!("homer_D{part}")), folder.path().join(format!("homer_D{part}")))
+            .unwrap();
+    }
+    // The last number of the trace.
+    let trace = folder.path().join("homer_D_trace.safetensors");
+    let mut bytes = fs::read(&trace).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&99.0_f32.to_le_bytes());
+    fs::write(&trace, bytes).unwrap();
+    let output = verify(&["--golden", folder.path().join("homer_D.json").to_str().unwrap()]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("the first to fail is reference.node."), "{text}");
+}
+
+#[test]
+fn what_cannot_be_compared_is_said_with_exit_code_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = homer_bundle(folder.path());
+    let bundle = bundle.to_str().unwrap();
+    let text = folder.path().join("text");
+    fs::write(&text, [0xFF, 0xFE]).unwrap();
+    for (arguments, message) in [
+        (&["--context", "0"][..], "--context is 0"),
+        (&["--context", "100000"], "no graph"),
+        (&["--prefix", "9999"], "max_chunk_len"),
+        (&["--text", text.to_str().unwrap()], "is not UTF-8 text"),
+        (&["--out", "/nowhere/report.json"], "/nowhere/report.json"),
+        (&["--golden", "homer_X.json"], "cannot be used with"),
+    ] {
+        let output = verify(&[&[bundle], arguments].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(error.contains(message), "{arguments:?}: {error}");
+    }
+}
