@@ -5,12 +5,14 @@
 //! values read, with the cache bound in place. `cargo bench --bench attention -- 2048 8192` limits the lengths;
 //! `ORT_DYLIB_PATH` names the ONNX Runtime.
 
+// Not everything that the tests build models from is needed here.
+#[allow(dead_code)]
 #[path = "../tests/operators/model.rs"]
 mod model;
 
 use std::time::Instant;
 
-use model::Attribute::Int;
+use model::Attribute::{Float, Int};
 use onnx_protobuf::tensor_proto::DataType;
 use ort::session::IoBinding;
 use ort::session::Session;
@@ -93,31 +95,25 @@ impl Runner {
             vec!["query", "key", "value"]
         };
         let outputs = ["output", "present_key", "present_value"];
-        let attributes = [("num_heads", Int(HEADS as i64)), ("kv_num_heads", Int(KV_HEADS as i64))];
+        let attributes =
+            [("num_heads", Int(HEADS as i64)), ("kv_num_heads", Int(KV_HEADS as i64)), ("scale", Float(0.125))];
         let node = model::node(domain, "GroupQueryAttention", &names, &outputs, &attributes);
         let outputs = [("output", float, 3), ("present_key", float, 4), ("present_value", float, 4)];
         let session = model::session(&model::model(vec![node], vec![], &inputs, &outputs), THREADS)?;
 
         let mut binding = session.create_binding()?;
-        let noise = |shape: [usize; 4], step: f32| -> Outcome<Tensor<f32>> {
-            let mut tensor = Tensor::<f32>::new(session.allocator(), shape)?;
+        let noise = |shape: &[usize], step: f32| -> Outcome<Tensor<f32>> {
+            let mut tensor = Tensor::<f32>::new(session.allocator(), shape.to_vec())?;
             let values = tensor.extract_tensor_mut().1.iter_mut().enumerate();
             values.for_each(|(i, x)| *x = (i as f32 * step).sin() * 2.0);
             Ok(tensor)
         };
-        let three = |mut shape: Vec<usize>, tensor: Tensor<f32>| -> Outcome<Tensor<f32>> {
-            shape.retain(|&dim| dim != 0);
-            let mut out = Tensor::<f32>::new(session.allocator(), shape)?;
-            out.extract_tensor_mut().1.copy_from_slice(tensor.extract_tensor().1);
-            Ok(out)
-        };
         for (name, heads, step) in [("query", HEADS, 0.7), ("key", KV_HEADS, 0.3), ("value", KV_HEADS, 0.5)] {
-            let tensor = noise([1, rows, heads, DIM], step)?;
-            binding.bind_input(name, &three(vec![1, rows, heads * DIM], tensor)?)?;
+            binding.bind_input(name, &noise(&[1, rows, heads * DIM], step)?)?;
         }
         let total = past + rows;
         for (name, step) in [("key", 0.9), ("value", 1.1)] {
-            let mut cache = noise([1, KV_HEADS, total, DIM], step)?;
+            let mut cache = noise(&[1, KV_HEADS, total, DIM], step)?;
             if cached {
                 binding.bind_input(format!("past_{name}"), &cache)?;
             }

@@ -6,14 +6,12 @@
 use std::ops::Range;
 
 use super::kernels::Kernels;
-use super::softmax::RowState;
+use super::softmax::{NOTHING_SEEN, PADDED_STRIP, STRIP, Strip};
 use super::tile::Weighing;
 use crate::scratch::Scratch;
 
 /// Keys that are packed and used at once.
-const KEY_BLOCK: usize = 192;
-/// Rows whose logits are alive at once: small enough that they stay in the first cache level.
-const STRIP: usize = 24;
+pub(super) const KEY_BLOCK: usize = 192;
 
 /// One group of heads over one stretch of query rows.
 pub(super) struct Block<'a> {
@@ -37,7 +35,10 @@ pub(super) struct BlockMemory {
     pub(super) queries: Scratch,
     /// `[rows, dim rounded up]`: sums of weighted values, not yet divided by the sums of weights.
     pub(super) sums: Scratch,
-    pub(super) states: Vec<RowState>,
+    /// `[rows]`: the largest logit in base 2.
+    pub(super) maxima: Scratch,
+    /// `[rows, lanes]`: sums of weights.
+    pub(super) totals: Scratch,
     panels: Scratch,
     padded_values: Scratch,
     logits: Scratch,
@@ -57,8 +58,8 @@ impl Block<'_> {
     /// Attends `rows` rows, whose queries are in `memory`, to those keys of `range` that they may see.
     pub(super) fn attend(&self, rows: usize, range: Range<usize>, memory: &mut BlockMemory) {
         memory.sums.zeroed(rows * self.width());
-        memory.states.clear();
-        memory.states.resize(rows, RowState::EMPTY);
+        memory.totals.zeroed(rows * self.kernels.lanes);
+        memory.maxima.at_least(rows)[..rows].fill(NOTHING_SEEN);
         let end = range.end.min(self.limit(rows - 1));
         let mut start = range.start;
         while start < end {
@@ -95,14 +96,26 @@ impl Block<'_> {
         }
 
         let width = count.next_multiple_of(lanes);
-        let mut decay = [1.0; STRIP];
-        for row in strip.clone() {
-            let logits = &mut logits[(row - strip.start) * stride..][..width];
+        for (row, logits) in strip.clone().zip(logits.chunks_exact_mut(stride)) {
             let seen = self.limit(row).saturating_sub(start).min(width);
-            logits[seen..].fill(f32::NEG_INFINITY);
-            // SAFETY: `width` elements, a multiple of the lanes, and not zero because `count` is not.
-            decay[row - strip.start] =
-                unsafe { (self.kernels.absorb)(logits.as_mut_ptr(), width, &mut memory.states[row]) };
+            logits[seen..width].fill(f32::NEG_INFINITY);
+        }
+        let mut decay = [0.0; PADDED_STRIP];
+        let totals = &mut memory.totals.get_mut()[strip.start * lanes..strip.end * lanes];
+        let maxima = &mut memory.maxima.get_mut()[strip.clone()];
+        assert!(logits.len() >= strip.len() * stride && strip.len() <= STRIP);
+        // SAFETY: `strip.len()` rows of everything, checked here and above; `width` is a multiple of the lanes, at most
+        // `stride`, and not zero because `count` is not.
+        unsafe {
+            (self.kernels.absorb)(&Strip {
+                rows: strip.len(),
+                logits: logits.as_mut_ptr(),
+                stride,
+                width,
+                maxima: maxima.as_mut_ptr(),
+                totals: totals.as_mut_ptr(),
+                decay: decay.as_mut_ptr(),
+            });
         }
 
         let (values, values_stride) = if self.width() == self.dim {
@@ -140,12 +153,13 @@ impl Block<'_> {
         }
     }
 
-    /// Packs keys `start..start + count` into panels `[dim, panel]`; the last panel is filled up with zeros.
+    /// Packs keys `start..start + count` into panels `[dim, panel]`. What lies behind the last key in its panel is
+    /// whatever it was: logits of keys that no row sees are never read.
     fn pack_keys(&self, start: usize, count: usize, memory: &mut BlockMemory) {
         let Kernels { lanes, panel, .. } = *self.kernels;
         let keys = &self.keys[start * self.dim..(start + count) * self.dim];
         let panels = memory.panels.at_least(count.next_multiple_of(panel) * self.dim);
-        for first in (0..count.next_multiple_of(panel)).step_by(lanes) {
+        for first in (0..count).step_by(lanes) {
             let packed = &mut panels[first / panel * panel * self.dim + first % panel..];
             let full = if first + lanes <= count { self.dim / lanes * lanes } else { 0 };
             for c in (0..full).step_by(lanes) {
@@ -155,9 +169,9 @@ impl Block<'_> {
                 // SAFETY: both blocks were checked to lie inside their slices.
                 unsafe { (self.kernels.transpose)(block.as_ptr(), self.dim, to.as_mut_ptr(), panel) };
             }
-            for c in full..self.dim {
-                for lane in 0..lanes {
-                    packed[c * panel + lane] = keys.get((first + lane) * self.dim + c).copied().unwrap_or(0.0);
+            for (lane, key) in keys[first * self.dim..].chunks_exact(self.dim).take(lanes).enumerate() {
+                for c in full..self.dim {
+                    packed[c * panel + lane] = key[c];
                 }
             }
         }

@@ -3,16 +3,20 @@
 use std::cell::RefCell;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::block::{Block, BlockMemory};
+use super::Geometry;
+use super::block::{Block, BlockMemory, KEY_BLOCK};
 use super::kernels::Kernels;
-use super::{AttentionError, Geometry};
-use crate::parallel::{ParallelFor, SharedSlice};
+use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
 
 /// Rows of queries (positions times heads of a group) that one task takes.
 const BLOCK_ROWS: usize = 192;
-/// Keys per task where keys are split. Fixed, so that the order of additions does not depend on the threads.
-const SPLIT_KEYS: usize = 384;
+/// Tasks to aim at where keys are split: enough for many threads, few enough that the parts stay small. Not the number of
+/// threads, so that the order of additions does not depend on it.
+const SPLIT_TASKS: usize = 64;
+/// Fewest keys per task where keys are split.
+const SPLIT_KEYS: usize = 2 * KEY_BLOCK;
 
 thread_local! {
     static MEMORY: RefCell<BlockMemory> = RefCell::default();
@@ -88,13 +92,13 @@ impl Call<'_> {
     fn write(&self, head: usize, range: Range<usize>, memory: &BlockMemory, output: &SharedSlice<'_, f32>) {
         let dim = self.geometry.head_dim;
         let width = self.block(head, range.start).width();
-        let mut rows = memory.sums.get().chunks_exact(width).zip(&memory.states);
+        let mut rows = memory.sums.get().chunks_exact(width).zip(memory.totals.get().chunks_exact(self.kernels.lanes));
         for t in range {
             let at = self.row(head, t);
             // SAFETY: every group and position is written by one task alone.
             let out = unsafe { output.piece(at.start, at.len()) };
-            for (out, (sums, state)) in out.chunks_exact_mut(dim).zip(&mut rows) {
-                let factor = 1.0 / state.total();
+            for (out, (sums, total)) in out.chunks_exact_mut(dim).zip(&mut rows) {
+                let factor = 1.0 / total.iter().sum::<f32>();
                 for (out, sum) in out.iter_mut().zip(sums) {
                     *out = sum * factor;
                 }
@@ -102,60 +106,76 @@ impl Call<'_> {
         }
     }
 
+    /// Attends all query positions to all keys that they see.
+    ///
+    /// # Errors
+    ///
+    /// Threads could not be had.
+    pub(super) fn run(&self, output: &mut [f32], threads: &dyn ParallelFor) -> Result<(), ParallelError> {
+        let output = SharedSlice::new(output);
+        let heads = self.geometry.batch * self.geometry.kv_heads;
+        let single_block = self.geometry.rows * self.geometry.group() <= BLOCK_ROWS;
+        let parts = SPLIT_TASKS.div_ceil(heads).min(self.total() / SPLIT_KEYS);
+        if single_block && parts > 1 {
+            self.split_keys(heads, parts, &output, threads)
+        } else {
+            self.split_rows(heads, &output, threads)
+        }
+    }
+
     /// Many query positions: each task takes some of them and all the keys they see.
-    pub(super) fn split_rows(
+    fn split_rows(
         &self,
+        heads: usize,
         output: &SharedSlice<'_, f32>,
         threads: &dyn ParallelFor,
-    ) -> Result<(), AttentionError> {
+    ) -> Result<(), ParallelError> {
         let rows = self.geometry.rows;
         let step = (BLOCK_ROWS / self.geometry.group()).max(1);
         let steps = rows.div_ceil(step);
-        let heads = self.geometry.batch * self.geometry.kv_heads;
         // The last positions see the most keys and come first, so that the cheapest tasks even out the end.
         threads.run(steps * heads, &|task| {
             let (head, first) = (task % heads, (steps - 1 - task / heads) * step);
             let range = first..rows.min(first + step);
             self.attend(head, range.clone(), 0..self.total(), |memory| self.write(head, range, memory, output));
-        })?;
-        Ok(())
+        })
     }
 
-    /// Few query positions: each task takes all of them and some of the keys; the parts are combined afterwards.
-    pub(super) fn split_keys(
+    /// Few query positions and many keys: each task takes all positions and about one of `parts` parts of the keys. The
+    /// last task of a head combines its parts.
+    fn split_keys(
         &self,
+        heads: usize,
+        parts: usize,
         output: &SharedSlice<'_, f32>,
         threads: &dyn ParallelFor,
-    ) -> Result<(), AttentionError> {
+    ) -> Result<(), ParallelError> {
         let rows = self.geometry.rows;
-        let heads = self.geometry.batch * self.geometry.kv_heads;
-        let parts = self.total().div_ceil(SPLIT_KEYS);
-        if parts == 1 {
-            threads.run(heads, &|head| {
-                self.attend(head, 0..rows, 0..self.total(), |memory| self.write(head, 0..rows, memory, output));
-            })?;
-            return Ok(());
-        }
         let group = self.geometry.group();
+        let keys = self.total().div_ceil(parts).next_multiple_of(KEY_BLOCK);
+        let parts = self.total().div_ceil(keys);
         let part = Partial { dim: self.geometry.head_dim, rows: rows * group };
         let mut partials = vec![0.0; heads * parts * part.len()];
-        let shared = SharedSlice::new(&mut partials);
+        let partials = SharedSlice::new(&mut partials);
+        let finished: Vec<AtomicUsize> = (0..heads).map(|_| AtomicUsize::new(0)).collect();
         threads.run(heads * parts, &|task| {
-            let (head, start) = (task / parts, task % parts * SPLIT_KEYS);
-            // SAFETY: each task has its own part.
-            let out = unsafe { shared.piece(task * part.len(), part.len()) };
-            let keys = start..self.total().min(start + SPLIT_KEYS);
-            self.attend(head, 0..rows, keys, |memory| part.save(memory, self.block(head, 0).width(), out));
-        })?;
-        for (head, partials) in partials.chunks_exact(parts * part.len()).enumerate() {
+            let (head, start) = (task / parts, task % parts * keys);
+            // SAFETY: each task has its own part, and gives it up before it counts itself as finished.
+            let own = unsafe { partials.piece(task * part.len(), part.len()) };
+            let keys = start..self.total().min(start + keys);
+            self.attend(head, 0..rows, keys, |memory| part.save(memory, self.kernels.lanes, own));
+            if finished[head].fetch_add(1, Ordering::AcqRel) + 1 < parts {
+                return;
+            }
+            // SAFETY: all tasks of this head have finished, and only the last one of them gets here.
+            let all = unsafe { partials.piece(head * parts * part.len(), parts * part.len()) };
             for row in 0..part.rows {
                 let at = self.row(head, row / group);
-                // SAFETY: nothing else runs.
+                // SAFETY: each row belongs to one head.
                 let out = unsafe { output.piece(at.start + row % group * part.dim, part.dim) };
-                part.combine(partials, row, out);
+                part.combine(all, row, out);
             }
-        }
-        Ok(())
+        })
     }
 }
 
@@ -172,11 +192,13 @@ impl Partial {
         self.rows * (self.dim + 2)
     }
 
-    fn save(self, memory: &BlockMemory, width: usize, out: &mut [f32]) {
-        let rows = memory.sums.get().chunks_exact(width).zip(&memory.states);
-        for (out, (sums, state)) in out.chunks_exact_mut(self.dim + 2).zip(rows) {
-            out[0] = state.max;
-            out[1] = state.total();
+    fn save(self, memory: &BlockMemory, lanes: usize, out: &mut [f32]) {
+        let sums = memory.sums.get().chunks_exact(self.dim.next_multiple_of(lanes));
+        let totals = memory.totals.get().chunks_exact(lanes);
+        let rows = sums.zip(totals).zip(memory.maxima.get());
+        for (out, ((sums, total), &max)) in out.chunks_exact_mut(self.dim + 2).zip(rows) {
+            out[0] = max;
+            out[1] = total.iter().sum();
             out[2..].copy_from_slice(&sums[..self.dim]);
         }
     }

@@ -1,6 +1,6 @@
 //! The kernels of each instruction set behind one table of function pointers.
 
-use super::softmax::{RowState, absorb};
+use super::softmax::{Strip, absorb};
 use super::tile::{Weighing, logits, weigh};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
@@ -20,7 +20,7 @@ pub(super) struct Kernels {
     /// [`weigh`] by vectors per row, then for 1, 2, ... rows.
     pub(super) weigh: &'static [&'static [Weigh]],
     /// [`absorb`].
-    pub(super) absorb: unsafe fn(*mut f32, usize, &mut RowState) -> f32,
+    pub(super) absorb: unsafe fn(&Strip),
     /// [`Simd::transpose`].
     pub(super) transpose: unsafe fn(*const f32, usize, *mut f32, usize),
 }
@@ -41,9 +41,9 @@ macro_rules! table {
                 unsafe { weigh::<$vector, M, N>(at) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn absorb_of(row: *mut f32, width: usize, state: &mut RowState) -> f32 {
+            unsafe fn absorb_of(strip: &Strip) {
                 // SAFETY: passed on from the caller.
-                unsafe { absorb::<$vector>(row, width, state) }
+                unsafe { absorb::<$vector>(strip) }
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn transpose_of(from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
@@ -63,7 +63,7 @@ macro_rules! table {
 }
 
 #[cfg(target_arch = "x86_64")]
-table!(AVX512, Avx512, "avx512f", 3, [1 2 3 4 5 6 7 8],
+table!(AVX512, Avx512, "avx512f,avx512dq", 3, [1 2 3 4 5 6 7 8],
     [[1: 1 2 3 4 5 6 7 8] [2: 1 2 3 4 5 6 7 8 9 10 11 12] [3: 1 2 3 4 5 6 7 8] [4: 1 2 3 4 5 6]]);
 #[cfg(target_arch = "x86_64")]
 table!(AVX2, Avx2, "avx2,fma", 3, [1 2 3 4], [[1: 1 2 3 4 5 6] [2: 1 2 3 4 5 6] [3: 1 2 3 4]]);

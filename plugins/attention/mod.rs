@@ -14,14 +14,11 @@ pub use operator::GroupQueryAttention;
 
 use self::call::Call;
 use self::kernels::Kernels;
-use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
+use crate::parallel::{ParallelError, ParallelFor};
 use crate::simd::Level;
 
 /// Largest supported head dimension.
 pub const MAX_HEAD_DIM: usize = 256;
-
-/// Up to so many query positions the keys are split among tasks instead of the queries.
-const SPLIT_MAX_ROWS: usize = 16;
 
 /// The lengths of one call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,21 +123,17 @@ impl Geometry {
         Ok(())
     }
 
-    fn elements(&self, dims: &[usize]) -> Result<usize, AttentionError> {
-        dims.iter()
-            .try_fold(1usize, |n, &dim| n.checked_mul(dim))
-            .ok_or_else(|| AttentionError::Geometry(format!("a tensor of shape {dims:?} is too large")))
-    }
-
-    fn check_len(&self, tensor: &'static str, found: usize, dims: &[usize]) -> Result<(), AttentionError> {
-        let expected = self.elements(dims)?;
-        if found == expected { Ok(()) } else { Err(AttentionError::Length { tensor, found, expected }) }
-    }
-
     /// Query heads per key head.
     fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
+}
+
+fn check_len(tensor: &'static str, found: usize, dims: &[usize]) -> Result<(), AttentionError> {
+    let expected = dims.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
+    let expected =
+        expected.ok_or_else(|| AttentionError::Geometry(format!("a {tensor} of shape {dims:?} is too large")))?;
+    if found == expected { Ok(()) } else { Err(AttentionError::Length { tensor, found, expected }) }
 }
 
 /// Causal attention: row `t` of each sequence sees the cache and the new rows `0..=t`. New keys and values are
@@ -161,11 +154,7 @@ pub fn attend(
 }
 
 /// [`attend`] with the kernels of one instruction set, or of the widest narrower one that this processor has.
-///
-/// # Errors
-///
-/// Those of [`attend`].
-pub fn attend_at(
+fn attend_at(
     level: Level,
     geometry: &Geometry,
     inputs: &Inputs<'_>,
@@ -173,16 +162,17 @@ pub fn attend_at(
     threads: &dyn ParallelFor,
 ) -> Result<(), AttentionError> {
     let Geometry { batch, rows, heads, kv_heads, head_dim, past, capacity } = *geometry;
+    let Outputs { output, present_key, present_value } = outputs;
     geometry.check()?;
-    geometry.check_len("query", inputs.query.len(), &[batch, rows, heads, head_dim])?;
-    geometry.check_len("key", inputs.key.len(), &[batch, rows, kv_heads, head_dim])?;
-    geometry.check_len("value", inputs.value.len(), &[batch, rows, kv_heads, head_dim])?;
-    geometry.check_len("output", outputs.output.len(), &[batch, rows, heads, head_dim])?;
-    geometry.check_len("present_key", outputs.present_key.len(), &[batch, kv_heads, capacity, head_dim])?;
-    geometry.check_len("present_value", outputs.present_value.len(), &[batch, kv_heads, capacity, head_dim])?;
+    check_len("query", inputs.query.len(), &[batch, rows, heads, head_dim])?;
+    check_len("key", inputs.key.len(), &[batch, rows, kv_heads, head_dim])?;
+    check_len("value", inputs.value.len(), &[batch, rows, kv_heads, head_dim])?;
+    check_len("output", output.len(), &[batch, rows, heads, head_dim])?;
+    check_len("present_key", present_key.len(), &[batch, kv_heads, capacity, head_dim])?;
+    check_len("present_value", present_value.len(), &[batch, kv_heads, capacity, head_dim])?;
     if let Past::Copied { key, value, capacity } = inputs.past {
-        geometry.check_len("past_key", key.len(), &[batch, kv_heads, capacity, head_dim])?;
-        geometry.check_len("past_value", value.len(), &[batch, kv_heads, capacity, head_dim])?;
+        check_len("past_key", key.len(), &[batch, kv_heads, capacity, head_dim])?;
+        check_len("past_value", value.len(), &[batch, kv_heads, capacity, head_dim])?;
         if capacity < past {
             return Err(AttentionError::Geometry(format!(
                 "past_length is {past}, but the past cache has {capacity} positions"
@@ -196,9 +186,8 @@ pub fn attend_at(
         Past::InPlace => [None, None],
         Past::Copied { key, value, capacity } => [Some((key, capacity)), Some((value, capacity))],
     };
-    let key = cache::append(geometry, inputs.key, past_key, outputs.present_key, threads)?;
-    let value = cache::append(geometry, inputs.value, past_value, outputs.present_value, threads)?;
+    let key = cache::append(geometry, inputs.key, past_key, present_key, threads)?;
+    let value = cache::append(geometry, inputs.value, past_value, present_value, threads)?;
     let call = Call { kernels: Kernels::of(level), geometry, query: inputs.query, key, value, scale: inputs.scale };
-    let output = SharedSlice::new(outputs.output);
-    if rows <= SPLIT_MAX_ROWS { call.split_keys(&output, threads) } else { call.split_rows(&output, threads) }
+    Ok(call.run(output, threads)?)
 }

@@ -1,12 +1,14 @@
 //! `ai.accordion::GroupQueryAttention` as a custom operator of ONNX Runtime.
 
+use std::ops::Range;
+
 use ort::operator::{
     BoxedKernel, ComputeContext, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
 };
 use ort::value::TensorElementType::{Float32, Int64};
 
 use super::{Geometry, Inputs, Outputs, Past, attend};
-use crate::operator::{error, input, integer, length, optional_input, output, tensor};
+use crate::operator::{error, expect_shape, input, integer, length, optional_input, output, tensor};
 use crate::parallel::SessionThreads;
 
 /// The operator of `contract.md`, for the CPU provider.
@@ -64,86 +66,85 @@ fn compute(context: &ComputeContext, heads: usize, kv_heads: usize, scale: Optio
         return Err(error(format!("query has {width} columns, expected a positive multiple of num_heads, {heads}")));
     }
     let head_dim = width / heads;
-    for (name, shape) in [("key", key_shape), ("value", value_shape)] {
-        let expected = [batch, rows, kv_heads * head_dim];
-        if shape != expected {
-            return Err(error(format!("{name} has shape {shape:?}, expected {expected:?}")));
-        }
-    }
+    expect_shape("key", &key_shape, &[batch, rows, kv_heads * head_dim])?;
+    expect_shape("value", &value_shape, &[batch, rows, kv_heads * head_dim])?;
 
     let past_key = optional_input(context, 3)?;
     let past_value = optional_input(context, 4)?;
     let past_length = optional_input(context, 5)?;
-    let past = match (&past_key, &past_value, &past_length) {
+    let cache = match (&past_key, &past_value, &past_length) {
         (None, None, None) => None,
-        (Some(key), Some(value), Some(length_value)) => {
-            let (shape, key) = tensor::<f32, 4>(key, "past_key")?;
+        (Some(key), Some(value), Some(rows)) => {
+            let (key_shape, key) = tensor::<f32, 4>(key, "past_key")?;
             let (value_shape, value) = tensor::<f32, 4>(value, "past_value")?;
-            let expected = [batch, kv_heads, shape[2], head_dim];
-            for (name, shape) in [("past_key", shape), ("past_value", value_shape)] {
-                if shape != expected {
-                    return Err(error(format!("{name} has shape {shape:?}, expected {expected:?}")));
-                }
+            let [_, _, capacity, _] = key_shape;
+            expect_shape("past_key", &key_shape, &[batch, kv_heads, capacity, head_dim])?;
+            expect_shape("past_value", &value_shape, &[batch, kv_heads, capacity, head_dim])?;
+            let rows = length(rows, "past_length")?;
+            if rows > capacity {
+                return Err(error(format!("past_length is {rows}, but past_key has {capacity} positions")));
             }
-            let past_rows = length(length_value, "past_length")?;
-            if past_rows > shape[2] {
-                return Err(error(format!("past_length is {past_rows}, but past_key has {} positions", shape[2])));
-            }
-            Some((past_rows, shape[2], key.as_ptr_range(), value.as_ptr_range()))
+            Some(Cache { key: key.as_ptr_range(), value: value.as_ptr_range(), capacity, rows })
         }
         _ => return Err(error("past_key, past_value and past_length come together or not at all")),
     };
 
-    let (past_rows, past_capacity) = past.as_ref().map_or((0, 0), |past| (past.0, past.1));
+    let (past_rows, past_capacity) = cache.as_ref().map_or((0, 0), |cache| (cache.rows, cache.capacity));
     let needed = past_rows.checked_add(rows).ok_or_else(|| error("past_length is too large"))?;
-    let geometry =
-        Geometry { batch, rows, heads, kv_heads, head_dim, past: past_rows, capacity: past_capacity.max(needed) };
-    let present_shape = [batch, kv_heads, geometry.capacity, head_dim];
+    let capacity = past_capacity.max(needed);
     let mut out = output(context, 0, "output", [batch, rows, width])?;
-    let mut present_key = output(context, 1, "present_key", present_shape)?;
-    let mut present_value = output(context, 2, "present_value", present_shape)?;
+    let mut present_key = output(context, 1, "present_key", [batch, kv_heads, capacity, head_dim])?;
+    let mut present_value = output(context, 2, "present_value", [batch, kv_heads, capacity, head_dim])?;
     let output = out.try_extract_tensor_mut::<f32>()?.1;
     let present_key = present_key.try_extract_tensor_mut::<f32>()?.1;
     let present_value = present_value.try_extract_tensor_mut::<f32>()?.1;
-
-    let past = match past {
+    let past = match cache {
         None => Past::InPlace,
-        Some((_, capacity, key, value)) => {
-            let [in_place_key, in_place_value] =
-                [(&key, &*present_key), (&value, &*present_value)].map(|(past, present)| {
-                    let present = present.as_ptr_range();
-                    if *past == present {
-                        Some(true)
-                    } else {
-                        (past.end <= present.start || present.end <= past.start || past.is_empty()).then_some(false)
-                    }
-                });
-            match (in_place_key, in_place_value) {
-                (Some(true), Some(true)) => Past::InPlace,
-                (Some(false), Some(false)) => {
-                    let len = |range: &std::ops::Range<*const f32>| {
-                        (range.end.addr() - range.start.addr()) / size_of::<f32>()
-                    };
-                    // SAFETY: the ranges are whole input tensors, which live as long as this call and do not overlap
-                    // the outputs.
-                    let [key, value] =
-                        [&key, &value].map(|range| unsafe { std::slice::from_raw_parts(range.start, len(range)) });
-                    Past::Copied { key, value, capacity }
-                }
-                _ => {
-                    return Err(error(
-                        "bind past and present of both key and value to the same two buffers, or to four apart",
-                    ));
-                }
-            }
-        }
+        // SAFETY: the ranges are whole inputs, which live until this function returns.
+        Some(cache) => unsafe { cache.past(&present_key.as_ptr_range(), &present_value.as_ptr_range()) }?,
     };
-    let scale = scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt());
     attend(
-        &geometry,
-        &Inputs { query, key, value, past, scale },
+        &Geometry { batch, rows, heads, kv_heads, head_dim, past: past_rows, capacity },
+        &Inputs { query, key, value, past, scale: scale.unwrap_or_else(|| 1.0 / (head_dim as f32).sqrt()) },
         Outputs { output, present_key, present_value },
         &SessionThreads(context),
     )
     .map_err(error)
+}
+
+/// Where a tensor lies.
+type Place = Range<*const f32>;
+
+/// The past as it came in. Not slices: until it is known whether the outputs are the same memory, nothing may be borrowed.
+struct Cache {
+    key: Place,
+    value: Place,
+    /// Positions that there is room for.
+    capacity: usize,
+    /// Positions that are valid.
+    rows: usize,
+}
+
+impl Cache {
+    /// # Safety
+    ///
+    /// The places are readable for `'a`.
+    unsafe fn past<'a>(self, present_key: &Place, present_value: &Place) -> ort::Result<Past<'a>> {
+        let apart = |a: &Place, b: &Place| a.end <= b.start || b.end <= a.start;
+        let crossed = !apart(&self.key, present_value) || !apart(&self.value, present_key);
+        if !crossed && self.key == *present_key && self.value == *present_value {
+            Ok(Past::InPlace)
+        } else if !crossed && apart(&self.key, present_key) && apart(&self.value, present_value) {
+            // SAFETY: readable by the caller's promise, and apart from everything that is written.
+            let slice = |at: Place| unsafe {
+                std::slice::from_raw_parts(at.start, (at.end.addr() - at.start.addr()) / size_of::<f32>())
+            };
+            Ok(Past::Copied { key: slice(self.key), value: slice(self.value), capacity: self.capacity })
+        } else {
+            Err(error(
+                "past and present overlap: bind both of the keys to one buffer and both of the values to another, or all \
+                 four apart",
+            ))
+        }
+    }
 }

@@ -1,65 +1,84 @@
-//! The online softmax: one row of logits against what the row has seen before.
+//! The online softmax: a strip of rows of logits against what the rows have seen before.
+
+// Forced inlining is what `simd` demands of every kernel.
+#![allow(clippy::inline_always)]
 
 use crate::simd::Simd;
 
-/// What a row has seen so far, in base 2: its largest logit, and per lane the sum of `2^(logit - max)`.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct RowState {
-    pub(super) sum: [f32; MAX_LANES],
-    pub(super) max: f32,
-}
-
 /// Lanes of the widest level.
 pub(super) const MAX_LANES: usize = 16;
+/// Rows whose logits are alive at once: small enough that they stay in the first cache level.
+pub(super) const STRIP: usize = 24;
+/// [`STRIP`] in whole vectors of every level.
+pub(super) const PADDED_STRIP: usize = STRIP.next_multiple_of(MAX_LANES);
 
-impl RowState {
-    /// A row that has seen nothing. The maximum is finite, so that a logit of minus infinity gets weight zero instead
-    /// of the NaN of infinity minus infinity.
-    pub(super) const EMPTY: Self = Self { sum: [0.0; MAX_LANES], max: f32::MIN };
-
-    /// The sum over all lanes.
-    pub(super) fn total(&self) -> f32 {
-        self.sum.iter().sum()
-    }
+/// A strip of logits, and what its rows have seen so far.
+#[derive(Clone, Copy)]
+pub(super) struct Strip {
+    /// Rows, at most [`STRIP`].
+    pub(super) rows: usize,
+    /// `rows` rows of logits in base 2; they become weights.
+    pub(super) logits: *mut f32,
+    /// Elements from one row to the next.
+    pub(super) stride: usize,
+    /// Logits per row, a multiple of the lanes and not zero.
+    pub(super) width: usize,
+    /// The largest logit of each row.
+    pub(super) maxima: *mut f32,
+    /// `rows` vectors: per lane the sum of `2^(logit - maximum)`.
+    pub(super) totals: *mut f32,
+    /// [`PADDED_STRIP`] factors to write: by how much sums made with the former maximum shrink.
+    pub(super) decay: *mut f32,
 }
 
-/// Turns `width` logits into weights `2^(logit - max)` with the maximum over everything seen, updates the row's state
-/// and returns the factor by which sums made with the former maximum shrink.
+/// The maximum of a row that has seen nothing. It is finite, so that a logit of minus infinity gets weight zero instead
+/// of the NaN of infinity minus infinity.
+pub(super) const NOTHING_SEEN: f32 = f32::MIN;
+
+/// Turns logits into weights `2^(logit - maximum)` with the maximum over everything seen, and updates maxima and totals.
+///
+/// The rows go through each step together: a single row would wait for its own maximum and decay.
 ///
 /// # Safety
 ///
-/// `logits` has `width` elements, a multiple of `LANES` and not zero.
+/// The pointers of `strip` are good for what it says, for reading and writing.
 #[inline(always)]
-pub(super) unsafe fn absorb<V: Simd>(logits: *mut f32, width: usize, row: &mut RowState) -> f32 {
-    // SAFETY: every access is at a multiple of LANES below `width`, or in the row's own lanes.
+pub(super) unsafe fn absorb<V: Simd>(strip: &Strip) {
+    let Strip { rows, logits, stride, width, maxima, totals, decay } = *strip;
+    let (mut before, mut after) = ([0.0; PADDED_STRIP], [0.0; PADDED_STRIP]);
+    // SAFETY: rows are below `rows`, columns below `width`, and the local arrays hold a padded strip.
     unsafe {
-        let mut max = [V::splat(row.max); 2];
-        let mut i = 0;
-        while i + 2 * V::LANES <= width {
-            max[0] = max[0].max(V::load(logits.add(i)));
-            max[1] = max[1].max(V::load(logits.add(i + V::LANES)));
-            i += 2 * V::LANES;
+        for row in 0..rows {
+            let logits = logits.add(row * stride);
+            let mut max = [V::splat(*maxima.add(row)); 2];
+            let mut i = 0;
+            while i + 2 * V::LANES <= width {
+                max[0] = max[0].max(V::load(logits.add(i)));
+                max[1] = max[1].max(V::load(logits.add(i + V::LANES)));
+                i += 2 * V::LANES;
+            }
+            if i < width {
+                max[0] = max[0].max(V::load(logits.add(i)));
+            }
+            before[row] = *maxima.add(row);
+            after[row] = max[0].max(max[1]).reduce_max();
+            *maxima.add(row) = after[row];
         }
-        if i < width {
-            max[0] = max[0].max(V::load(logits.add(i)));
+        for row in (0..rows).step_by(V::LANES) {
+            let change = V::load(before.as_ptr().add(row)).sub(V::load(after.as_ptr().add(row)));
+            change.exp2().store(decay.add(row));
         }
-        let new_max = max[0].max(max[1]).reduce_max();
-        let decay = V::splat(row.max - new_max).exp2();
-        row.max = new_max;
-
-        let center = V::splat(new_max);
-        let mut sum = V::load(row.sum.as_ptr()).mul(decay);
-        let mut i = 0;
-        while i < width {
-            let weight = V::load(logits.add(i)).sub(center).exp2();
-            weight.store(logits.add(i));
-            sum = sum.add(weight);
-            i += V::LANES;
+        for (row, &max) in after.iter().enumerate().take(rows) {
+            let logits = logits.add(row * stride);
+            let max = V::splat(max);
+            let total = totals.add(row * V::LANES);
+            let mut sum = V::load(total).mul(V::splat(*decay.add(row)));
+            for i in (0..width).step_by(V::LANES) {
+                let weight = V::load(logits.add(i)).sub(max).exp2();
+                weight.store(logits.add(i));
+                sum = sum.add(weight);
+            }
+            sum.store(total);
         }
-        sum.store(row.sum.as_mut_ptr());
-        let mut factor = [0.0; MAX_LANES];
-        decay.store(factor.as_mut_ptr());
-        factor[0]
     }
 }

@@ -1,5 +1,8 @@
 //! The two matrix products of attention, one register tile at a time.
 
+// Indices say which register is meant; forced inlining is what `simd` demands of every kernel.
+#![allow(clippy::inline_always, clippy::needless_range_loop)]
+
 use crate::simd::Simd;
 
 /// Logits of `M` query rows against one panel of `N` vectors of keys: `out[m][key] = sum_c rows[m][c] panel[c][key]`.

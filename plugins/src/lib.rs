@@ -9,7 +9,7 @@ pub mod attention;
 mod operator;
 pub mod parallel;
 mod scratch;
-pub mod simd;
+mod simd;
 #[path = "../swiglu/mod.rs"]
 pub mod swiglu;
 #[path = "../topk_prune/mod.rs"]

@@ -36,6 +36,11 @@ pub(crate) fn tensor<'v, T: PrimitiveTensorElementType, const N: usize>(
     Ok((dims, data))
 }
 
+/// Refuses a shape other than the expected one.
+pub(crate) fn expect_shape(name: &str, found: &[usize], expected: &[usize]) -> ort::Result<()> {
+    if found == expected { Ok(()) } else { Err(error(format!("{name} has shape {found:?}, expected {expected:?}"))) }
+}
+
 /// The one element of an int64 input, a length.
 pub(crate) fn length(value: &ValueRef<'_>, name: &str) -> ort::Result<usize> {
     let (shape, data) = value.try_extract_tensor::<i64>()?;

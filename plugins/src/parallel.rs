@@ -5,7 +5,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use ort::operator::ComputeContext;
 
 /// Something that runs tasks `0..count`, possibly at the same time, and returns when all have run.
-pub trait ParallelFor {
+///
+/// # Safety
+///
+/// `run` must call the task at most once with each number, never with one of `count` or more, and must not return before
+/// all calls have: tasks write to the memory that belongs to their number.
+pub unsafe trait ParallelFor {
     /// Calls `task` once with every number below `count`.
     ///
     /// # Errors
@@ -23,7 +28,8 @@ pub struct ParallelError(String);
 #[derive(Debug, Clone, Copy)]
 pub struct Threads(pub usize);
 
-impl ParallelFor for Threads {
+// SAFETY: the counter hands out every number once, and the scope ends when all threads have.
+unsafe impl ParallelFor for Threads {
     fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<(), ParallelError> {
         let next = AtomicUsize::new(0);
         let work = || {
@@ -48,7 +54,8 @@ impl ParallelFor for Threads {
 /// The intra-op threads of the session that runs the operator.
 pub(crate) struct SessionThreads<'a>(pub(crate) &'a ComputeContext);
 
-impl ParallelFor for SessionThreads<'_> {
+// SAFETY: the counter hands out every number once, ONNX Runtime makes `count` calls and waits for them.
+unsafe impl ParallelFor for SessionThreads<'_> {
     fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<(), ParallelError> {
         if count <= 1 {
             (0..count).for_each(task);

@@ -1,5 +1,8 @@
 //! `silu(gate) * up` in one pass: `ai.accordion::SwiGlu` on the CPU. See `contract.md`.
 
+// Forced inlining is what `simd` demands of every kernel.
+#![allow(clippy::inline_always)]
+
 mod operator;
 
 pub use operator::SwiGlu;
@@ -71,7 +74,7 @@ type Kernel = unsafe fn(*const f32, *const f32, *mut f32, usize);
 /// The kernel of `level`, or of the widest narrower one that this processor has.
 fn kernel(level: Level) -> Kernel {
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512dq")]
     unsafe fn avx512(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
         // SAFETY: passed on from the caller.
         unsafe { all::<Avx512>(gate, up, out, len) }
@@ -125,7 +128,7 @@ unsafe fn one<V: Simd>(gate: V, up: V) -> V {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::float_cmp)]
 
     use super::*;
     use crate::parallel::Threads;

@@ -3,8 +3,8 @@
 use super::{Inputs, Lengths, Outputs, PruneError};
 use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
 
-/// Rows of the hidden states that one task copies.
-const HIDDEN_ROWS: usize = 256;
+/// Longest run of rows copied at once, so that long ones can be shared among threads.
+const RUN_ROWS: usize = 256;
 
 /// Scores the tokens of every sequence, keeps the best and gathers what belongs to them.
 ///
@@ -19,28 +19,29 @@ pub fn prune(
     threads: &dyn ParallelFor,
 ) -> Result<(), PruneError> {
     lengths.check(inputs, &outputs)?;
+    let Outputs { keep_idx, kept_hidden, kept_position_ids, kept_kv, scores, metric } = outputs;
     let Lengths { batch, heads, length, keep, hidden, .. } = *lengths;
     let distances = distances(lengths, inputs)?;
-    metric(lengths, inputs, outputs.metric, threads)?;
+    measure(lengths, inputs, metric, threads)?;
     if length == 0 {
         return Ok(());
     }
     let mut runs = Vec::with_capacity(batch);
     for b in 0..batch {
-        let metric = &outputs.metric[b * heads * length..(b + 1) * heads * length];
-        let scores = &mut outputs.scores[b * length..(b + 1) * length];
+        let metric = &metric[b * heads * length..(b + 1) * heads * length];
+        let scores = &mut scores[b * length..(b + 1) * length];
         score(lengths, metric, inputs.bias, &distances[b * length..(b + 1) * length], scores);
-        let kept = &mut outputs.keep_idx[b * keep..(b + 1) * keep];
+        let kept = &mut keep_idx[b * keep..(b + 1) * keep];
         select(scores, kept);
-        for (to, &row) in outputs.kept_position_ids[b * keep..(b + 1) * keep].iter_mut().zip(&*kept) {
+        for (to, &row) in kept_position_ids[b * keep..(b + 1) * keep].iter_mut().zip(&*kept) {
             *to = inputs.position_ids[b * length + row as usize];
         }
         runs.push(Run::all(kept));
     }
 
     let kv_planes = lengths.layers * 2 * lengths.kv_heads;
-    gather(length, keep, lengths.head_dim, inputs.kv, outputs.kept_kv, kv_planes, &runs, threads)?;
-    gather(length, keep, hidden, inputs.hidden, outputs.kept_hidden, 1, &runs, threads)?;
+    gather(length, keep, lengths.head_dim, inputs.kv, kept_kv, kv_planes, &runs, threads)?;
+    gather(length, keep, hidden, inputs.hidden, kept_hidden, 1, &runs, threads)?;
     Ok(())
 }
 
@@ -59,7 +60,7 @@ fn distances(lengths: &Lengths, inputs: &Inputs<'_>) -> Result<Vec<usize>, Prune
 }
 
 /// `metric[b][h][j] = scale <query[b][h], key[b][h / group][j]>`.
-fn metric(
+fn measure(
     lengths: &Lengths,
     inputs: &Inputs<'_>,
     metric: &mut [f32],
@@ -103,7 +104,7 @@ fn score(lengths: &Lengths, metric: &[f32], bias: &[f32], distances: &[usize], s
     for head in metric.chunks_exact(length) {
         for (score, &logit) in scores.iter_mut().zip(head) {
             // Written so that NaN wins: a broken logit must not hide behind the other heads.
-            if !(logit <= *score) && !score.is_nan() {
+            if logit > *score || logit.is_nan() {
                 *score = logit;
             }
         }
@@ -151,7 +152,7 @@ impl Run {
         for (to, &from) in kept.iter().enumerate() {
             let from = from as usize;
             match runs.last_mut() {
-                Some(run) if run.from + run.len == from && run.len < HIDDEN_ROWS => run.len += 1,
+                Some(run) if run.from + run.len == from && run.len < RUN_ROWS => run.len += 1,
                 _ => runs.push(Self { from, to, len: 1 }),
             }
         }

@@ -4,7 +4,7 @@ use ort::operator::{BoxedKernel, ComputeContext, KernelContext, Operator, Operat
 use ort::value::TensorElementType::{Float32, Int64};
 
 use super::{Inputs, Lengths, Outputs, prune};
-use crate::operator::{error, input, length, optional_output, output, tensor};
+use crate::operator::{error, expect_shape, input, length, optional_output, output, tensor};
 use crate::parallel::SessionThreads;
 
 /// The operator of `contract.md`, for the CPU provider.
@@ -54,17 +54,10 @@ fn compute(context: &ComputeContext, scale: Option<f32>) -> ort::Result<()> {
     let [_, kv_heads, tokens, _] = key_shape;
     let [.., width] = hidden_shape;
     let layers = kv_shape[1];
-    let expect = |name: &str, found: &[usize], expected: &[usize]| {
-        if found == expected {
-            Ok(())
-        } else {
-            Err(error(format!("{name} has shape {found:?}, expected {expected:?}")))
-        }
-    };
-    expect("key", &key_shape, &[batch, kv_heads, tokens, head_dim])?;
-    expect("position_ids", &position_shape, &[batch, tokens])?;
-    expect("hidden", &hidden_shape, &[batch, tokens, width])?;
-    expect("kv", &kv_shape, &[batch, layers, 2, kv_heads, tokens, head_dim])?;
+    expect_shape("key", &key_shape, &[batch, kv_heads, tokens, head_dim])?;
+    expect_shape("position_ids", &position_shape, &[batch, tokens])?;
+    expect_shape("hidden", &hidden_shape, &[batch, tokens, width])?;
+    expect_shape("kv", &kv_shape, &[batch, layers, 2, kv_heads, tokens, head_dim])?;
     let keep = length(&input(context, 6, "keep")?, "keep")?;
     let prefix = length(&input(context, 7, "prefix_length")?, "prefix_length")?;
     let suffix = length(&input(context, 8, "suffix_length")?, "suffix_length")?;
@@ -80,12 +73,11 @@ fn compute(context: &ComputeContext, scale: Option<f32>) -> ort::Result<()> {
     let mut scores = output(context, 4, "scores", [batch, tokens])?;
     let mut metric = optional_output(context, 5, [batch, heads, tokens])?;
     let mut unasked = Vec::new();
-    let metric = match &mut metric {
-        Some(metric) => metric.try_extract_tensor_mut::<f32>()?.1,
-        None => {
-            unasked.resize(batch * heads * tokens, 0.0);
-            &mut unasked
-        }
+    let metric = if let Some(metric) = &mut metric {
+        metric.try_extract_tensor_mut::<f32>()?.1
+    } else {
+        unasked.resize(batch * heads * tokens, 0.0);
+        &mut unasked
     };
     prune(
         &Lengths { batch, heads, kv_heads, head_dim, length: tokens, hidden: width, layers, keep, prefix, suffix },

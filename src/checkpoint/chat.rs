@@ -4,7 +4,7 @@ use super::clock;
 use super::error::CheckpointError;
 use super::fields::Fields;
 use super::files;
-use minijinja::{Environment, ErrorKind, Value, context};
+use minijinja::{Environment, ErrorKind, State, Value, context};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -74,7 +74,8 @@ impl ChatTemplate {
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(python_method);
+        environment.remove_filter("format");
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
@@ -132,6 +133,19 @@ fn from_config(config: Fields<'_>) -> Result<Option<String>, CheckpointError> {
 
 fn template_error(path: &Path, error: &dyn std::fmt::Display) -> CheckpointError {
     CheckpointError::ChatTemplate { path: path.to_owned(), detail: error.to_string() }
+}
+
+/// The methods of Python's strings, lists and dictionaries. Not `format`, which fills to any width it is told.
+fn python_method(
+    state: &State<'_, '_>,
+    value: &Value,
+    method: &str,
+    args: &[Value],
+) -> Result<Value, minijinja::Error> {
+    if method == "format" {
+        return Err(minijinja::Error::new(ErrorKind::UnknownMethod, "format is not supported in chat templates"));
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
 }
 
 fn raise_exception(message: String) -> Result<Value, minijinja::Error> {

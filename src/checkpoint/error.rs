@@ -26,6 +26,18 @@ pub enum CheckpointError {
         /// The largest size accepted.
         limit: u64,
     },
+    /// A file ends before what it announces.
+    #[error("{} has {found} bytes; {what} needs {needed}: is the file truncated?", path.display())]
+    TooShort {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        what: &'static str,
+        /// The size that would be enough.
+        needed: u64,
+        /// Its size.
+        found: u64,
+    },
     /// Not JSON, or not JSON of the expected shape.
     #[error("{}: {source}", path.display())]
     Json {

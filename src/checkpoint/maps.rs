@@ -4,7 +4,7 @@ use super::error::{CheckpointError, io_error};
 use super::files;
 use crate::tensor::{Storage, Tensor};
 use accordion_graphs::weights::{WeightIndex, WeightRef};
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 use std::sync::Arc;
 
 /// The files of a [`WeightIndex`], each mapped into memory once and read by the operating system when touched. Clones
@@ -78,6 +78,23 @@ impl WeightMaps {
     /// The bytes of the whole file number `file` of [`WeightIndex::files`].
     pub fn file(&self, file: usize) -> Option<Arc<dyn Storage>> {
         self.files.get(file).map(|mapped| Arc::clone(mapped) as Arc<dyn Storage>)
+    }
+
+    /// Shows `visit` the first `len` bytes of every tensor, in name order.
+    pub(crate) fn sample(&self, len: u64, mut visit: impl FnMut(&[u8])) {
+        // Without the advice the system reads ahead megabytes around every sample. It is a hint: refusal does no harm.
+        self.advise(Advice::Random);
+        for (_, weight) in self.index.iter() {
+            let start = weight.offset as usize;
+            visit(&self.files[weight.file].bytes()[start..start + weight.len.min(len) as usize]);
+        }
+        self.advise(Advice::Normal);
+    }
+
+    fn advise(&self, advice: Advice) {
+        for map in self.files.iter().filter_map(|file| file.0.as_ref()) {
+            let _ = map.advise(advice);
+        }
     }
 
     /// The tensor called `name`: a view into the mapped file, or a copy where the file does not align its elements.

@@ -12,6 +12,7 @@ mod files;
 mod gguf;
 mod identity;
 mod import;
+mod llama2c;
 mod maps;
 mod required;
 mod rope;
@@ -22,6 +23,7 @@ mod vocabulary;
 pub use chat::{ChatMessage, PromptAffixes};
 pub use config::{config_json, from_config_json};
 pub use error::{CheckpointError, GgufError, HeaderError};
+pub use llama2c::import_llama2c;
 pub use gguf::{GgufFacts, gguf_facts, import_gguf};
 pub(crate) use identity::identity_of;
 pub use identity::{model_identity, rope_text};
@@ -132,12 +134,7 @@ impl Checkpoint {
     pub fn fingerprint(&self) -> String {
         const SAMPLE: u64 = 64;
         let mut digest = self.description.clone();
-        for (_, weight) in self.weights().iter() {
-            if let Some(file) = self.maps.file(weight.file) {
-                let start = weight.offset as usize;
-                digest.update(&file.bytes()[start..start + weight.len.min(SAMPLE) as usize]);
-            }
-        }
+        self.maps.sample(SAMPLE, |bytes| digest.update(bytes));
         digest.finalize().iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
     }
 }

@@ -4,6 +4,7 @@ use super::chat::{ChatMessage, ChatTemplate, PromptAffixes};
 use super::error::CheckpointError;
 use super::fields::Fields;
 use super::files;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -43,7 +44,7 @@ impl Tokenizer {
         let path = dir.join(TOKENIZER);
         let refused = |source| CheckpointError::Tokenizer { path: path.clone(), source };
         let bytes = files::read_bounded(&path, MAX_TOKENIZER)?;
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(refused)?;
+        let mut tokenizer = contained(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(refused)?;
         // Both are left-overs of training; a context is never cut or filled silently.
         tokenizer.with_padding(None).with_truncation(None).map_err(refused)?;
 
@@ -63,7 +64,8 @@ impl Tokenizer {
     ///
     /// The text contains a token whose id is not below the model's `vocab_size`.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, CheckpointError> {
-        let encoding = self.0.tokenizer.encode_fast(text, add_special).map_err(|source| self.refused(source))?;
+        let encoding =
+            contained(|| self.0.tokenizer.encode_fast(text, add_special)).map_err(|source| self.refused(source))?;
         let ids = encoding.get_ids();
         match ids.iter().find(|&&id| id as usize >= self.0.vocab_size) {
             None => Ok(ids.to_vec()),
@@ -82,7 +84,7 @@ impl Tokenizer {
     ///
     /// The tokenizer's decoder refuses the tokens.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, CheckpointError> {
-        self.0.tokenizer.decode(ids, skip_special).map_err(|source| self.refused(source))
+        contained(|| self.0.tokenizer.decode(ids, skip_special)).map_err(|source| self.refused(source))
     }
 
     /// A decoder that takes ids one by one.
@@ -153,6 +155,14 @@ impl Tokenizer {
     fn refused(&self, source: Box<dyn std::error::Error + Send + Sync>) -> CheckpointError {
         CheckpointError::Tokenizer { path: self.0.path.clone(), source }
     }
+}
+
+/// Runs `work` of the tokenizers library. It panics on some files that contradict themselves (a post-processor that names
+/// a token it does not define, a decoder that does not parse); those are refused like all others.
+fn contained<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    // The library's state is only read, or dropped with the failure: nothing half-changed can be seen afterwards.
+    std::panic::catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err("the file contradicts itself: the tokenizers library panicked over it".into()))
 }
 
 /// A special token is given as its text or as an object with its `content`.

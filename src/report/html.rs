@@ -112,7 +112,7 @@ mod tests {
     fn text_and_attributes_are_escaped() {
         let mut html = Html::default();
         html.element("p", &[("title", &"\" onclick='x'"), ("n", &7)], |html| {
-            html.text("</script><img onerror=a> & \u{1}")
+            html.text("</script><img onerror=a> & \u{1}");
         });
         assert_eq!(
             html.finish(),

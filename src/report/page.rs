@@ -12,7 +12,7 @@ const STYLE: &str = include_str!("assets/report.css");
 const SCRIPT: &str = include_str!("assets/report.js");
 
 /// Taps listed on a page, over all comparisons.
-const LISTED_TAPS: usize = 1000;
+const LISTED_TAPS: usize = 800;
 
 /// Renders the page. The same report gives the same bytes.
 pub fn render(report: &Report) -> String {
@@ -202,7 +202,7 @@ fn data(html: &mut Html, report: &Report, verifications: Vec<VerifyReport>) {
     // Serialising plain structs of strings and finite numbers into memory cannot fail.
     let json = serde_json::to_string(&shown).unwrap_or_default();
     html.element("script", &[("type", &"application/json"), ("id", &"data")], |html| {
-        html.trusted(&embeddable_json(&json))
+        html.trusted(&embeddable_json(&json));
     });
     html.newline();
 }

@@ -6,7 +6,7 @@ use super::page::{pairs, sort_key, verdict_mark};
 use crate::verify::order::scope;
 use crate::verify::schema::VerifyReport;
 use crate::verify::verdict::{TapResult, Verdict};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 const CELL: f64 = 14.0;
 const LABELS: f64 = 138.0;
@@ -14,18 +14,14 @@ const LABELS: f64 = 138.0;
 /// The part of a report whose taps are listed: everything that did not pass, then the largest differences, `limit` taps
 /// in all, still in model order. Keeps the page small however many taps were compared.
 pub(super) fn condensed(report: &VerifyReport, limit: usize) -> VerifyReport {
-    let mut ranked: Vec<&TapResult> = report.taps().collect();
     let severity = |tap: &TapResult| tap.bound_use.unwrap_or(f64::INFINITY);
-    ranked.sort_by(|a, b| b.verdict.cmp(&a.verdict).then(severity(b).total_cmp(&severity(a))));
-    let last = ranked.get(limit.saturating_sub(1)).map(|tap| (tap.verdict, severity(tap)));
-    let mut room = limit;
+    let mut ranked: Vec<(usize, &TapResult)> = report.taps().enumerate().collect();
+    ranked.sort_by(|(_, a), (_, b)| b.verdict.cmp(&a.verdict).then(severity(b).total_cmp(&severity(a))));
+    let chosen: HashSet<usize> = ranked.into_iter().take(limit).map(|(place, _)| place).collect();
     let mut listed = report.clone();
+    let mut places = 0..;
     for scope in &mut listed.scopes {
-        scope.taps.retain(|tap| {
-            let keep = room > 0 && last.is_none_or(|last| (tap.verdict, severity(tap)) >= last);
-            room -= usize::from(keep);
-            keep
-        });
+        scope.taps.retain(|_| places.next().is_some_and(|place| chosen.contains(&place)));
     }
     listed.scopes.retain(|scope| !scope.taps.is_empty());
     listed
@@ -361,13 +357,22 @@ mod tests {
         let taps: Vec<(&str, f32)> = names
             .iter()
             .enumerate()
-            .map(|(i, name)| (name.as_str(), if i == 70 { 1.0 } else { i as f32 * 1e-7 }))
+            .map(|(i, name)| {
+                (
+                    name.as_str(),
+                    match i {
+                        70 => 1.0,
+                        99 => 5e-5,
+                        _ => 0.0,
+                    },
+                )
+            })
             .collect();
         let full = report(&taps);
         let listed = condensed(&full, 3);
         assert_eq!(
             listed.taps().map(|tap| tap.name.as_str()).collect::<Vec<_>>(),
-            ["layers.70.out", "layers.98.out", "layers.99.out"]
+            ["layers.0.out", "layers.70.out", "layers.99.out"]
         );
         assert_eq!(listed.counts, full.counts);
         assert_eq!(condensed(&full, 100), full);

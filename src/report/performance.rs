@@ -89,10 +89,10 @@ fn point_name(row: &ProfileRow) -> String {
 const COLUMNS: [(&str, &str); 10] = [
     ("Context", "tokens"),
     ("Kept", "tokens"),
-    ("Context state", "median · p95"),
+    ("Context state", "median · p95"),
     ("Against plain", "median"),
-    ("First token", "median · p95"),
-    ("Each token", "median · p95"),
+    ("First token", "median · p95"),
+    ("Each token", "median · p95"),
     ("Peak memory", "resident"),
     ("State", "per context token"),
     ("Operations", "of the prefix"),

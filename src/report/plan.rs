@@ -24,7 +24,9 @@ pub(super) fn section(html: &mut Html, plan: &PlanSummary) {
     for node in &plan.nodes {
         levels.entry(node.height).or_default().push(node);
     }
-    levels.values_mut().for_each(|level| level.sort_by_key(|node| node.index));
+    for level in levels.values_mut() {
+        level.sort_by_key(|node| node.index);
+    }
     let prompt = plan.prompt;
     let kept = levels.values().next_back().and_then(|top| top.last()).map_or(0, |root| root.out_len);
     html.leaf("h3", &[], format_args!("{}, {} context tokens", plan.method, tokens(prompt.context)));

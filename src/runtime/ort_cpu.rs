@@ -62,6 +62,12 @@ impl Loader for OrtCpu {
         builder = builder.with_memory_pattern(false).map_err(|e| failed(e.to_string()))?;
         builder = builder.with_prepacking(false).map_err(|e| failed(e.to_string()))?;
         builder = builder.with_env_allocators().map_err(|e| failed(e.to_string()))?;
+        // The weights given below replace the files, but the runtime checks that those exist.
+        let folder = self.weights.index().files().first().and_then(|file| file.parent()).map(std::path::absolute);
+        if let Some(Ok(folder)) = folder {
+            let key = "session.model_external_initializers_file_folder_path";
+            builder = builder.with_config_entry(key, folder.to_string_lossy()).map_err(|e| failed(e.to_string()))?;
+        }
         if let Some(domain) = &self.operators {
             builder = builder.with_operators(Arc::clone(domain)).map_err(|e| failed(e.to_string()))?;
         }
@@ -71,7 +77,7 @@ impl Loader for OrtCpu {
                 .tensor(weight)
                 .map_err(|e| EngineError::Weight { graph: name.to_owned(), source: Box::new(e) })?;
             let value = Borrowed::read_only(&tensor).map_err(failed)?.into_value();
-            builder = builder.with_external_initializer(weight, value).map_err(|e| failed(e.to_string()))?;
+            builder = builder.with_initializer(weight, value).map_err(|e| failed(e.to_string()))?;
         }
         let session = builder.commit_from_memory(bytes).map_err(|e| failed(e.to_string()))?;
         let engine = OrtEngine {

@@ -373,13 +373,13 @@ mod tests {
     #[test]
     fn integers_are_exact_beyond_the_precision_of_floats() {
         let big = (1 << 53) + 1;
-        let a = Tensor::from_i64([1, 2], vec![7, big]).unwrap();
-        let b = Tensor::from_i64([1, 2], vec![7, big - 1]).unwrap();
+        let a = Tensor::from_i64([1, 3], vec![7, big, 1]).unwrap();
+        let b = Tensor::from_i64([1, 3], vec![7, big - 1, 2]).unwrap();
         let Comparison::Integer(found) = compare(&a, &b) else { panic!("integers") };
-        assert_eq!(found.mismatches, 1);
+        assert_eq!(found.mismatches, 2);
         assert_eq!(found.first, Some(IntegerMismatch { at: vec![0, 1], actual: big, expected: big - 1 }));
-        assert_eq!(compare(&a, &f32s(&[1, 2], &[7.0, 0.0])), Comparison::Incomparable);
-        assert_eq!(compare(&a, &Tensor::from_i64([2], vec![7, big]).unwrap()), Comparison::Incomparable);
+        assert_eq!(compare(&a, &f32s(&[1, 3], &[7.0, 0.0, 0.0])), Comparison::Incomparable);
+        assert_eq!(compare(&a, &Tensor::from_i64([3], vec![7, big, 1]).unwrap()), Comparison::Incomparable);
     }
 
     #[test]

@@ -2,3 +2,5 @@
 //! in it is wrong, without a panic and without an allocation driven by the lie.
 
 mod checkpoint;
+mod gguf;
+mod tokenizer;

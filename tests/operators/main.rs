@@ -32,7 +32,9 @@ fn attention(cached: bool) -> Session {
     if cached {
         inputs.extend([("past_key", FLOAT, 4), ("past_value", FLOAT, 4), ("past_length", INT64, 1)]);
     }
-    let names: Vec<&str> = inputs.iter().map(|input| input.0).collect();
+    let mut names: Vec<&str> = inputs.iter().map(|input| input.0).collect();
+    // Optional inputs that are left out by name are as good as absent ones.
+    names.resize(6, "");
     let outputs = [("output", FLOAT, 3), ("present_key", FLOAT, 4), ("present_value", FLOAT, 4)];
     let attributes = [("num_heads", Int(HEADS as i64)), ("kv_num_heads", Int(KV_HEADS as i64)), ("scale", Float(0.5))];
     let node = node("ai.accordion", "GroupQueryAttention", &names, &outputs.map(|output| output.0), &attributes);
@@ -45,7 +47,10 @@ fn rows(data: &[f32], heads: usize, from: usize, to: usize) -> DynValue {
     tensor([1, to - from, width], data[from * width..to * width].to_vec())
 }
 
-fn run(session: &mut Session, inputs: Vec<(&str, DynValue)>) -> Result<Vec<(Vec<i64>, Vec<f32>)>, String> {
+/// Shape and elements.
+type Output = (Vec<i64>, Vec<f32>);
+
+fn run(session: &mut Session, inputs: Vec<(&str, DynValue)>) -> Result<Vec<Output>, String> {
     let outputs = session.run(inputs).map_err(|error| error.to_string())?;
     Ok((0..outputs.len())
         .map(|i| {
@@ -146,6 +151,26 @@ fn a_cache_bound_to_past_and_present_is_written_in_place() {
             }
         }
     }
+}
+
+#[test]
+fn a_cache_bound_half_in_place_is_refused() {
+    let mut session = attention(true);
+    let mut binding = session.create_binding().unwrap();
+    for (name, heads) in [("query", HEADS), ("key", KV_HEADS), ("value", KV_HEADS)] {
+        binding.bind_input(name, &tensor([1, 1, heads * DIM], noise(heads * DIM, 0.3))).unwrap();
+    }
+    binding.bind_input("past_length", &integers(&[3])).unwrap();
+    let cache = || Tensor::<f32>::new(session.allocator(), [1, KV_HEADS, 8, DIM]).unwrap();
+    let (mut shared, mut apart) = (cache(), cache());
+    binding.bind_input("past_key", &shared).unwrap();
+    binding.bind_input("past_value", &cache()).unwrap();
+    // The keys' cache receives the values.
+    binding.bind_output("present_value", &mut shared).unwrap();
+    binding.bind_output("present_key", &mut apart).unwrap();
+    binding.bind_output_to_device("output", session.allocator().memory_info()).unwrap();
+    let message = session.run_binding(&binding).err().unwrap().to_string();
+    assert!(message.contains("past and present overlap"), "{message}");
 }
 
 #[test]

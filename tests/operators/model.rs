@@ -16,13 +16,13 @@ use protobuf::{Message, MessageField};
 
 /// An attribute value.
 #[derive(Clone, Copy)]
-pub enum Attribute {
+pub(crate) enum Attribute {
     Int(i64),
     Float(f32),
 }
 
 /// A node; an empty input name is an input left out.
-pub fn node(
+pub(crate) fn node(
     domain: &str,
     operator: &str,
     inputs: &[&str],
@@ -50,10 +50,16 @@ pub fn node(
 }
 
 /// Name, type and rank of a graph input or output; every dimension is dynamic.
-pub type Value<'a> = (&'a str, DataType, usize);
+pub(crate) type Value<'a> = (&'a str, DataType, usize);
 
 /// A model-local function.
-pub fn function(domain: &str, name: &str, inputs: &[&str], outputs: &[&str], nodes: Vec<NodeProto>) -> FunctionProto {
+pub(crate) fn function(
+    domain: &str,
+    name: &str,
+    inputs: &[&str],
+    outputs: &[&str],
+    nodes: Vec<NodeProto>,
+) -> FunctionProto {
     FunctionProto {
         domain: domain.into(),
         name: name.into(),
@@ -72,7 +78,7 @@ fn opsets() -> Vec<OperatorSetIdProto> {
 }
 
 /// A serialised model of these nodes and functions.
-pub fn model(
+pub(crate) fn model(
     nodes: Vec<NodeProto>,
     functions: Vec<FunctionProto>,
     inputs: &[Value<'_>],
@@ -116,11 +122,11 @@ pub fn model(
 }
 
 /// A session over a model, with Accordion's operators registered.
-pub fn session(model: &[u8], threads: usize) -> ort::Result<Session> {
-    Ok(Session::builder(environment()?)?
+pub(crate) fn session(model: &[u8], threads: usize) -> ort::Result<Session> {
+    Session::builder(environment()?)?
         .with_intra_threads(threads)?
         .with_operators(accordion_plugins::domain()?)?
-        .commit_from_memory(model)?)
+        .commit_from_memory(model)
 }
 
 fn environment() -> ort::Result<&'static Environment> {

@@ -1,5 +1,7 @@
 //! AVX2 with FMA: 8 lanes.
 
+#![allow(clippy::wildcard_imports, clippy::needless_range_loop)]
+
 use super::{EXP2, Simd};
 use std::arch::x86_64::*;
 

@@ -1,4 +1,6 @@
-//! AVX-512 F: 16 lanes.
+//! AVX-512 F and DQ: 16 lanes.
+
+#![allow(clippy::wildcard_imports, clippy::needless_range_loop)]
 
 use super::{EXP2, Simd};
 use std::arch::x86_64::*;
@@ -6,7 +8,7 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(__m512);
 
-// SAFETY (every block): the callers guarantee AVX-512 F and valid pointers, as the trait demands.
+// SAFETY (every block): the callers guarantee AVX-512 F and DQ and valid pointers, as the trait demands.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx512 {
     const LANES: usize = 16;
@@ -54,10 +56,9 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
         unsafe {
-            // `scalef` saturates by itself: far below the range it gives zero, and it passes NaN on.
-            let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0);
-            // Infinity minus itself is NaN, for which `max` returns its second operand: any finite value will do there.
-            let rest = _mm512_max_ps(_mm512_sub_ps(self.0, whole), _mm512_set1_ps(-0.5));
+            // The remainder of an infinity is zero, and `scalef` saturates by itself: no range needs care.
+            let rest = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0);
+            let whole = _mm512_sub_ps(self.0, rest);
             let mut poly = _mm512_set1_ps(EXP2[6]);
             poly = _mm512_fmadd_ps(poly, rest, _mm512_set1_ps(EXP2[5]));
             poly = _mm512_fmadd_ps(poly, rest, _mm512_set1_ps(EXP2[4]));

@@ -4,6 +4,10 @@
 //! A kernel is a generic `#[inline(always)]` function, and each level instantiates it inside a function that carries
 //! the `#[target_feature]` of that level: only there do the intrinsics become single instructions.
 
+// Without forced inlining an intrinsic would be a function call: only the function that carries the target feature may
+// contain it.
+#![allow(clippy::inline_always)]
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -20,30 +24,30 @@ use std::sync::OnceLock;
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
+pub(crate) enum Level {
     /// Whatever the target guarantees.
     Portable,
     /// AVX2 with FMA, 8 lanes.
     Avx2,
-    /// AVX-512 F, 16 lanes.
+    /// AVX-512 F and DQ, 16 lanes.
     Avx512,
 }
 
 impl Level {
     /// The widest level this processor has.
-    pub fn detect() -> Self {
+    pub(crate) fn detect() -> Self {
         static FOUND: OnceLock<Level> = OnceLock::new();
         *FOUND.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Portable))
     }
 
     /// Every level this processor has, narrowest first.
-    pub fn available() -> Vec<Self> {
+    pub(crate) fn available() -> Vec<Self> {
         let mut levels = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 levels.push(Self::Avx2);
-                if is_x86_feature_detected!("avx512f") {
+                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
                     levels.push(Self::Avx512);
                 }
             }

@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn q4_k_and_q5_k_blocks() {
-        let mut head = vec![0; 16];
+        let mut head = [0; 16];
         head[..2].copy_from_slice(&half(0.5));
         head[2..4].copy_from_slice(&half(0.25));
         head[4] = 0b0100_0011; // scale 0 is 3; the high bits of scale 4 are 01
