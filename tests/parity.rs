@@ -25,7 +25,7 @@ const ROWS: usize = 512;
 /// Furthest that a logit may be off.
 const LOGITS: f64 = 2e-3;
 /// Furthest that any tap may be off, relative to the largest magnitude in it.
-const RELATIVE: f64 = 1e-3;
+const RELATIVE: f64 = 1e-4;
 
 fn fetch(name: &str) -> Fetched {
     let cache = Cache::from_environment().unwrap();
