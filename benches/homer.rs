@@ -66,25 +66,28 @@ fn main() {
     let options = OrtOptions { fused_operators: flag("--unfused").is_none() };
     let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options).unwrap();
     let mut engines = Engines::new(&bundle, Box::new(loader));
-    let prompt = Prompt {
-        prefix: &ids[..prefix],
-        context: &ids[prefix..total - suffix],
-        suffix: &ids[total - suffix..total],
-    };
+    let prompt =
+        Prompt { prefix: &ids[..prefix], context: &ids[prefix..total - suffix], suffix: &ids[total - suffix..total] };
     let zeros = vec![0.0; plan.max_distance() + 1];
     let bias: Vec<&[f32]> = vec![&zeros; arch.num_layers];
     let operations = plan.operations(&arch);
-    println!("operations {:.2} TFLOP linear, {:.2} attention", operations.linear as f64 / 1e12, operations.attention as f64 / 1e12);
+    println!(
+        "operations {:.2} TFLOP linear, {:.2} attention",
+        operations.linear as f64 / 1e12,
+        operations.attention as f64 / 1e12
+    );
     let width = flag("--width").unwrap_or(1);
     if flag("--rss").is_some() {
         let show = |what: &str| {
             let status = std::fs::read_to_string("/proc/self/status").unwrap();
-            let lines: Vec<&str> = status.lines().filter(|l| l.starts_with("RssAnon") || l.starts_with("RssFile")).collect();
+            let lines: Vec<&str> =
+                status.lines().filter(|l| l.starts_with("RssAnon") || l.starts_with("RssFile")).collect();
             println!("{what}: {lines:?}");
         };
         show("start");
         for (name, _) in &bundle.manifest().graphs {
-            if plan.layers.iter().enumerate().any(|(h, l)| *name == accordion_graphs::methods::homer::graph_name(h, l)) {
+            if plan.layers.iter().enumerate().any(|(h, l)| *name == accordion_graphs::methods::homer::graph_name(h, l))
+            {
                 engines.get(name, &[]).unwrap();
                 show(name);
             }

@@ -129,7 +129,8 @@ fn homer(subject: &Subject, name: &str, target: Target, fused: bool) {
     let (lengths, teacher) = (PromptLengths { prefix: 16, context: 1500, suffix: 16 }, 8);
     let plan = HomerPlan::new(30, lengths, settings).unwrap();
     assert_eq!(plan.tree_height, 2);
-    let bundle = subject.bundle(&what, MethodSettings::Homer { settings, tree_heights: vec![2] }, target);
+    let bundle =
+        subject.bundle(&what, MethodSettings::Homer { settings, tree_heights: vec![2], significance: None }, target);
     let (prefix, rest) = subject.ids.split_at(lengths.prefix);
     let (context, rest) = rest.split_at(lengths.context);
     let (suffix, rest) = rest.split_at(lengths.suffix);

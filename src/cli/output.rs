@@ -72,6 +72,14 @@ impl Output {
         }
     }
 
+    /// A piece of a text that is shown as it comes, and is not the result.
+    pub(crate) fn aside(&self, text: &str) {
+        if !self.quiet {
+            // Nothing can be done about a standard error that is closed.
+            let _ = std::io::stderr().lock().write_all(text.as_bytes());
+        }
+    }
+
     /// A line that should not be overlooked.
     pub(crate) fn warning(&self, text: impl AsRef<str>) {
         let label = self.paint("warning", "1;33");

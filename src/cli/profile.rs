@@ -52,6 +52,9 @@ pub(crate) struct Arguments {
     /// Methods to measure [default: the bundle's, and plain to compare with]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "METHOD,METHOD")]
     methods: Vec<MethodName>,
+    /// Longest context to measure plain at [default: all]
+    #[arg(long, value_name = "N")]
+    plain_up_to: Option<usize>,
     /// Leaves that may be built in one batch: a number, or max
     #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
     width: usize,
@@ -145,6 +148,9 @@ impl Arguments {
             }
             let lengths = PromptLengths { prefix: self.prefix, context, suffix: self.suffix };
             for method in &methods {
+                if *method == MethodName::Plain && self.plain_up_to.is_some_and(|longest| context > longest) {
+                    continue;
+                }
                 let compression = match (method, exported) {
                     (MethodName::Plain, _) => Compression::Plain { allow_overlong: true },
                     (MethodName::Homer, Method::Homer { settings, .. }) => {

@@ -59,7 +59,8 @@ pub fn export_golden(case: &HomerCase, plan: &HomerPlan, target: Target, folder:
     std::fs::copy(case.weights_path(), &weights).map_err(failed(&weights))?;
     let config = checkpoint.join("config.json");
     std::fs::write(&config, config_json(&case.architecture).to_string()).map_err(failed(&config))?;
-    let method = MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height], significance: None };
+    let method =
+        MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height], significance: None };
     let options = ExportOptions { method, target, weights: WeightStorage::Link, force: false };
     let out = folder.join("bundle");
     export(&Checkpoint::open(checkpoint).map_err(Box::new)?, &out, &options)?;

@@ -26,7 +26,8 @@ fn bundle(case: &HomerCase, folder: &Path, target: Target) -> Bundle {
     std::fs::copy(case.weights_path(), checkpoint.join("model.safetensors")).unwrap();
     std::fs::write(checkpoint.join("config.json"), config_json(&case.architecture).to_string()).unwrap();
     let plan = HomerPlan::new(case.architecture.num_layers, case.lengths(), case.settings).unwrap();
-    let method = MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height], significance: None };
+    let method =
+        MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height], significance: None };
     let options = ExportOptions { method, target, weights: WeightStorage::Link, force: false };
     export(&Checkpoint::open(&checkpoint).unwrap(), &folder.join("bundle"), &options).unwrap();
     Bundle::open(folder.join("bundle")).unwrap()

@@ -25,7 +25,8 @@ fn stock_tools_accept_every_graph() {
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let bundles = [Target::Portable, Target::OrtCpu].map(|target| {
             let out = folder.path().join(format!("{target:?}"));
-            let method = MethodSettings::Homer { settings: case.settings, tree_heights: vec![0, 1, 2, 3], significance: None };
+            let method =
+                MethodSettings::Homer { settings: case.settings, tree_heights: vec![0, 1, 2, 3], significance: None };
             let options = ExportOptions { method, target, weights: WeightStorage::Link, force: false };
             export(&checkpoint, &out, &options).unwrap();
             out
