@@ -77,6 +77,11 @@ impl Implementation for Graphs {
         Ok(found)
     }
 
+    /// ONNX Runtime's attention for CPU takes heads of a multiple of 8; the export refuses others.
+    fn supports(&self, case: &HomerCase) -> bool {
+        self.target == Target::Portable || case.architecture.head_dim.is_multiple_of(8)
+    }
+
     fn omits(&self, name: &str) -> bool {
         // The graphs mark affixes by their number, and gather what is kept.
         name.ends_with(".in_reduction_mask") || name.ends_with(".prune.remove_idx")

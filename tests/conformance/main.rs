@@ -26,6 +26,11 @@ trait Implementation {
     /// Runs the whole case and returns everything it computed, by golden name.
     fn homer(&mut self, case: &HomerCase, plan: &HomerPlan) -> anyhow::Result<BTreeMap<String, Tensor>>;
 
+    /// Whether it is defined for the case; a row says where it is not.
+    fn supports(&self, _case: &HomerCase) -> bool {
+        true
+    }
+
     /// Whether the golden tensor `name` is something that this implementation never materialises. All others are
     /// compared, and missing ones are failures.
     fn omits(&self, _name: &str) -> bool {
@@ -84,6 +89,10 @@ fn homer_case(table: &mut Table, case: &HomerCase) {
     table.row(&case.name, "plan", &format!("{} nodes as the authors ran them: PASS", plan.nodes.len()));
     for mut implementation in implementations() {
         let name = implementation.name();
+        if !implementation.supports(case) {
+            table.row(&case.name, name, "not defined for this architecture");
+            continue;
+        }
         match implementation.homer(case, &plan) {
             Ok(found) => {
                 let comparison = compare::homer(case, &found, &|tensor| implementation.omits(tensor));

@@ -49,8 +49,14 @@ impl Add for &Dim {
 /// The product of dimensions that are flattened into one.
 pub(crate) fn product(dims: &[Dim]) -> Dim {
     let known: usize = dims.iter().filter_map(|d| if let Dim::Known(n) = d { Some(*n) } else { None }).product();
-    let symbols: Vec<&str> =
-        dims.iter().filter_map(|d| if let Dim::Symbol(s) = d { Some(&**s) } else { None }).collect();
+    let symbols: Vec<String> = dims
+        .iter()
+        .filter_map(|d| match d {
+            Dim::Symbol(sum) if sum.contains(" + ") => Some(format!("({sum})")),
+            Dim::Symbol(name) => Some(name.to_string()),
+            Dim::Known(_) => None,
+        })
+        .collect();
     match (known, symbols.as_slice()) {
         (_, []) => Dim::Known(known),
         (1, _) => Dim::Symbol(symbols.join(" * ").into()),
