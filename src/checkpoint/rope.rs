@@ -181,7 +181,7 @@ pub(crate) fn scaling_json(scaling: &RopeScaling) -> Value {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::float_cmp)]
     use super::*;
 
     #[test]

@@ -33,14 +33,16 @@ pub(crate) fn run(_arguments: &Arguments, output: &Output) -> anyhow::Result<Out
 
 /// The lines of a report: sections, and under each what is there and what is not.
 struct Lines<'a> {
-    text: String,
+    lines: Vec<String>,
     output: &'a Output,
 }
 
 impl Lines<'_> {
     fn section(&mut self, title: &str) {
-        let gap = if self.text.is_empty() { "" } else { "\n" };
-        self.text += &format!("{gap}{title}\n");
+        if !self.lines.is_empty() {
+            self.lines.push(String::new());
+        }
+        self.lines.push(title.to_owned());
     }
 
     fn found(&mut self, what: &str) {
@@ -59,24 +61,24 @@ impl Lines<'_> {
 
     fn line(&mut self, word: &str, style: &str, what: &str) {
         let word = self.output.paint_result(&format!("{word:<8}"), style);
-        self.text += &format!("  {word}{what}\n");
+        self.lines.push(format!("  {word}{what}"));
     }
 
     /// More about the line before.
     fn detail(&mut self, what: &str) {
-        self.text += &format!("          {what}\n");
+        self.lines.push(format!("          {what}"));
     }
 }
 
 fn in_words(environment: &Environment, output: &Output) -> String {
     let provenance = &environment.provenance;
-    let mut lines = Lines { text: String::new(), output };
+    let mut lines = Lines { lines: Vec::new(), output };
     lines.section(&format!("accordion {}", provenance.accordion));
     machine(&mut lines, &provenance.machine);
     onnx_runtime(&mut lines, &provenance.onnxruntime);
     nvidia(&mut lines, environment);
     cache(&mut lines, environment);
-    lines.text
+    lines.lines.join("\n")
 }
 
 fn machine(lines: &mut Lines<'_>, machine: &Machine) {
@@ -131,7 +133,7 @@ fn cache(lines: &mut Lines<'_>, environment: &Environment) {
     match (&clients.pip, &clients.python) {
         (Some(pip), _) => lines.found(pip),
         (None, Some(python)) => {
-            lines.none(&format!("pip for {python}: install it to fetch, or provide the files by hand"))
+            lines.none(&format!("pip for {python}: install it to fetch, or provide the files by hand"));
         }
         (None, None) => lines.none("Python with pip: install it to fetch, or provide the files by hand"),
     }

@@ -55,7 +55,7 @@ struct FetchedAsset {
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
     let cache = Cache::from_environment()?;
     if arguments.names.is_empty() {
-        let listing = list(&cache)?;
+        let listing = list(&cache);
         output.result(&listing, || in_words(&listing))?;
         return Ok(Outcome::Done);
     }
@@ -68,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     let result = Paths { schema: "accordion.fetch/1", fetched };
     output.result(&result, || {
         let paths = result.fetched.iter().flat_map(|asset| &asset.paths);
-        paths.map(|path| format!("{}\n", path.display())).collect()
+        paths.map(|path| path.display().to_string()).collect::<Vec<_>>().join("\n")
     })?;
     Ok(Outcome::Done)
 }
@@ -86,7 +86,7 @@ fn fetch(asset: &'static Asset, cache: &Cache, output: &Output) -> anyhow::Resul
     Ok(fetched?.files().to_vec())
 }
 
-fn list(cache: &Cache) -> anyhow::Result<Listing> {
+fn list(cache: &Cache) -> Listing {
     let row = |asset: &&'static Asset| {
         let package = asset.package().ok();
         Row {
@@ -99,7 +99,7 @@ fn list(cache: &Cache) -> anyhow::Result<Listing> {
         }
     };
     let assets = asset::ALL.iter().map(row).collect();
-    Ok(Listing { schema: "accordion.assets/1", cache: cache.folder().to_owned(), assets })
+    Listing { schema: "accordion.assets/1", cache: cache.folder().to_owned(), assets }
 }
 
 fn in_words(listing: &Listing) -> String {

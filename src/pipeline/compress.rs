@@ -1,7 +1,6 @@
 //! A prompt to a context state, by whichever method.
 
 use super::prompt::PromptIds;
-use super::significance::model_identity;
 use super::{ContextState, Engines, PipelineError, homer, plain};
 use crate::bundle::Bundle;
 use crate::taps::NoTaps;
@@ -111,7 +110,7 @@ impl Homer {
                 None => return Err(PipelineError::NoTable),
                 Some(Significance::Uncalibrated) => {}
                 Some(Significance::Table(table)) => {
-                    table.check_matches(&model_identity(arch, &bundle.manifest().fingerprint))?;
+                    table.check_matches(&bundle.manifest().identity())?;
                     table.covers(arch.num_layers, plan.max_distance())?;
                 }
             }

@@ -3,14 +3,14 @@
 use super::PipelineError;
 use super::decode::token_tensor;
 use super::prompt::leading_ids;
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::{Checkpoint, CheckpointError, model_identity};
 use crate::runtime::Loader;
 use crate::tensor::Tensor;
 use accordion_calibration::significance::{
-    EstimateError, ModelIdentity, Provenance, SignificanceEstimator, SignificanceTable, Smoothing,
+    EstimateError, Provenance, SignificanceEstimator, SignificanceTable, Smoothing,
 };
 use accordion_calibration::windows::{WindowError, choose_windows};
-use accordion_graphs::architecture::{Architecture, Llama};
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::methods::{Source, significance};
 use accordion_graphs::onnx::BuildError;
@@ -63,13 +63,6 @@ pub enum CalibrationError {
     Estimate(#[from] EstimateError),
 }
 
-/// The model as significance tables name it.
-pub fn model_identity(arch: &Llama, fingerprint: &str) -> ModelIdentity {
-    // Numbers and an enumeration always serialize; the field order is that of the type.
-    let rope = serde_json::to_string(&arch.rope).unwrap_or_default();
-    ModelIdentity { fingerprint: fingerprint.to_owned(), rope }
-}
-
 /// Measures the expected significance of tokens by layer and distance on windows of `text`, with the plain model in the
 /// runtime of `loader`. `on_window` hears how many windows are done.
 ///
@@ -115,7 +108,7 @@ pub fn calibrate(
         on_window(done + 1);
     }
     let provenance = Provenance {
-        model: model_identity(arch, &checkpoint.fingerprint()),
+        model: model_identity(checkpoint),
         text_sha256: format!("{:x}", Sha256::digest(text)),
         window_tokens: window_len,
         seed,

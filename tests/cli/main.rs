@@ -1,5 +1,14 @@
-//! The command as users run it: arguments, output, exit codes.
+//! The command as its users meet it: exit codes, what goes to standard output and what to standard error, JSON.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod doctor;
+mod export;
+mod fetch;
+mod inspect;
+mod profile;
+mod program;
+mod report;
+mod sparse;
+mod usage;
 mod verify;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 /// Facts about a model on disk.
 #[derive(Serialize)]
-pub(super) struct Model {
+pub(super) struct Description {
     kind: &'static str,
     architecture: Architecture,
     #[serde(skip)]
@@ -40,7 +40,7 @@ struct Tokenizer {
 }
 
 /// Describes an open checkpoint.
-pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Model> {
+pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Description> {
     let Architecture::Llama(model) = checkpoint.architecture() else {
         anyhow::bail!("{}: only Llama-family models are supported", checkpoint.dir().display());
     };
@@ -63,15 +63,15 @@ pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Model> {
             chat_template: tokenizer.has_chat_template(),
         }),
     };
-    Ok(Model::new("checkpoint", model.clone(), weights.parameter_count(), dtypes, Some(folder)))
+    Ok(Description::new("checkpoint", model.clone(), weights.parameter_count(), dtypes, Some(folder)))
 }
 
 /// Describes a GGUF file.
-pub(super) fn describe_gguf(facts: GgufFacts) -> Model {
-    Model::new("gguf", facts.model, facts.parameters, facts.encodings, None)
+pub(super) fn describe_gguf(facts: GgufFacts) -> Description {
+    Description::new("gguf", facts.model, facts.parameters, facts.encodings, None)
 }
 
-impl Model {
+impl Description {
     fn new(
         kind: &'static str,
         model: Llama,
@@ -89,7 +89,7 @@ impl Model {
     }
 }
 
-impl Described for Model {
+impl Described for Description {
     fn in_words(&self) -> String {
         let mut rows = architecture(&self.model);
         rows.push(("parameters", format!("{} ({})", grouped(self.parameters), approximate(self.parameters))));

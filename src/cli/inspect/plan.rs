@@ -82,29 +82,30 @@ fn state_bytes(model: &Llama, tokens: usize) -> u64 {
 impl Cost {
     pub(super) fn in_words(&self) -> String {
         let PromptLengths { prefix, context, suffix } = self.prompt;
-        let mut text = format!("prompt of {prefix} + {context} + {suffix} tokens (prefix, context, suffix)\n");
+        let OperationCount { linear, attention } = self.operations;
         let plain = |what: String| if self.tree.is_some() { format!("; plain {what}") } else { String::new() };
-        text += &format!(
-            "  operations  {} (linear {}, attention {}){}\n",
-            operations(self.operations.total()),
-            operations(self.operations.linear),
-            operations(self.operations.attention),
-            plain(operations(self.plain_operations.total())),
-        );
-        text += &format!(
-            "  state       {} tokens, {} as fp32{}\n",
-            grouped(self.state_tokens as u64),
-            bytes(self.state_bytes),
-            plain(bytes(self.plain_state_bytes)),
-        );
-        if let Some(tree) = &self.tree {
-            text += &levels(tree);
-        }
+        let mut lines = vec![
+            format!("prompt of {prefix} + {context} + {suffix} tokens (prefix, context, suffix)"),
+            format!(
+                "  operations  {} (linear {}, attention {}){}",
+                operations(self.operations.total()),
+                operations(linear),
+                operations(attention),
+                plain(operations(self.plain_operations.total())),
+            ),
+            format!(
+                "  state       {} tokens, {} as fp32{}",
+                grouped(self.state_tokens as u64),
+                bytes(self.state_bytes),
+                plain(bytes(self.plain_state_bytes)),
+            ),
+        ];
+        lines.extend(self.tree.as_ref().map(|tree| levels(tree).trim_end().to_owned()));
         if !self.missing_graphs.is_empty() {
             let missing = self.missing_graphs.join(", ");
-            text += &format!("  not in the bundle: {missing}; export it with --context {context} to run this prompt\n");
+            lines.push(format!("  not in the bundle: {missing}; export with --context {context} to run this prompt"));
         }
-        text
+        lines.join("\n")
     }
 }
 

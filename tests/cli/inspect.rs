@@ -1,0 +1,71 @@
+//! `accordion inspect`.
+
+#![allow(clippy::unwrap_used)]
+
+use crate::program::{Run, Workspace, command};
+
+fn inspect(workspace: &Workspace, what: &str, more: &[&str]) -> Run {
+    Run::of(command().arg("inspect").arg(workspace.path(what)).args(more))
+}
+
+#[test]
+fn a_checkpoint_is_described() {
+    let workspace = Workspace::new();
+    let found = inspect(&workspace, "checkpoint", &["--json"]).json("accordion.inspect/1");
+    assert_eq!(found["kind"], "checkpoint");
+    assert_eq!(found["architecture"]["num_layers"], 6);
+    // 50 x 16 embeddings; in a layer 2 (16 x 16) + 2 (8 x 16) + 3 (24 x 16) + 2 x 16; a last norm.
+    assert_eq!(found["parameters"], 50 * 16 + 6 * (512 + 256 + 1152 + 32) + 16);
+    // Keys and values, 6 layers, 2 heads of 4, 4 bytes.
+    assert_eq!(found["kv_bytes_per_token"], 2 * 6 * 2 * 4 * 4);
+    let text = inspect(&workspace, "checkpoint", &[]).output();
+    for word in ["6, hidden 16, MLP 24", "4 query, 2 key/value, 4 wide", "12,528", "fp32 (56)", "model.safetensors"] {
+        assert!(text.contains(word), "{word} is not in\n{text}");
+    }
+}
+
+#[test]
+fn a_bundle_is_described_with_its_plan() {
+    let workspace = Workspace::new();
+    workspace.export("homer", "bundle", &["--context", "100", "--max-chunk-len", "32"]).output();
+    let lengths = ["--context", "100", "--prefix", "3", "--suffix", "4"];
+    let found = inspect(&workspace, "bundle", &[&lengths[..], &["--json"]].concat()).json("accordion.inspect/1");
+    assert_eq!((&found["kind"], &found["weights"][0]["linked"]), (&"bundle".into(), &true.into()));
+    assert_eq!(found["method"]["tree_heights"], serde_json::json!([2, 3]));
+    let decoder = found["graphs"].as_array().unwrap().iter().find(|graph| graph["name"] == "decoder").unwrap();
+    assert_eq!(decoder["inputs"][0]["name"], "input_ids");
+    // 100 tokens in leaves of at most 32 - 7 are exactly four of 25.
+    let nodes = found["plan"]["tree"]["nodes"].as_array().unwrap();
+    assert_eq!(nodes.iter().filter(|node| node["height"] == 0 && node["in_len"] == 32).count(), 4);
+    // Each child keeps the affixes and half of the room beside them, 12 tokens; the root has room for both.
+    assert_eq!(found["plan"]["state_tokens"], 7 + 12 + 12);
+    assert_eq!(found["plan"]["state_bytes"], 31 * 2 * 6 * 2 * 4 * 4);
+    assert_eq!(found["plan"]["plain_state_bytes"], 107 * 2 * 6 * 2 * 4 * 4);
+
+    let text = inspect(&workspace, "bundle", &lengths).output();
+    for word in ["tree heights 2, 3", "leaf.0-", "past_key_values.*.key (6 of them)", "HEIGHT", "no table"] {
+        assert!(text.contains(word), "{word} is not in\n{text}");
+    }
+    let longer = inspect(&workspace, "bundle", &["--context", "1000"]).output();
+    assert!(longer.contains("not in the bundle: ") && longer.contains("--context 1000"), "{longer}");
+}
+
+#[test]
+fn what_cannot_be_described_is_refused() {
+    let workspace = Workspace::new();
+    workspace.export("homer", "bundle", &["--context", "100", "--max-chunk-len", "32"]).output();
+    for (what, more, word) in [
+        ("nowhere", &[][..], "no folder or file"),
+        ("checkpoint/config.json", &[], "not a GGUF file"),
+        ("bundle", &["--context", "0"], "context length is 0"),
+        ("bundle", &["--context", "100", "--suffix", "0"], "suffix length is 0"),
+        ("bundle", &["--context", "18446744073709551615"], "prompt length"),
+        ("checkpoint", &["--context", "18446744073709551615"], "prompt length"),
+    ] {
+        let error = inspect(&workspace, what, more).error();
+        assert!(error.contains(word), "{error}");
+    }
+    let graph = workspace.path("bundle/decoder.onnx");
+    std::fs::write(&graph, "something else").unwrap();
+    assert!(inspect(&workspace, "bundle", &[]).error().contains("decoder.onnx changed since the export"));
+}
