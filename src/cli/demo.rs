@@ -247,8 +247,8 @@ impl<'a> Demo<'a> {
             grouped(kept as u64)
         ));
         let generation = self.stream(&mut engines, &tokenizer, &state, extent)?;
-        let rate = generation.tokens_per_second().map_or(String::new(), |rate| format!("{rate:.1} tokens/s. "));
-        self.done(step, &format!("{rate}{REMARK}"));
+        let rate = generation.tokens_per_second().map_or(String::new(), |rate| format!(", {rate:.1} a second"));
+        self.done(step, &format!("{} tokens{rate}. {REMARK}", generation.token_ids.len()));
         let record = GenerationRecord {
             schema: GenerationRecord::SCHEMA.to_owned(),
             method: "homer".to_owned(),
@@ -309,7 +309,7 @@ impl<'a> Demo<'a> {
         let compared = report.rows.iter().filter_map(|row| Some((row.prefix_speedup?, row.measured.prompt.context)));
         let best = compared.max_by_key(|(_, context)| *context);
         let found = best.map_or_else(String::new, |(factor, context)| {
-            format!("the prefix of {} tokens is built {factor:.1} times faster than by plain", grouped(context as u64))
+            format!("a context of {} tokens is ready {factor:.1} times sooner than by plain", grouped(context as u64))
         });
         self.done(step, &found);
         Ok(report)

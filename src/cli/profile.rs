@@ -128,7 +128,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         write_aside(path, render(&page).as_bytes())?;
     }
     output.result(&profile, || rows(&profile))?;
-    profile.warnings.iter().for_each(|warning| output.warning(warning));
+    if !output.is_json() {
+        profile.warnings.iter().for_each(|warning| output.warning(warning));
+    }
     Ok(Outcome::Done)
 }
 
