@@ -4,7 +4,7 @@
 //! what is not understood is refused by name.
 
 mod chat;
-mod clock;
+pub(crate) mod clock;
 mod config;
 mod error;
 mod fields;

@@ -31,7 +31,7 @@ enum Table {
 /// and seed give the same table.
 #[derive(Debug, Args)]
 struct Significance {
-    /// The model: a Hugging Face folder
+    /// Checkpoint folder, GGUF file, or the name of a model that can be fetched
     checkpoint: PathBuf,
     /// Ordinary text of the kind the model will read, UTF-8; - reads standard input
     #[arg(long, value_name = "FILE")]

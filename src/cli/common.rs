@@ -49,6 +49,15 @@ impl HomerArguments {
     }
 }
 
+/// A number of leaves, or max.
+pub(crate) fn parse_width(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        _ if text == "max" => Ok(usize::MAX),
+        Ok(width @ 1..) => Ok(width),
+        _ => Err("expected a number from 1 on, or max".to_owned()),
+    }
+}
+
 /// Which kernels run the fused operators.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Operators {
@@ -75,9 +84,22 @@ impl EngineArguments {
 
     /// Engines for `bundle` on ONNX Runtime's CPU provider.
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle, output: &Output) -> anyhow::Result<Engines<'b>> {
+        Ok(Engines::new(bundle, Box::new(self.loader(bundle, output)?)))
+    }
+
+    /// What loads such engines.
+    pub(crate) fn loader(&self, bundle: &Bundle, output: &Output) -> anyhow::Result<OrtCpu> {
         let options = OrtOptions { fused_operators: self.operators == Operators::Fused };
-        let loader = OrtCpu::new(runtime(output)?, bundle.weights().clone(), &options)?;
-        Ok(Engines::new(bundle, Box::new(loader)))
+        Ok(OrtCpu::new(runtime(output)?, bundle.weights().clone(), &options)?)
+    }
+
+    /// The same as arguments of another process.
+    pub(crate) fn flags(&self) -> [&'static str; 2] {
+        let operators = match self.operators {
+            Operators::Fused => "fused",
+            Operators::Portable => "portable",
+        };
+        ["--operators", operators]
     }
 }
 

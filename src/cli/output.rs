@@ -35,6 +35,11 @@ impl Output {
         self.json
     }
 
+    /// Whether only results are wanted.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     /// Threads per operator, if given.
     pub(crate) fn threads(&self) -> Option<usize> {
         self.threads
@@ -67,6 +72,14 @@ impl Output {
     pub(crate) fn remark(&self, text: impl AsRef<str>) {
         if !self.quiet {
             self.line(text.as_ref());
+        }
+    }
+
+    /// A piece of a text that is shown as it comes, and is not the result.
+    pub(crate) fn aside(&self, text: &str) {
+        if !self.quiet {
+            // Nothing can be done about a standard error that is closed.
+            let _ = std::io::stderr().lock().write_all(text.as_bytes());
         }
     }
 

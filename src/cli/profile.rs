@@ -1,14 +1,364 @@
 //! `accordion profile`.
 
-use super::Outcome;
+use super::common::{EngineArguments, parse_width};
 use super::output::Output;
-use clap::Args;
+use super::text::{bytes, grouped, table};
+use super::{Outcome, report::write_aside};
+use accordion::bundle::{Bundle, Method};
+use accordion::checkpoint::Tokenizer;
+use accordion::environment::Provenance;
+use accordion::pipeline::compress::{Compression, Homer, Significance};
+use accordion::pipeline::prompt::{PromptIds, encode_context, read_text};
+use accordion::profile::ceilings::Ceilings;
+use accordion::profile::load::busy_share;
+use accordion::profile::measure::{Effort, Step, measure, random_tokens, work};
+use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow};
+use accordion::profile::stats::Protocol;
+use accordion::report::{Report, render};
+use accordion_graphs::plan::PromptLengths;
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Seed of the random tokens that are measured where no text is given.
+const SEED: u64 = 1;
+/// How long the machine is watched for other work, and the share of it above which times are not to be trusted.
+const WATCHED: Duration = Duration::from_millis(300);
+const BUSY_ABOVE: f64 = 0.05;
 
 /// Measure latency and memory
 #[derive(Debug, Args)]
-pub(crate) struct Arguments {}
+#[command(
+    after_help = "Each method and length is measured in a process of its own, so that peak memory is that of this \
+    method alone. Times do not depend on the tokens: they are random unless a text is given."
+)]
+pub(crate) struct Arguments {
+    /// The bundle
+    bundle: PathBuf,
+    /// Context lengths in tokens
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [4096, 8192])]
+    context: Vec<usize>,
+    /// Tokens before the context
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    prefix: usize,
+    /// Tokens behind the context
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    suffix: usize,
+    /// Tokens to decode behind the prompt
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    new_tokens: usize,
+    /// Methods to measure [default: the bundle's, and plain to compare with]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "METHOD,METHOD")]
+    methods: Vec<MethodName>,
+    /// Longest context to measure plain at [default: all]
+    #[arg(long, value_name = "N")]
+    plain_up_to: Option<usize>,
+    /// Leaves that may be built in one batch: a number, or max
+    #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
+    width: usize,
+    /// Take the tokens from a file of text
+    #[arg(long, value_name = "FILE")]
+    text: Option<String>,
+    #[command(flatten)]
+    protocol: ProtocolArguments,
+    /// Write the result as JSON
+    #[arg(short, long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Write the result as a page
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    #[command(flatten)]
+    engine: EngineArguments,
+    /// Measure one configuration in this process and print the measurement
+    #[arg(long, hide = true)]
+    in_process: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Repetition")]
+struct ProtocolArguments {
+    /// Least number of times a prefix is built, after one that is not counted
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    min_runs: u16,
+    /// Least time for building prefixes, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 3.0, value_parser = parse_seconds)]
+    min_time: f64,
+    /// Most time for building prefixes of one method and length, in seconds; once is always built
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
+    budget: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum MethodName {
+    Homer,
+    Plain,
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.0..=1e6).contains(seconds));
+    seconds.ok_or_else(|| "expected a number of seconds from 0 to 1000000".to_owned())
+}
+
+/// One method at one length.
+#[derive(Debug)]
+struct Case {
+    compression: Compression,
+    lengths: PromptLengths,
+}
 
 /// Runs the command.
-pub(crate) fn run(_arguments: &Arguments, _output: &Output) -> anyhow::Result<Outcome> {
-    anyhow::bail!("not there yet")
+pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    let bundle = Bundle::open(&arguments.bundle)?;
+    let cases = arguments.cases(&bundle)?;
+    if arguments.in_process {
+        let [case] = &cases[..] else { bail!("--in-process measures one method at one length") };
+        let measured = arguments.measure_here(&bundle, case, output)?;
+        serde_json::to_writer(std::io::stdout().lock(), &measured)?;
+        return Ok(Outcome::Done);
+    }
+    let profile = arguments.profile(&bundle, &cases, output)?;
+    if let Some(path) = &arguments.out {
+        let json = serde_json::to_vec_pretty(&profile)?;
+        write_aside(path, &json)?;
+    }
+    if let Some(path) = &arguments.html {
+        let page = Report { profiles: vec![profile.clone()], ..Report::here(&profile.model) };
+        write_aside(path, render(&page).as_bytes())?;
+    }
+    output.result(&profile, || rows(&profile))?;
+    if !output.is_json() {
+        profile.warnings.iter().for_each(|warning| output.warning(warning));
+    }
+    Ok(Outcome::Done)
+}
+
+impl Arguments {
+    /// The configurations, each one checked to be possible before any is measured.
+    fn cases(&self, bundle: &Bundle) -> anyhow::Result<Vec<Case>> {
+        let exported = &bundle.manifest().method;
+        let methods = match (&self.methods[..], exported) {
+            ([], Method::Homer { .. }) => vec![MethodName::Homer, MethodName::Plain],
+            ([], Method::Plain) => vec![MethodName::Plain],
+            (given, _) => given.to_vec(),
+        };
+        let mut cases = Vec::new();
+        for &context in &self.context {
+            if context == 0 {
+                bail!("--context 0: expected at least 1 token");
+            }
+            let lengths = PromptLengths { prefix: self.prefix, context, suffix: self.suffix };
+            for method in &methods {
+                if *method == MethodName::Plain && self.plain_up_to.is_some_and(|longest| context > longest) {
+                    continue;
+                }
+                let compression = match (method, exported) {
+                    (MethodName::Plain, _) => Compression::Plain { allow_overlong: true },
+                    (MethodName::Homer, Method::Homer { settings, .. }) => {
+                        // Which tokens are kept makes no difference to the time.
+                        let significance = Some(Significance::Uncalibrated);
+                        Compression::Homer(Homer { settings: *settings, significance, width: self.width })
+                    }
+                    (MethodName::Homer, Method::Plain) => {
+                        bail!("{} was exported for plain: it has no graphs for --methods homer", bundle.dir().display())
+                    }
+                };
+                work(bundle, &compression, lengths)?;
+                cases.push(Case { compression, lengths });
+            }
+        }
+        Ok(cases)
+    }
+
+    /// Measures everything, each configuration in its own process.
+    fn profile(&self, bundle: &Bundle, cases: &[Case], output: &Output) -> anyhow::Result<ProfileReport> {
+        let mut warnings = Vec::new();
+        if let Some(busy) = busy_share(WATCHED).filter(|&busy| busy > BUSY_ABOVE) {
+            let share = (busy * 100.0).round();
+            warnings.push(format!("other programs kept {share} % of the processor busy when the measurement began"));
+        }
+        let loader = self.engine.loader(bundle, output)?;
+        let threads = threads(output);
+        let max_positions = bundle.llama()?.max_positions;
+        let mut ceilings: Vec<(usize, Ceilings)> = Vec::new();
+        let mut measurements = Vec::new();
+        for case in cases {
+            let (operations, rows) = work(bundle, &case.compression, case.lengths)?;
+            let known = ceilings.iter().find(|(known, _)| *known == rows).map(|(_, rates)| *rates);
+            let rates = match known {
+                Some(rates) => rates,
+                None => Ceilings::measure(&loader, bundle, rows, threads)?,
+            };
+            if known.is_none() {
+                ceilings.push((rows, rates));
+            }
+            let mut measured = self.measure_apart(case, output)?;
+            let seconds = measured.prefix.median_ms / 1e3;
+            measured.floor_fraction = (seconds > 0.0).then(|| rates.floor_seconds(&operations) / seconds);
+            let (name, context) = (case.compression.method(), case.lengths.context);
+            if measured.floor_fraction.is_some_and(|fraction| fraction > 1.0) {
+                warnings.push(format!(
+                    "{name} at {context} context tokens was faster than its floor: other programs were running when the \
+                     machine's rates were measured"
+                ));
+            }
+            output.remark(format!(
+                "{name} at {}: {:.2} s, {} runs, then {:.1} ms per token",
+                grouped(context as u64),
+                seconds,
+                measured.prefix.runs,
+                measured.per_token.median_ms
+            ));
+            let (runs, wanted) = (measured.prefix.runs, usize::from(self.protocol.min_runs));
+            if runs < wanted {
+                let budget = self.protocol.budget;
+                warnings.push(format!(
+                    "{name} at {context} context tokens: built {runs} times instead of {wanted}, because --budget is {budget} s"
+                ));
+            }
+            if matches!(case.compression, Compression::Plain { .. }) && case.lengths.total() > max_positions {
+                warnings.push(format!(
+                    "plain at {context} context tokens is beyond the {max_positions} positions the model was trained \
+                     for: its time is real, its text would not be"
+                ));
+            }
+            measurements.push(measured);
+        }
+        let mut environment = Provenance::probe().pairs();
+        for (rows, rates) in &ceilings {
+            environment.push((
+                format!("Rates at {rows} rows"),
+                format!(
+                    "matrix products {:.0} GFLOP/s, causal attention {:.0} GFLOP/s, reading memory {:.1} GB/s",
+                    rates.linear_flops / 1e9,
+                    rates.attention_flops / 1e9,
+                    rates.read_bytes / 1e9
+                ),
+            ));
+        }
+        Ok(ProfileReport::new(model_name(bundle), environment, &measurements, warnings))
+    }
+
+    /// Measures one configuration in a process of its own: what a runtime's allocator once took it keeps.
+    fn measure_apart(&self, case: &Case, output: &Output) -> anyhow::Result<Measurement> {
+        let number = |n: usize| n.to_string();
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("profile").arg(&self.bundle).args(["--in-process", "--methods", case.compression.method()]);
+        for (flag, value) in [
+            ("--context", number(case.lengths.context)),
+            ("--prefix", number(self.prefix)),
+            ("--suffix", number(self.suffix)),
+            ("--new-tokens", number(self.new_tokens)),
+            ("--width", if self.width == usize::MAX { "max".to_owned() } else { number(self.width) }),
+            ("--min-runs", self.protocol.min_runs.to_string()),
+            ("--min-time", self.protocol.min_time.to_string()),
+            ("--budget", self.protocol.budget.to_string()),
+            ("--threads", number(threads(output))),
+        ] {
+            command.arg(flag).arg(value);
+        }
+        if let Some(text) = &self.text {
+            command.arg("--text").arg(text);
+        }
+        command.args(self.engine.flags()).args(output.is_quiet().then_some("--quiet"));
+        let (name, context) = (case.compression.method(), case.lengths.context);
+        let ended = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).output()?;
+        if !ended.status.success() {
+            bail!("{name} at {context} context tokens could not be measured ({})", ended.status);
+        }
+        serde_json::from_slice(&ended.stdout)
+            .with_context(|| format!("{name} at {context} context tokens: the measurement could not be read"))
+    }
+
+    fn measure_here(&self, bundle: &Bundle, case: &Case, output: &Output) -> anyhow::Result<Measurement> {
+        let mut prefix = self.tokens(bundle, case.lengths)?;
+        let mut context = prefix.split_off(case.lengths.prefix);
+        let suffix = context.split_off(case.lengths.context);
+        let prompt = PromptIds { prefix, context, suffix };
+        let protocol = Protocol {
+            min_runs: usize::from(self.protocol.min_runs),
+            min_time: Duration::from_secs_f64(self.protocol.min_time),
+            max_time: Some(Duration::from_secs_f64(self.protocol.budget)),
+            ..Protocol::default()
+        };
+        let effort = Effort { prefix: protocol, new_tokens: self.new_tokens };
+        let mut engines = self.engine.engines(bundle, output)?;
+        let engine = format!("ort-cpu {}", bundle.manifest().precision);
+        let bar = output.bar("", 1);
+        let mut run = 0;
+        let mut on_step = |step| match step {
+            Step::Run => {
+                run += 1;
+                bar.reset();
+                let name = case.compression.method();
+                bar.set_message(format!("{name} at {}, run {run}", grouped(case.lengths.context as u64)));
+            }
+            Step::Built { done, total } => {
+                bar.set_length(total as u64);
+                bar.set_position(done as u64);
+            }
+        };
+        let engine = (engine.as_str(), threads(output));
+        let measured = measure(&mut engines, &case.compression, &prompt, &effort, engine, &mut on_step)?;
+        bar.finish_and_clear();
+        Ok(measured)
+    }
+
+    /// As many tokens as the prompt has: random, or of the text, from the start again where it ends.
+    fn tokens(&self, bundle: &Bundle, lengths: PromptLengths) -> anyhow::Result<Vec<u32>> {
+        let vocab_size = bundle.llama()?.vocab_size;
+        let Some(path) = &self.text else { return Ok(random_tokens(vocab_size, lengths.total(), SEED)) };
+        let tokenizer = Tokenizer::open(bundle.dir(), vocab_size)?;
+        let ids = encode_context(&tokenizer, &read_text(path)?).with_context(|| format!("--text {path}"))?;
+        Ok(ids.into_iter().cycle().take(lengths.total()).collect())
+    }
+}
+
+/// Threads an operator may use.
+fn threads(output: &Output) -> usize {
+    output.threads().unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+/// What the bundle's folder is called.
+fn model_name(bundle: &Bundle) -> String {
+    let absolute = std::fs::canonicalize(bundle.dir()).unwrap_or_else(|_| bundle.dir().to_owned());
+    absolute.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// The table on the terminal.
+fn rows(profile: &ProfileReport) -> String {
+    let header = [
+        "method",
+        ">context",
+        ">kept",
+        ">prefix s",
+        ">runs",
+        ">vs plain",
+        ">first ms",
+        ">token p50",
+        ">p95 ms",
+        ">peak",
+        ">state/token",
+        ">of floor",
+    ];
+    let none = || "-".to_owned();
+    let row = |row: &ProfileRow| {
+        let measured = &row.measured;
+        [
+            measured.configuration.method.clone(),
+            grouped(measured.prompt.context as u64),
+            grouped(measured.tokens_kept as u64),
+            format!("{:.2}", measured.prefix.median_ms / 1e3),
+            measured.prefix.runs.to_string(),
+            row.prefix_speedup.map_or_else(none, |factor| format!("{factor:.1} x")),
+            format!("{:.1}", measured.first_token.median_ms),
+            format!("{:.1}", measured.per_token.median_ms),
+            format!("{:.1}", measured.per_token.p95_ms),
+            bytes(measured.peak_resident_bytes),
+            row.state_bytes_per_context_token.map_or_else(none, |size| bytes(size as u64)),
+            measured.floor_fraction.map_or_else(none, |share| format!("{:.0} %", share * 100.0)),
+        ]
+    };
+    table(header, &profile.rows.iter().map(row).collect::<Vec<_>>())
 }

@@ -1,7 +1,7 @@
 //! `accordion run`.
 
 use super::Outcome;
-use super::common::{EngineArguments, HomerArguments};
+use super::common::{EngineArguments, HomerArguments, parse_width};
 use super::output::Output;
 use accordion::bundle::{Bundle, Method};
 use accordion::checkpoint::Tokenizer;
@@ -124,14 +124,6 @@ struct CompressionArguments {
     /// Let plain prompts be longer than the model was trained for
     #[arg(long)]
     allow_overlong: bool,
-}
-
-fn parse_width(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        _ if text == "max" => Ok(usize::MAX),
-        Ok(width @ 1..) => Ok(width),
-        _ => Err("expected a number from 1 on, or max".to_owned()),
-    }
 }
 
 /// What `--json` prints for each question.

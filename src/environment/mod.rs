@@ -112,6 +112,25 @@ impl Provenance {
             nvidia: Nvidia::probe(),
         }
     }
+
+    /// The same as names and values, for the block of a report that says where its numbers come from.
+    pub fn pairs(&self) -> Vec<(String, String)> {
+        let machine = &self.machine;
+        let mut pairs = vec![
+            ("accordion", self.accordion.clone()),
+            ("System", machine.os.clone()),
+            ("Processor", format!("{} {}, {} cores", machine.arch, machine.cpu, machine.cores)),
+            ("Vector extensions", machine.simd.join(" ")),
+        ];
+        pairs.extend(machine.memory_bytes.map(|bytes| ("Memory", format!("{:.1} GB", bytes as f64 / 1e9))));
+        if let OnnxRuntime::Present { version, .. } = &self.onnxruntime {
+            pairs.push(("ONNX Runtime", version.clone()));
+        }
+        if let Nvidia::Present { devices, .. } = &self.nvidia {
+            pairs.extend(devices.iter().map(|device| ("GPU", device.name.clone())));
+        }
+        pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
 }
 
 impl Environment {

@@ -15,6 +15,7 @@ use accordion_graphs::blocks::Target;
 use accordion_graphs::methods::{Source, significance};
 use accordion_graphs::onnx::BuildError;
 use sha2::{Digest, Sha256};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 /// What is measured.
@@ -95,8 +96,9 @@ pub fn calibrate(
 
     let weights = Rc::new(checkpoint.weights().clone());
     let source = Source { arch: arch.clone(), weights, target: Target::OrtCpu };
-    // The loader finds weights by name; where the graph says they lie is never looked at.
-    let locations = vec!["weights".to_owned(); checkpoint.weights().files().len()];
+    // The loader finds weights by name, but the runtime insists that the files are where the graph says.
+    let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let locations: Vec<String> = checkpoint.weights().files().iter().map(name).collect();
     let model = significance::probe(&source).finish(&locations)?;
     let mut probe =
         loader.load("significance_probe", &model.bytes, &model.signature.weights).map_err(PipelineError::from)?;

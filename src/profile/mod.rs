@@ -1,7 +1,47 @@
 //! What a method costs: latency, memory, and how far from the machine's limits.
 //!
 //! - [`stats`]: repeated timing and its statistics.
+//! - [`ceilings`]: the rates of this machine, and the floors they give.
+//! - [`load`]: whether the machine is quiet enough.
+//! - [`measure`]: one method at one prompt length, measured.
 //! - [`schema`]: the report that is printed, stored and drawn.
 
+pub mod ceilings;
+pub mod load;
+pub mod measure;
 pub mod schema;
 pub mod stats;
+
+use crate::bundle::BundleError;
+use crate::pipeline::PipelineError;
+use crate::runtime::EngineError;
+use crate::tensor::TensorError;
+use accordion_graphs::onnx::BuildError;
+use accordion_graphs::plan::PlanError;
+
+/// Why something could not be measured.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProfileError {
+    /// The bundle is at fault.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// A graph of a rate's measurement is inconsistent.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The runtime refused or failed a graph of a rate's measurement.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// There is no plan for the prompt.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The method failed.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// The protocol asked for no run at all.
+    #[error("nothing was measured: at least one run is needed")]
+    NoRun,
+    /// An input could not be made.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+}

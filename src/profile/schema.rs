@@ -2,6 +2,7 @@
 
 use super::stats::{LatencyStats, UNSTABLE_ABOVE};
 use accordion_graphs::plan::PromptLengths;
+use accordion_graphs::plan::homer::HomerSettings;
 use serde::{Deserialize, Serialize};
 
 /// The value of [`ProfileReport::schema`].
@@ -99,6 +100,15 @@ impl ProfileReport {
         warnings.extend(rows.iter().flat_map(|row| instabilities(&row.measured)));
         Self { schema: SCHEMA.to_owned(), model, environment, rows, warnings }
     }
+}
+
+/// HOMER's settings as names and values, for reports.
+pub fn describe(settings: &HomerSettings) -> Vec<(String, String)> {
+    let mut listed = vec![("max chunk length", settings.max_chunk_len)];
+    listed.extend(settings.max_initial_chunk_len.map(|len| ("max initial chunk length", len)));
+    listed.push(("target length", settings.target_len));
+    listed.push(("warm-up layers", settings.layers_warmup));
+    listed.into_iter().map(|(name, value)| (name.to_owned(), value.to_string())).collect()
 }
 
 fn derive(measured: &Measurement, all: &[Measurement]) -> ProfileRow {

@@ -18,6 +18,9 @@ pub struct Protocol {
     pub min_time: Duration,
     /// Least number of runs that are counted.
     pub min_runs: usize,
+    /// Time that all of it may take, before the minima are met too: no run is started that would end later if it took
+    /// as long as the longest so far. There is always one run.
+    pub max_time: Option<Duration>,
 }
 
 impl Default for Protocol {
@@ -27,6 +30,7 @@ impl Default for Protocol {
             warm_up_runs: 1,
             min_time: Duration::from_secs(3),
             min_runs: 10,
+            max_time: None,
         }
     }
 }
@@ -38,8 +42,9 @@ pub fn monotonic() -> impl Fn() -> Duration {
 }
 
 /// Times `run` as `protocol` says, reading `clock` (any fixed origin) before and after each call. Warm-up and counted
-/// part each end with the run that satisfies both their minima. What `run` does has to be finished when it returns: an
-/// engine that only enqueues must synchronise.
+/// part each end with the run that satisfies both their minima, or where [`Protocol::max_time`] ends them; if that
+/// leaves no counted run, the warm-up's are returned. What `run` does has to be finished when it returns: an engine that
+/// only enqueues must synchronise.
 ///
 /// # Errors
 ///
@@ -49,20 +54,29 @@ pub fn measure<E>(
     clock: impl Fn() -> Duration,
     mut run: impl FnMut() -> Result<(), E>,
 ) -> Result<Vec<Duration>, E> {
+    let began = clock();
+    let mut longest = None;
     let mut phase = |min_time: Duration, min_runs: usize| {
         let mut samples = Vec::new();
         let started = clock();
         let mut now = started;
         while samples.len() < min_runs || now.saturating_sub(started) < min_time {
+            let end = longest.map(|longest| now.saturating_sub(began) + longest);
+            if protocol.max_time.zip(end).is_some_and(|(limit, end)| end > limit) {
+                break;
+            }
             let before = clock();
             run()?;
             now = clock();
-            samples.push(now.saturating_sub(before));
+            let sample = now.saturating_sub(before);
+            longest = longest.max(Some(sample));
+            samples.push(sample);
         }
         Ok(samples)
     };
-    phase(protocol.warm_up_time, protocol.warm_up_runs)?;
-    phase(protocol.min_time, protocol.min_runs)
+    let warm_up = phase(protocol.warm_up_time, protocol.warm_up_runs)?;
+    let counted = phase(protocol.min_time, protocol.min_runs)?;
+    Ok(if counted.is_empty() { warm_up } else { counted })
 }
 
 /// Statistics of one kind of latency, in milliseconds. Percentiles are nearest-rank: the `p`-th is the smallest sample
@@ -148,6 +162,7 @@ mod tests {
             warm_up_runs,
             min_time: Duration::from_millis(min_ms),
             min_runs,
+            max_time: None,
         }
     }
 
@@ -163,6 +178,20 @@ mod tests {
     fn warm_up_is_not_counted() {
         let (_, samples) = measured(&protocol(0, 3, 0, 4), |run| if run < 3 { 500 } else { 10 });
         assert_eq!(samples, [Duration::from_millis(10); 4]);
+    }
+
+    #[test]
+    fn a_limit_ends_the_runs_but_leaves_one() {
+        let limited = |max_ms, run_ms: fn(usize) -> u64| {
+            let limit = Some(Duration::from_millis(max_ms));
+            let (runs, samples) = measured(&Protocol { max_time: limit, ..protocol(0, 1, 0, 5) }, run_ms);
+            (runs, samples.iter().map(|s| s.as_millis() as u64).collect::<Vec<_>>())
+        };
+        // A run of 100 ms fits while at most 300 of 400 have passed; a longer one makes the next not fit.
+        assert_eq!(limited(400, |_| 100), (4, vec![100; 3]));
+        assert_eq!(limited(400, |run| if run == 1 { 200 } else { 100 }), (2, vec![200]));
+        // The warm-up's run is all there is time for.
+        assert_eq!(limited(50, |_| 300), (1, vec![300]));
     }
 
     #[test]

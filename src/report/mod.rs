@@ -18,6 +18,7 @@ mod result;
 pub use page::render;
 pub use result::{GenerationRecord, LevelNode, PlanSummary, ResultError};
 
+use crate::environment::Provenance;
 use crate::profile::schema::ProfileReport;
 use crate::verify::schema::VerifyReport;
 use serde::{Deserialize, Serialize};
@@ -39,4 +40,13 @@ pub struct Report {
     pub plans: Vec<PlanSummary>,
     /// Generated texts.
     pub generations: Vec<GenerationRecord>,
+}
+
+impl Report {
+    /// An empty report on this machine, as of now.
+    pub fn here(title: &str) -> Self {
+        // The format has only directives that are known.
+        let generated_at = crate::checkpoint::clock::now().format("%Y-%m-%d %H:%M UTC").unwrap_or_default();
+        Self { title: title.to_owned(), generated_at, environment: Provenance::probe().pairs(), ..Self::default() }
+    }
 }

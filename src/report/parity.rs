@@ -72,22 +72,26 @@ struct Family<'a> {
     cells: HashMap<(usize, usize), &'a TapResult>,
 }
 
-/// Splits a tap name into family, column and row: `node.h1.i0.in_k.3` is `node`, `h1.i0`, `in_k`; `cache.k.3` is `cache`,
-/// `3`, `k`.
-fn place(name: &str) -> (&str, String, String) {
+/// Where a tap is shown: family, column and row. `node.h1.i0.in_k.3` is `node`, `h1.i0`, `in_k`; `cache.k.3` is `cache`,
+/// `3`, `k`. What is inside a layer inside a node is shown twice, by node and by layer: `node.h1.i0.layers.3.attn.q` is
+/// `node`, `h1.i0`, `attn.q` and `layers`, `3`, `attn.q`.
+fn places(name: &str) -> Vec<(&str, String, String)> {
     let scope = scope(name);
     let (family, numbers) = scope.split_once('.').unwrap_or((scope, ""));
     let rest = name[scope.len()..].trim_start_matches('.');
+    if let Some((layer, part)) = rest.strip_prefix("layers.").and_then(|inside| inside.split_once('.')) {
+        return vec![(family, numbers.to_owned(), part.to_owned()), ("layers", layer.to_owned(), part.to_owned())];
+    }
     let row = rest.trim_end_matches(|c: char| c.is_ascii_digit() || c == '.');
     let column = if numbers.is_empty() { rest[row.len()..].trim_start_matches('.') } else { numbers };
-    (family, column.to_owned(), row.to_owned())
+    vec![(family, column.to_owned(), row.to_owned())]
 }
 
 fn families(report: &VerifyReport) -> Vec<Family<'_>> {
     let mut families: Vec<Family<'_>> = Vec::new();
     let mut seen: HashMap<(usize, bool, String), usize> = HashMap::new();
-    for tap in report.taps() {
-        let (name, column, row) = place(&tap.name);
+    let shown = report.taps().flat_map(|tap| places(&tap.name).into_iter().map(move |place| (tap, place)));
+    for (tap, (name, column, row)) in shown {
         let family = families.iter().position(|family| family.name == name).unwrap_or_else(|| {
             families.push(Family { name, columns: Vec::new(), rows: Vec::new(), cells: HashMap::new() });
             families.len() - 1
@@ -337,10 +341,12 @@ mod tests {
 
     #[test]
     fn taps_have_a_place_in_a_grid() {
-        assert_eq!(place("layers.7.attn.out"), ("layers", "7".into(), "attn.out".into()));
-        assert_eq!(place("node.h1.i0.in_k.3"), ("node", "h1.i0".into(), "in_k".into()));
-        assert_eq!(place("cache.k.3"), ("cache", "3".into(), "k".into()));
-        assert_eq!(place("logits"), ("logits", String::new(), String::new()));
+        assert_eq!(places("layers.7.attn.out"), [("layers", "7".into(), "attn.out".into())]);
+        assert_eq!(places("node.h1.i0.in_k.3"), [("node", "h1.i0".into(), "in_k".into())]);
+        let attn_q = |family, column: &str| (family, column.to_owned(), "attn.q".to_owned());
+        assert_eq!(places("node.h1.i0.layers.3.attn.q"), [attn_q("node", "h1.i0"), attn_q("layers", "3")]);
+        assert_eq!(places("cache.k.3"), [("cache", "3".into(), "k".into())]);
+        assert_eq!(places("logits"), [("logits", String::new(), String::new())]);
     }
 
     #[test]

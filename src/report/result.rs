@@ -1,6 +1,7 @@
 //! The results that have no schema elsewhere, and reading any result from its JSON.
 
 use super::Report;
+use crate::profile::schema::describe;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::HomerPlan;
 use serde::{Deserialize, Serialize};
@@ -71,17 +72,11 @@ pub struct PlanSummary {
 
 impl From<&HomerPlan> for PlanSummary {
     fn from(plan: &HomerPlan) -> Self {
-        let settings = plan.settings;
-        let mut listed = vec![("max chunk length".to_owned(), settings.max_chunk_len.to_string())];
-        listed
-            .extend(settings.max_initial_chunk_len.map(|len| ("max initial chunk length".to_owned(), len.to_string())));
-        listed.push(("target length".to_owned(), settings.target_len.to_string()));
-        listed.push(("warm-up layers".to_owned(), settings.layers_warmup.to_string()));
         Self {
             schema: PLAN.to_owned(),
             method: "homer".to_owned(),
             prompt: plan.lengths,
-            settings: listed,
+            settings: describe(&plan.settings),
             nodes: plan
                 .nodes
                 .iter()

@@ -1,0 +1,176 @@
+//! One method at one prompt length, measured from token ids to the last new token.
+//!
+//! Time does not depend on which tokens a prompt has, nor on which of them a method keeps: every shape follows from the
+//! plan. So the tokens may be random, and HOMER may run without a significance table.
+
+use super::ProfileError;
+use super::schema::{Configuration, Measurement, describe};
+use super::stats::{self, LatencyStats, Protocol, monotonic};
+use crate::bundle::Bundle;
+use crate::environment::{peak_resident_bytes, reset_peak_resident};
+use crate::pipeline::compress::Compression;
+use crate::pipeline::decode::{Continuation, Sequence};
+use crate::pipeline::prompt::PromptIds;
+use crate::pipeline::{ContextState, Engines, plain};
+use accordion_graphs::plan::{OperationCount, PromptLengths};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use std::time::Duration;
+
+/// Tokens that are decoded before those that are counted.
+const WARM_UP_TOKENS: usize = 2;
+/// How often the first token is timed, after once that is not counted.
+const FIRST_TOKENS: usize = 5;
+
+/// How much is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Effort {
+    /// How often the prefix is built.
+    pub prefix: Protocol,
+    /// How many tokens are decoded behind it; at least one.
+    pub new_tokens: usize,
+}
+
+/// What the measurement is about to do, for a progress display.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Another building of the prefix begins.
+    Run,
+    /// So many of its steps are done.
+    Built {
+        /// Steps done.
+        done: usize,
+        /// Steps there are.
+        total: usize,
+    },
+}
+
+/// Operations of building `compression`'s prefix for a prompt of `lengths`, and the most rows that attend to each other
+/// in one call.
+///
+/// # Errors
+///
+/// The method cannot compress such a prompt with the graphs of `bundle`.
+pub fn work(
+    bundle: &Bundle,
+    compression: &Compression,
+    lengths: PromptLengths,
+) -> Result<(OperationCount, usize), ProfileError> {
+    compression.check(bundle, lengths)?;
+    let arch = bundle.llama()?;
+    Ok(match compression {
+        Compression::Plain { .. } => {
+            (OperationCount::plain_prefill(arch, lengths.total()), lengths.total().min(plain::PREFILL_ROWS))
+        }
+        Compression::Homer(homer) => {
+            let plan = homer.plan(bundle, lengths)?;
+            (plan.operations(arch), plan.nodes.iter().map(|node| node.in_len).max().unwrap_or(0))
+        }
+    })
+}
+
+/// Measures `compression` on `prompt`; `engine` names what `engines` run on, with its threads.
+///
+/// The prefix is built as often as `effort` says. First token: the time to make the state continuable (a copy of the
+/// cache with room behind it) and to choose the token its logits predict; the suffix is part of the prefix, so that
+/// nothing has to be run for it. Then tokens are decoded one by one.
+///
+/// Memory is that of the process from before the engines are loaded to the last token. What earlier work in the same
+/// process left behind counts too: for a comparison each method has to be measured in a process of its own.
+///
+/// # Errors
+///
+/// The prompt is too long for the method, the bundle does not fit it, or a graph fails.
+pub fn measure(
+    engines: &mut Engines<'_>,
+    compression: &Compression,
+    prompt: &PromptIds,
+    effort: &Effort,
+    (engine, threads): (&str, usize),
+    on_step: &mut dyn FnMut(Step),
+) -> Result<Measurement, ProfileError> {
+    let lengths = prompt.lengths();
+    let (operations, _) = work(engines.bundle(), compression, lengths)?;
+    engines.unload();
+    // Where the peak cannot be reset it is that of the whole process, which in a process of its own is the same.
+    let _ = reset_peak_resident();
+
+    let mut built: Option<ContextState> = None;
+    let prefix = stats::measure(&effort.prefix, monotonic(), || {
+        // The state of the run before does not count as memory of this one.
+        built = None;
+        on_step(Step::Run);
+        let mut on_progress = |done, total| on_step(Step::Built { done, total });
+        built = Some(compression.compress(engines, prompt, &mut on_progress)?);
+        Ok::<(), ProfileError>(())
+    })?;
+    let state = built.ok_or(ProfileError::NoRun)?;
+
+    let decoded = effort.new_tokens.max(1);
+    let start = |engines: &Engines<'_>| {
+        let sequence = Sequence::continue_from(engines, &state, WARM_UP_TOKENS + decoded, Continuation::Next)?;
+        Ok::<_, ProfileError>((sequence, largest(&state.logits)))
+    };
+    let several = Protocol {
+        warm_up_time: Duration::ZERO,
+        warm_up_runs: 1,
+        min_time: Duration::ZERO,
+        min_runs: FIRST_TOKENS,
+        max_time: None,
+    };
+    let first_token = stats::measure(&several, monotonic(), || start(engines).map(drop))?;
+
+    let (mut sequence, mut token) = start(engines)?;
+    let each = Protocol { warm_up_runs: WARM_UP_TOKENS, min_runs: decoded, ..several };
+    let per_token = stats::measure(&each, monotonic(), || {
+        token = largest(&sequence.forward(engines, &[token], 1)?.to_f32());
+        Ok::<(), ProfileError>(())
+    })?;
+
+    Ok(Measurement {
+        configuration: Configuration {
+            method: compression.method().to_owned(),
+            engine: engine.to_owned(),
+            threads,
+            settings: settings(compression),
+        },
+        prompt: lengths,
+        tokens_kept: state.len(),
+        prefix: statistics(&prefix)?,
+        first_token: statistics(&first_token)?,
+        per_token: statistics(&per_token)?,
+        peak_resident_bytes: peak_resident_bytes().unwrap_or(0),
+        state_bytes: state.cache_bytes(),
+        operations: Some(operations.total()),
+        floor_fraction: None,
+    })
+}
+
+fn settings(compression: &Compression) -> Vec<(String, String)> {
+    match compression {
+        Compression::Plain { .. } => vec![("rows per call".to_owned(), plain::PREFILL_ROWS.to_string())],
+        Compression::Homer(homer) => {
+            let mut listed = describe(&homer.settings);
+            let width = if homer.width == usize::MAX { "max".to_owned() } else { homer.width.to_string() };
+            listed.push(("width".to_owned(), width));
+            listed
+        }
+    }
+}
+
+/// `count` token ids of a vocabulary, the same for the same `seed`.
+pub fn random_tokens(vocab_size: usize, count: usize, seed: u64) -> Vec<u32> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let size = u32::try_from(vocab_size).unwrap_or(u32::MAX).max(1);
+    (0..count).map(|_| random.next_u32() % size).collect()
+}
+
+fn statistics(samples: &[Duration]) -> Result<LatencyStats, ProfileError> {
+    LatencyStats::new(samples).ok_or(ProfileError::NoRun)
+}
+
+/// Index of the largest value: the greedy choice.
+fn largest(logits: &[f32]) -> u32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.map_or(0, |(id, _)| u32::try_from(id).unwrap_or(0))
+}
