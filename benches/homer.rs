@@ -85,7 +85,7 @@ fn main() {
             println!("{what}: {lines:?}");
         };
         show("start");
-        for (name, _) in &bundle.manifest().graphs {
+        for name in bundle.manifest().graphs.keys() {
             if plan.layers.iter().enumerate().any(|(h, l)| *name == accordion_graphs::methods::homer::graph_name(h, l))
             {
                 engines.get(name, &[]).unwrap();

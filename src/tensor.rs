@@ -148,6 +148,7 @@ impl Tensor {
     /// # Panics
     ///
     /// The tensor is a scalar or the range does not lie inside the first dimension.
+    #[must_use]
     pub fn rows(&self, range: Range<usize>) -> Self {
         assert!(
             range.start <= range.end && range.end <= self.shape[0],

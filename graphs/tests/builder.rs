@@ -35,7 +35,8 @@ fn parsed(model: &Model) -> ModelProto {
 
 #[test]
 fn shapes_that_do_not_fit_are_named_with_their_scope() {
-    let cases: [(&str, fn(&Scope)); 6] = [
+    type Build = fn(&Scope);
+    let cases: [(&str, Build); 6] = [
         ("Add of fp32 [rows, 3] and fp32 [rows, 4]: shapes do not broadcast", |g| {
             let _ = rows(g, "a", 3) + rows(g, "b", 4);
         }),

@@ -71,7 +71,7 @@ impl Output {
     /// A line about what is being done.
     pub(crate) fn remark(&self, text: impl AsRef<str>) {
         if !self.quiet {
-            self.line(text.as_ref());
+            Self::line(text.as_ref());
         }
     }
 
@@ -86,7 +86,7 @@ impl Output {
     /// A line that should not be overlooked.
     pub(crate) fn warning(&self, text: impl AsRef<str>) {
         let label = self.paint("warning", "1;33");
-        self.line(&format!("{label}: {}", text.as_ref()));
+        Self::line(&format!("{label}: {}", text.as_ref()));
     }
 
     /// The one message of a command that failed: the error and, where they add something, its causes.
@@ -98,7 +98,7 @@ impl Output {
             }
         }
         let label = self.paint("error", "1;31");
-        self.line(&format!("{label}: {message}"));
+        Self::line(&format!("{label}: {message}"));
     }
 
     /// `text` in an ANSI style, where messages are coloured.
@@ -124,7 +124,7 @@ impl Output {
         bar
     }
 
-    fn line(&self, text: &str) {
+    fn line(text: &str) {
         // Nothing can be done about a standard error that is closed.
         let _ = writeln!(std::io::stderr().lock(), "{text}");
     }

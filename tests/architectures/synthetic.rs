@@ -21,7 +21,8 @@ pub(crate) fn write_checkpoint(dir: &Path, arch: &Llama, storage: &Storage, seed
     std::fs::create_dir(dir).unwrap();
     std::fs::write(dir.join("config.json"), config_json(arch).to_string()).unwrap();
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut shards: Vec<Vec<(String, Vec<usize>, Vec<u8>)>> = (0..storage.shards).map(|_| Vec::new()).collect();
+    type Stored = (String, Vec<usize>, Vec<u8>);
+    let mut shards: Vec<Vec<Stored>> = (0..storage.shards).map(|_| Vec::new()).collect();
     for (i, (name, shape)) in required_tensors(arch).enumerate() {
         let count: usize = shape.iter().product();
         // Matrices keep the scale of what goes through them; gains are near one.

@@ -136,17 +136,15 @@ impl<'a> Rows<'a> {
         let heads = vec![("num_heads", h.into()), ("kv_num_heads", g.into())];
         let out = (DType::F32, q.shape().to_vec());
         let cache = |rows: Dim| (DType::F32, vec![self.batch.clone(), g.into(), rows, self.arch.head_dim.into()]);
-        let results = match (&self.cache, past) {
-            (Some(CachedRows::InPlace { past_length }), Some([past_key, past_value])) => {
+        let results =
+            if let (Some(CachedRows::InPlace { past_length }), Some([past_key, past_value])) = (&self.cache, past) {
                 let cache = cache(past_key.dim(2));
                 let inputs = [q, k, v, past_key, past_value, past_length];
                 attn.call(functions::cached_attention(), &inputs, heads, vec![out, cache.clone(), cache])
-            }
-            _ => {
+            } else {
                 let cache = cache(self.sequence.clone());
                 attn.call(functions::causal_attention(), &[q, k, v], heads, vec![out, cache.clone(), cache])
-            }
-        };
+            };
         (results[0].clone(), results[1].clone(), results[2].clone())
     }
 }

@@ -42,7 +42,7 @@ pub fn leaf(source: &Source, layers: &Range<usize>) -> Scope {
     let affixes = Affixes::inputs(&g);
     let embedded = embed(&g, &source.arch, &ids);
     let hidden = unflatten(&embedded, &positions);
-    stage(&g, source, layers, State { hidden, positions, kv: None }, &affixes);
+    stage(&g, source, layers, &State { hidden, positions, kv: None }, &affixes);
     g
 }
 
@@ -74,7 +74,7 @@ pub fn merge(source: &Source, layers: &Range<usize>) -> Scope {
     });
     let affixes = Affixes::inputs(&g);
     let state = join(&g.scope("merge"), &left, &right, &affixes);
-    stage(&g, source, layers, state, &affixes);
+    stage(&g, source, layers, &state, &affixes);
     g
 }
 
@@ -116,7 +116,7 @@ fn join(g: &Scope, left: &State, right: &State, affixes: &Affixes) -> State {
 /// Inputs: `prefix_length` and `suffix_length [1]`, and if there are layers `keep [1]` (rows that leave) and
 /// `significance_bias [distances]` (the table's row of the last layer). Outputs: `hidden [batch, keep, D]`,
 /// `kept_position_ids [batch, keep]`, `kv [batch, n, 2, G, keep, d]` and, if there are layers, `keep_idx [batch, keep]`.
-fn stage(g: &Scope, source: &Source, layers: &Range<usize>, state: State, affixes: &Affixes) {
+fn stage(g: &Scope, source: &Source, layers: &Range<usize>, state: &State, affixes: &Affixes) {
     let arch = &source.arch;
     g.tap("in_hidden", &state.hidden);
     g.tap("in_position_ids", &state.positions);
@@ -124,7 +124,7 @@ fn stage(g: &Scope, source: &Source, layers: &Range<usize>, state: State, affixe
         g.tap("in_kv", kv);
     }
     let Some(last) = layers.clone().last() else {
-        output(g, &state);
+        output(g, state);
         return;
     };
     let keep = g.input("keep", DType::I64, &[1.into()]);

@@ -202,7 +202,7 @@ impl Value {
             target.push(match dim {
                 Dim::Known(n) => *n as i64,
                 symbol if self.shape().get(i) == Some(symbol) => 0,
-                _ => {
+                Dim::Symbol(_) => {
                     if std::mem::replace(&mut inferred, true) {
                         self.scope.fail(format!("Reshape of {self:?} to {}: two dimensions to infer", display(shape)));
                     }
