@@ -149,12 +149,11 @@ impl TapSink for Judge {
         if self.diverged {
             return;
         }
-        match self.actual.remove(name) {
-            Some(actual) => self.compare(name, &actual, &expected),
-            None => {
-                let full = format!("{}{name}", self.prefix);
-                self.findings.taps.push(TapResult::missing(&full, expected.shape(), "the actual side"));
-            }
+        if let Some(actual) = self.actual.remove(name) {
+            self.compare(name, &actual, &expected);
+        } else {
+            let full = format!("{}{name}", self.prefix);
+            self.findings.taps.push(TapResult::missing(&full, expected.shape(), "the actual side"));
         }
     }
 }

@@ -346,7 +346,7 @@ mod tests {
         };
         assert_eq!(off_by(&[5e-3]).0, Verdict::Pass);
         assert_eq!(off_by(&[2e-2]).0, Verdict::Fail);
-        let (systematic, reason) = off_by(&[2e-3; 10_000]);
+        let (systematic, reason) = off_by(&vec![2e-3; 10_000]);
         assert_eq!(systematic, Verdict::Fail);
         assert!(reason.starts_with("off by 2.0e-4 of its norm, allowed 1.0e-4"), "{reason}");
     }
