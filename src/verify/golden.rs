@@ -3,6 +3,7 @@
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, Judge};
 use super::order::model_order;
+use super::verdict::Bounds;
 use crate::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
 use crate::checkpoint::{Checkpoint, config_json};
 use crate::goldens::HomerCase;
@@ -128,7 +129,8 @@ fn plain_rows(case: &HomerCase) -> Option<usize> {
 /// Compares what `case` holds of the tree, its result, the teacher's tokens after it and the plain model with `found`.
 /// Generated text is left to the teacher's tokens, which take the same way without depending on each other.
 fn against_golden(name: &str, case: &HomerCase, plan: &HomerPlan, found: Tensors) -> Findings {
-    let mut judge = Judge::new(Detail::All, case.dtype);
+    let dtype = case.dtype;
+    let mut judge = Judge::new(Detail::All, move |kind| Bounds::golden(kind, dtype));
     judge.prefix = format!("{name}.");
     for (tap, value) in found {
         // Only what the authors' code recorded is asked for: the graphs have far more.

@@ -4,6 +4,7 @@
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, Judge};
 use super::order::scope;
+use super::verdict::Bounds;
 use crate::pipeline::decode::{Continuation, Sequence};
 use crate::pipeline::{self, ContextState, Engines};
 use crate::reference;
@@ -59,7 +60,7 @@ pub fn compare_homer(
     let lockstep = RefCell::new(Lockstep {
         plan,
         compression: Compression::new(reference, plan, prompt, &significance)?,
-        judge: Judge::new(detail, DType::F32),
+        judge: Judge::new(detail, |kind| Bounds::new(kind, DType::F32)),
         keeps_all: plan.nodes.iter().filter(|n| n.removed() == 0).map(HomerNode::tap_scope).collect(),
         ahead: HashSet::new(),
         diverged: Vec::with_capacity(plan.nodes.len()),

@@ -4,7 +4,6 @@
 use super::verdict::{Bounds, TapKind, TapResult, Verdict, judge};
 use crate::taps::TapSink;
 use crate::tensor::Tensor;
-use accordion_graphs::dtype::DType;
 use std::collections::BTreeMap;
 
 /// Taps that graphs do not have: they mark affixes by their number, and gather what is kept.
@@ -50,22 +49,21 @@ pub struct Findings {
 /// Judges expected taps, as a sink that they are recorded into, against actual ones.
 pub(super) struct Judge {
     detail: Detail,
-    /// The less precise of the two sides.
-    dtype: DType,
+    bounds: Box<dyn Fn(TapKind) -> Bounds>,
     /// What results are called besides the names of their taps.
     pub(super) prefix: String,
     actual: BTreeMap<String, Tensor>,
-    /// The expected scores of the node that is being judged.
-    scores: Option<Tensor>,
+    /// The expected scores of the node that is being judged, and how far the actual ones are off, within their bounds.
+    scores: Option<(Tensor, f64)>,
     diverged: bool,
     findings: Findings,
 }
 
 impl Judge {
-    pub(super) fn new(detail: Detail, dtype: DType) -> Self {
+    pub(super) fn new(detail: Detail, bounds: impl Fn(TapKind) -> Bounds + 'static) -> Self {
         Self {
             detail,
-            dtype,
+            bounds: Box::new(bounds),
             prefix: String::new(),
             actual: BTreeMap::new(),
             scores: None,
@@ -115,11 +113,20 @@ impl Judge {
     /// Judges one tap; `actual` need not have waited.
     pub(super) fn compare(&mut self, name: &str, actual: &Tensor, expected: &Tensor) {
         let kind = TapKind::of(name);
-        let scores = if kind == TapKind::Selection { self.scores.as_ref() } else { None };
-        let full = format!("{}{name}", self.prefix);
-        let result = judge(&full, actual, expected, scores, &Bounds::new(kind, self.dtype));
+        let mut bounds = (self.bounds)(kind);
+        let mut scores = None;
+        if let (TapKind::Selection, Some((expected, off_by))) = (kind, &self.scores) {
+            // Scores that agree only so far leave ties that far apart open.
+            bounds.abs = bounds.abs.max(*off_by);
+            scores = Some(expected);
+        }
+        let result = judge(&format!("{}{name}", self.prefix), actual, expected, scores, &bounds);
         // A wrong selection is told once, not again by every tensor that follows from it.
         self.diverged |= kind == TapKind::Selection && result.verdict != Verdict::Pass;
+        if name.ends_with(".prune.scores") {
+            let within = result.difference.values().filter(|_| result.verdict == Verdict::Pass);
+            self.scores = Some((expected.clone(), within.map_or(0.0, |values| values.max_abs)));
+        }
         self.findings.taps.push(result);
     }
 
@@ -142,15 +149,11 @@ impl TapSink for Judge {
         if self.diverged {
             return;
         }
-        match self.actual.remove(name) {
-            Some(actual) => self.compare(name, &actual, &expected),
-            None => {
-                let full = format!("{}{name}", self.prefix);
-                self.findings.taps.push(TapResult::missing(&full, expected.shape(), "the actual side"));
-            }
-        }
-        if name.ends_with(".prune.scores") {
-            self.scores = Some(expected);
+        if let Some(actual) = self.actual.remove(name) {
+            self.compare(name, &actual, &expected);
+        } else {
+            let full = format!("{}{name}", self.prefix);
+            self.findings.taps.push(TapResult::missing(&full, expected.shape(), "the actual side"));
         }
     }
 }
@@ -159,6 +162,11 @@ impl TapSink for Judge {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use accordion_graphs::dtype::DType;
+
+    fn judge_all() -> Judge {
+        Judge::new(Detail::All, |kind| Bounds::new(kind, DType::F32))
+    }
 
     fn floats(values: &[f32]) -> Tensor {
         Tensor::from_f32([values.len()], values.to_vec()).unwrap()
@@ -174,7 +182,7 @@ mod tests {
 
     #[test]
     fn what_only_one_side_has_is_a_failure() {
-        let mut judge = Judge::new(Detail::All, DType::F32);
+        let mut judge = judge_all();
         judge.offer("node.h0.i1.a", floats(&[1.0]));
         judge.offer("node.h0.i1.b", floats(&[1.0]));
         judge.offer("node.h0.i10.b", floats(&[1.0]));
@@ -191,7 +199,7 @@ mod tests {
     #[test]
     fn behind_another_selection_nothing_is_compared() {
         for (exchanged, verdict) in [(1.000_01, Verdict::Ambiguous), (0.5, Verdict::Fail)] {
-            let mut judge = Judge::new(Detail::All, DType::F32);
+            let mut judge = judge_all();
             for name in ["n.prune.scores", "n.out_hidden"] {
                 judge.offer(name, floats(&[2.0, 1.0, exchanged]));
             }
@@ -205,6 +213,19 @@ mod tests {
             let findings = judge.into_findings();
             assert_eq!(verdicts(&findings), [("n.prune.scores", Verdict::Pass), ("n.prune.keep_idx", verdict)]);
             assert_eq!(findings.not_comparable, 1);
+        }
+    }
+
+    #[test]
+    fn scores_that_agree_only_so_far_leave_ties_that_far_apart_open() {
+        for (second, verdict) in [(1.005, Verdict::Ambiguous), (1.01, Verdict::Fail)] {
+            let mut judge = judge_all();
+            // The third scores are 3e-3 apart, within the bounds of the tensor.
+            judge.offer("n.prune.scores", floats(&[100.0, second, 1.004]));
+            judge.offer("n.prune.keep_idx", ids(&[0, 2]));
+            judge.record("n.prune.scores", floats(&[100.0, second, 1.001]));
+            judge.record("n.prune.keep_idx", ids(&[0, 1]));
+            assert_eq!(judge.into_findings().taps[1].verdict, verdict);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, Judge};
+use super::verdict::Bounds;
 use crate::pipeline::Engines;
 use crate::pipeline::decode::{DECODER, Sequence};
 use crate::reference::llama::Llama;
@@ -27,7 +28,7 @@ pub fn compare_plain(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let mut judge = Judge::new(detail, DType::F32);
+    let mut judge = Judge::new(detail, |kind| Bounds::new(kind, DType::F32));
     let taps = &engines.signature(DECODER)?.taps;
     let taps: Vec<(&String, &ValueInfo)> =
         taps.iter().filter(|(tap, _)| tap.starts_with("layers.") && judge.expects(tap)).collect();
