@@ -55,7 +55,7 @@ fn measure(folder: &Path, root: &Path) -> Outcome<()> {
         let start = Instant::now();
         let checkpoint = Checkpoint::open(folder)?;
         let Architecture::Llama(model) = checkpoint.architecture() else { continue };
-        let tree_heights = tree_heights(model.num_layers, SETTINGS, &[CONTEXT])?;
+        let tree_heights = tree_heights(model.num_layers, SETTINGS, CONTEXT)?;
         let options = ExportOptions {
             method: MethodSettings::Homer { settings: SETTINGS, tree_heights, significance: None },
             target: Target::OrtCpu,

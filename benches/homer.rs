@@ -55,7 +55,7 @@ fn main() {
 
     let folder = tempfile::tempdir_in(checkpoint.dir().parent().unwrap()).unwrap();
     let out = folder.path().join("bundle");
-    let heights = tree_heights(arch.num_layers, settings, &[total]).unwrap();
+    let heights = tree_heights(arch.num_layers, settings, total).unwrap();
     let start = Instant::now();
     let method = MethodSettings::Homer { settings, tree_heights: heights, significance: None };
     let target = if flag("--portable").is_some() { Target::Portable } else { Target::OrtCpu };

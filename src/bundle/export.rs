@@ -11,7 +11,7 @@ use accordion_graphs::methods::{self, Source};
 use accordion_graphs::onnx::Scope;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 use accordion_graphs::plan::{PlanError, PromptLengths};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -24,9 +24,6 @@ const SIDE_FILES: [&str; 6] = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
-
-/// ONNX Runtime's `GroupQueryAttention` takes heads of a multiple of this width.
-const ORT_HEAD_DIM_STEP: usize = 8;
 
 /// How weight files get into a bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,13 +86,6 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
     let Architecture::Llama(arch) = checkpoint.architecture() else {
         return Err(BundleError::invalid(checkpoint.dir(), "only Llama-family models can be exported"));
     };
-    if options.target == Target::OrtCpu && !arch.head_dim.is_multiple_of(ORT_HEAD_DIM_STEP) {
-        let problem = format!(
-            "head_dim is {}, target ort-cpu needs a multiple of {ORT_HEAD_DIM_STEP}: export with --target portable",
-            arch.head_dim
-        );
-        return Err(BundleError::invalid(checkpoint.dir(), problem));
-    }
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
     let locations = locations(checkpoint)?;
     let (method, graphs) = match &options.method {
@@ -169,23 +159,27 @@ fn locations(checkpoint: &Checkpoint) -> Result<Vec<String>, BundleError> {
         .collect()
 }
 
-/// Every height that a tree over one of `contexts` (tokens) can have, whatever affixes of up to half a chunk take of the
-/// room.
+/// Every height that a tree over a context of up to `longest_context` tokens can have, whatever affixes of up to half a
+/// chunk take of the room. Graphs are kilobytes: a bundle serves short contexts too.
 ///
 /// # Errors
 ///
-/// There is no plan for a context.
-pub fn tree_heights(num_layers: usize, settings: HomerSettings, contexts: &[usize]) -> Result<Vec<usize>, PlanError> {
-    let longest_affixes = (leaf_chunk_len(settings).min(settings.max_chunk_len) / 2).max(1);
-    let mut heights = BTreeSet::new();
-    for &context in contexts {
-        let height = |affixes: usize| -> Result<usize, PlanError> {
-            let lengths = PromptLengths { prefix: affixes - 1, context, suffix: 1 };
-            Ok(HomerPlan::new(num_layers, lengths, settings)?.tree_height)
-        };
-        heights.extend(height(1)?..=height(longest_affixes)?);
-    }
-    Ok(heights.into_iter().collect())
+/// The settings are out of range, whatever the prompt.
+pub fn tree_heights(
+    num_layers: usize,
+    settings: HomerSettings,
+    longest_context: usize,
+) -> Result<Vec<usize>, PlanError> {
+    let chunk = leaf_chunk_len(settings).min(settings.max_chunk_len);
+    let affixes = (chunk / 2).min(settings.target_len).max(1);
+    let lengths = PromptLengths { prefix: affixes - 1, context: longest_context, suffix: 1 };
+    let height = match HomerPlan::new(num_layers, lengths, settings) {
+        Ok(plan) => plan.tree_height,
+        // There is no plan for just these lengths, but there is for others that need a tree of that height.
+        Err(PlanError::EmptyLeaves { leaves, .. }) => leaves.ilog2() as usize,
+        Err(problem) => return Err(problem),
+    };
+    Ok((0..=height).collect())
 }
 
 /// Longest leaf, prefix and suffix included.

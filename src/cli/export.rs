@@ -38,9 +38,9 @@ struct PlainArguments {
 struct TreeArguments {
     #[command(flatten)]
     common: CommonArguments,
-    /// Context lengths in tokens to build graphs for; other lengths whose tree is as high run too
-    #[arg(long = "context", value_name = "N,...", value_delimiter = ',', default_value = "32768")]
-    contexts: Vec<usize>,
+    /// Longest context that the bundle has to serve, in tokens
+    #[arg(long, value_name = "N", default_value_t = 32_768)]
+    context: usize,
     /// Significance table to put into the bundle, from `accordion calibrate significance`
     #[arg(long, value_name = "FILE")]
     table: Option<PathBuf>,
@@ -144,7 +144,7 @@ impl TreeArguments {
             anyhow::bail!("{}: only Llama-family models can be exported", checkpoint.dir().display());
         };
         let settings = self.homer.settings(model.num_layers);
-        let tree_heights = bundle::tree_heights(model.num_layers, settings, &self.contexts)?;
+        let tree_heights = bundle::tree_heights(model.num_layers, settings, self.context)?;
         Ok(MethodSettings::Homer { settings, tree_heights, significance: self.table.clone() })
     }
 }

@@ -68,7 +68,7 @@ enum Command {
     Calibrate(calibrate::Arguments),
     Verify(verify::Arguments),
     Profile(profile::Arguments),
-    Run(run::Arguments),
+    Run(Box<run::Arguments>),
     Report(report::Arguments),
     Doctor(doctor::Arguments),
     Completions(shell::CompletionArguments),

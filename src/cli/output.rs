@@ -58,8 +58,11 @@ impl Output {
         Ok(())
     }
 
-    /// Prints a piece of a result that comes bit by bit.
+    /// Prints a piece of a result that comes bit by bit; where JSON is wanted, the whole of it comes at the end.
     pub(crate) fn piece(&self, text: &str) -> anyhow::Result<()> {
+        if self.json {
+            return Ok(());
+        }
         let mut out = std::io::stdout().lock();
         out.write_all(text.as_bytes())?;
         Ok(out.flush()?)

@@ -81,13 +81,13 @@ struct GenerationArguments {
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
     /// Sampling temperature; 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Sample only from the K most likely tokens
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// Sample only from the most likely tokens that have this probability together
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f32,
     /// Seed of the sampling
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -115,7 +115,7 @@ struct CompressionArguments {
     /// Significance table [default: the bundle's]; none prunes by uncalibrated scores
     #[arg(long, value_name = "FILE|none")]
     table: Option<PathBuf>,
-    /// Leaves to build in one batch: a number, or max. Costs memory, saves time, does not change the text
+    /// Leaves to build in one batch: a number, or max; more of them take more memory and less time
     #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
     width: usize,
     /// After every N new tokens compress the whole past anew, for texts longer than the model can see
@@ -155,6 +155,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     let compression = compression(arguments, &bundle)?;
     let max_positions = if arguments.compression.allow_overlong { usize::MAX } else { arch.max_positions };
     let settings = settings(&arguments.generation, max_positions);
+    settings.check()?;
     let tokenizer = Tokenizer::open(bundle.dir(), arch.vocab_size)?;
     let prompts = prompts(arguments, &tokenizer)?;
     check_recompressions(arguments, &bundle, &compression, &prompts)?;
@@ -209,11 +210,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
             token_seconds: &generation.seconds,
             tokens_per_second: generation.tokens_per_second(),
         };
-        if output.is_json() {
-            output.result(&report, String::new)?;
-        } else {
-            output.piece("\n")?;
-        }
+        // The text itself has been printed.
+        output.result(&report, String::new)?;
         remark_end(&generation, output);
     }
     Ok(Outcome::Done)
@@ -230,12 +228,11 @@ fn answer(
 ) -> anyhow::Result<Generation> {
     let mut printed = Ok(());
     let mut on_event = |event: Event<'_>| match event {
-        Event::Text(piece) if !output.is_json() && printed.is_ok() => printed = output.piece(piece),
-        Event::Text(_) => {}
+        Event::Text(piece) if printed.is_ok() => printed = output.piece(piece),
         Event::Recompressing { generated, done, total } if done == total => {
             output.remark(format!("compressed the past again after {generated} tokens"));
         }
-        Event::Recompressing { .. } => {}
+        Event::Text(_) | Event::Recompressing { .. } => {}
     };
     let generation = generate(engines, tokenizer, state, settings, recompression, &mut on_event)?;
     printed?;
@@ -267,8 +264,8 @@ fn compression(arguments: &Arguments, bundle: &Bundle) -> anyhow::Result<Compres
             ensure!(!allow_overlong, "--allow-overlong is for --method plain: homer keeps positions small by itself");
             let significance = match table {
                 Some(path) if path == Path::new("none") => Some(Significance::Uncalibrated),
-                Some(path) => Some(Significance::Table(SignificanceTable::load(path)?)),
-                None => bundled_table(bundle)?.map(Significance::Table),
+                Some(path) => Some(Significance::Table(Box::new(SignificanceTable::load(path)?))),
+                None => bundled_table(bundle)?.map(|table| Significance::Table(Box::new(table))),
             };
             let settings = arguments.homer.overriding(settings);
             Ok(Compression::Homer(Homer { settings, significance, width: *width }))

@@ -36,7 +36,7 @@ pub struct Homer {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Significance {
     /// Those of a table.
-    Table(SignificanceTable),
+    Table(Box<SignificanceTable>),
     /// Zero everywhere: scores are taken as they are, which favours tokens near the end of a chunk.
     Uncalibrated,
 }

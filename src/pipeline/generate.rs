@@ -1,7 +1,7 @@
 //! Text behind a context state, token by token.
 
 use super::compress::Compression;
-use super::decode::{Continuation, Sequence};
+use super::decode::{Continuation, DECODER, Sequence};
 use super::prompt::PromptIds;
 use super::sampling::{LogitsError, Sampler, SamplingSettings, SamplingSettingsError};
 use super::stop::{StopMonitor, StopReason, StopSettings, StopSettingsError};
@@ -90,6 +90,28 @@ pub enum GenerateError {
     Tokenizer(#[from] CheckpointError),
 }
 
+impl GenerationSettings {
+    /// Checks the settings before anything long is done.
+    ///
+    /// # Errors
+    ///
+    /// A setting is out of range.
+    pub fn check(&self) -> Result<(), GenerateError> {
+        Sampler::new(self.sampling)?;
+        StopMonitor::new(self.stop_settings(&[], 1))?;
+        Ok(())
+    }
+
+    fn stop_settings(&self, eos_token_ids: &[u32], room: usize) -> StopSettings {
+        StopSettings {
+            eos_token_ids: eos_token_ids.to_vec(),
+            stop_strings: self.stop_strings.clone(),
+            max_tokens: self.max_tokens,
+            room,
+        }
+    }
+}
+
 impl Generation {
     /// Tokens per second behind the first token, if there are any.
     pub fn tokens_per_second(&self) -> Option<f64> {
@@ -111,7 +133,7 @@ pub fn generate(
     recompression: Option<Recompression<'_>>,
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Generation, GenerateError> {
-    let eos_token_ids = engines.bundle().llama().map_err(PipelineError::from)?.eos_token_ids.clone();
+    let eos_token_ids = engines.bundle().llama().map_err(PipelineError::from)?.eos_token_ids.as_slice();
     let start = |engines: &Engines<'_>, state: &ContextState| {
         let extra = settings.max_tokens.min(RESERVED_ROWS);
         let sequence = Sequence::continue_from(engines, state, extra, settings.continuation)?;
@@ -120,12 +142,7 @@ pub fn generate(
     };
     let mut sampler = Sampler::new(settings.sampling)?;
     let (mut sequence, room) = start(engines, state)?;
-    let mut monitor = StopMonitor::new(StopSettings {
-        eos_token_ids: eos_token_ids.clone(),
-        stop_strings: settings.stop_strings.clone(),
-        max_tokens: settings.max_tokens,
-        room,
-    })?;
+    let mut monitor = StopMonitor::new(settings.stop_settings(eos_token_ids, room))?;
     let mut stream = tokenizer.stream(true);
     let (mut text, mut token_ids, mut seconds) = (String::new(), Vec::new(), Vec::new());
     let mut emit = |piece: &str, on_event: &mut dyn FnMut(Event<'_>)| {
@@ -134,6 +151,8 @@ pub fn generate(
             on_event(Event::Text(piece));
         }
     };
+    // Loading the graph is no part of the second token's time.
+    engines.get(DECODER, &[])?;
     let mut logits = state.logits.clone();
     let mut before = Instant::now();
     let stop = loop {

@@ -180,8 +180,14 @@ mod tests {
 
     /// Every character of "abc|" is a token; the template writes `[S:system][U:message][A]`.
     fn tokenizer(post_processor: &Value, template: Option<&str>) -> (tempfile::TempDir, Tokenizer) {
-        let vocab: serde_json::Map<_, _> =
-            "abc\n|SUA:[]?".chars().zip(2..).map(|(c, id)| (c.to_string(), json!(id))).collect();
+        let characters = "abc\n|SUA:[]?".chars().map(String::from);
+        let vocab: serde_json::Map<_, _> = ["<s>", "</s>"]
+            .map(String::from)
+            .into_iter()
+            .chain(characters)
+            .zip(0..)
+            .map(|(t, id)| (t, json!(id)))
+            .collect();
         let special = |id: u32, content: &str| {
             json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
                 "special": true})

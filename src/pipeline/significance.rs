@@ -83,12 +83,15 @@ pub fn calibrate(
     let tokenizer = checkpoint.tokenizer()?;
     let leading = leading_ids(&tokenizer)?;
     let longest = arch.sliding_window.map_or(arch.max_positions, |window| window.min(arch.max_positions));
-    if !(leading.len() + 1..=longest).contains(&window_len) {
-        let expected = format!("{} to {longest}, the longest text that the model can read", leading.len() + 1);
+    if !(leading.len() + 2..=longest).contains(&window_len) {
+        let expected = format!("{} to {longest}, the longest text that the model can read", leading.len() + 2);
         return Err(CalibrationError::WindowLength { found: window_len, expected });
     }
     let tokens = tokenizer.encode(text, false)?;
     let chosen = choose_windows(tokens.len(), window_len - leading.len(), windows, seed)?;
+    // Whatever the first token is, attention collects on it; as part of a prefix it is never pruned. Its scores would
+    // spoil those of the farthest distances, which are continued from their neighbours instead.
+    let sinks = leading.len().max(1);
     let mut estimator = SignificanceEstimator::new(arch.num_layers, window_len - 1)?;
 
     let weights = Rc::new(checkpoint.weights().clone());
@@ -104,7 +107,9 @@ pub fn calibrate(
         let ids = token_tensor(&[&leading, &tokens[window]].concat(), arch.vocab_size)?;
         let inputs = [("input_ids", &ids), ("position_ids", &positions)];
         let scores = probe.run(&inputs, &mut [], &["scores"]).map_err(PipelineError::from)?;
-        estimator.add_window(scores[0].as_f32().map_err(PipelineError::from)?)?;
+        let scores = scores[0].as_f32().map_err(PipelineError::from)?;
+        let measured: Vec<f32> = scores.chunks_exact(window_len).flat_map(|row| &row[sinks..]).copied().collect();
+        estimator.add_window(&measured)?;
         on_window(done + 1);
     }
     let provenance = Provenance {

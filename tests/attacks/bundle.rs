@@ -92,7 +92,7 @@ fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 fn homer(significance: Option<PathBuf>) -> ExportOptions {
-    let tree_heights = tree_heights(6, SETTINGS, &[100]).unwrap();
+    let tree_heights = tree_heights(6, SETTINGS, 100).unwrap();
     let method = MethodSettings::Homer { settings: SETTINGS, tree_heights, significance };
     ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: false }
 }
@@ -369,7 +369,8 @@ fn export_with_limit(scene: &Scene, bytes: u64, kill: bool) -> std::process::Out
     use std::os::unix::process::CommandExt;
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_accordion"));
     command.args(["export", "homer"]).args([scene.checkpoint_dir(), scene.out()]);
-    command.args(["--context", "100", "--max-chunk-len", "32"]);
+    // The same export as that of `homer`, so that the limits fit.
+    command.args(["--context", "100", "--max-chunk-len", "32", "--layers-warmup", "2"]);
     // SAFETY: between fork and exec only async-signal-safe functions are called.
     unsafe {
         command.pre_exec(move || {

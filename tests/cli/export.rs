@@ -54,15 +54,22 @@ fn the_summary_counts_what_was_written() {
 }
 
 #[test]
-fn every_context_gets_its_tree() {
+fn every_context_up_to_the_longest_gets_its_tree() {
     let workspace = Workspace::new();
-    let more = ["--context", "20,100", "--max-chunk-len", "32", "--target-len", "24", "--layers-warmup", "1"];
-    workspace.export("homer", "bundle", &more).output();
-    let bundle = Bundle::open(workspace.path("bundle")).unwrap();
-    let Method::Homer { settings, tree_heights } = &bundle.manifest().method else { unreachable!() };
+    let heights = |more: &[&str]| {
+        workspace.export("homer", "bundle", &[more, &["--force", "--max-chunk-len", "32"]].concat()).output();
+        let bundle = Bundle::open(workspace.path("bundle")).unwrap();
+        let Method::Homer { settings, tree_heights } = &bundle.manifest().method else { unreachable!() };
+        (*settings, tree_heights.clone())
+    };
+    // Affixes of half a chunk leave room for 16 tokens: 100 take seven leaves, so eight.
+    let (settings, found) = heights(&["--context", "100", "--target-len", "24", "--layers-warmup", "1"]);
     assert_eq!((settings.target_len, settings.layers_warmup), (24, 1));
-    // 20 tokens fit into one chunk, or two beside affixes of half a chunk; 100 take four, or eight.
-    assert_eq!(tree_heights, &[0, 1, 2, 3]);
+    assert_eq!(found, [0, 1, 2, 3]);
+    // 64 leaves of 16 would leave one empty, with just these affixes; others need a tree of the same height.
+    assert_eq!(heights(&["--context", "1000"]).1, [0, 1, 2, 3, 4, 5, 6]);
+    // The affixes are within the target: 24 tokens of room, five leaves, so eight.
+    assert_eq!(heights(&["--context", "100", "--target-len", "8"]).1, [0, 1, 2, 3]);
 }
 
 #[test]

@@ -31,7 +31,7 @@ fn a_bundle_is_described_with_its_plan() {
     let lengths = ["--context", "100", "--prefix", "3", "--suffix", "4"];
     let found = inspect(&workspace, "bundle", &[&lengths[..], &["--json"]].concat()).json("accordion.inspect/1");
     assert_eq!((&found["kind"], &found["weights"][0]["linked"]), (&"bundle".into(), &true.into()));
-    assert_eq!(found["method"]["tree_heights"], serde_json::json!([2, 3]));
+    assert_eq!(found["method"]["tree_heights"], serde_json::json!([0, 1, 2, 3]));
     let decoder = found["graphs"].as_array().unwrap().iter().find(|graph| graph["name"] == "decoder").unwrap();
     assert_eq!(decoder["inputs"][0]["name"], "input_ids");
     // 100 tokens in leaves of at most 32 - 7 are exactly four of 25.
@@ -43,11 +43,13 @@ fn a_bundle_is_described_with_its_plan() {
     assert_eq!(found["plan"]["plain_state_bytes"], 107 * 2 * 6 * 2 * 4 * 4);
 
     let text = inspect(&workspace, "bundle", &lengths).output();
-    for word in ["tree heights 2, 3", "leaf.0-", "past_key_values.*.key (6 of them)", "HEIGHT", "no table"] {
+    for word in ["tree heights 0, 1, 2, 3", "leaf.0-", "past_key_values.*.key (6 of them)", "HEIGHT", "no table"] {
         assert!(text.contains(word), "{word} is not in\n{text}");
     }
-    let longer = inspect(&workspace, "bundle", &["--context", "1000"]).output();
-    assert!(longer.contains("not in the bundle: ") && longer.contains("--context 1000"), "{longer}");
+    // A tree of height 1 at most, and a prompt that needs one of height 2.
+    workspace.export("homer", "small", &["--context", "30", "--max-chunk-len", "32", "--layers-warmup", "1"]).output();
+    let longer = inspect(&workspace, "small", &["--context", "100"]).output();
+    assert!(longer.contains("not in the bundle: merge.4-4, merge.5-5; export with --context 100"), "{longer}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod calibrate;
 mod doctor;
 mod export;
 mod fetch;
@@ -9,6 +10,8 @@ mod inspect;
 mod profile;
 mod program;
 mod report;
+mod run;
 mod sparse;
+mod tiny;
 mod usage;
 mod verify;

@@ -42,7 +42,7 @@ fn bundle(folder: &Path, checkpoint: &Path, method: MethodSettings) -> PathBuf {
 
 fn homer() -> MethodSettings {
     let case = HomerCase::open(&golden("G")).unwrap();
-    let tree_heights = tree_heights(case.architecture.num_layers, case.settings, &[CONTEXT]).unwrap();
+    let tree_heights = tree_heights(case.architecture.num_layers, case.settings, CONTEXT).unwrap();
     MethodSettings::Homer { settings: case.settings, tree_heights, significance: None }
 }
 

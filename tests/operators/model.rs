@@ -1,8 +1,6 @@
 //! Models of a few nodes, and the runtime to run them on.
 
-use std::path::PathBuf;
-use std::sync::LazyLock;
-
+use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
 use onnx_protobuf::attribute_proto::AttributeType;
 use onnx_protobuf::tensor_proto::DataType;
 use onnx_protobuf::tensor_shape_proto::{Dimension, dimension};
@@ -124,38 +122,14 @@ pub(crate) fn model(
 /// A session over a model, with Accordion's operators registered.
 pub(crate) fn session(model: &[u8], threads: usize) -> ort::Result<Session> {
     Session::builder(environment()?)?
+        .with_independent_thread_pool()?
         .with_intra_threads(threads)?
         .with_operators(accordion_plugins::domain()?)?
         .commit_from_memory(model)
 }
 
 fn environment() -> ort::Result<&'static Environment> {
-    static ENVIRONMENT: LazyLock<Result<Environment, String>> = LazyLock::new(|| {
-        let library = library().ok_or("no ONNX Runtime: set ORT_DYLIB_PATH to libonnxruntime.so")?;
-        let builder = ort::init_from(&library).map_err(|error| format!("{}: {error}", library.display()))?;
-        builder.build().map_err(|error| error.to_string())
-    });
-    ENVIRONMENT.as_ref().map_err(|error| ort::Error::new(error.clone()))
-}
-
-/// `ORT_DYLIB_PATH`, else a library in the cache folder of Accordion.
-fn library() -> Option<PathBuf> {
-    if let Some(path) = std::env::var_os("ORT_DYLIB_PATH") {
-        return Some(path.into());
-    }
-    let cache = std::env::var_os("ACCORDION_CACHE")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/accordion")))?;
-    let mut folders = vec![cache];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).ok()?.flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if entry.file_name().to_string_lossy().starts_with("libonnxruntime.so") {
-                return Some(path);
-            }
-        }
-    }
-    None
+    load(LoadOptions::fetching(&mut |_| {}))
+        .map(LoadedRuntime::environment)
+        .map_err(|error| ort::Error::new(error.to_string()))
 }
