@@ -189,14 +189,11 @@ impl<'a> Demo<'a> {
             graphs: usize,
             bytes_written: u64,
         }
-        let mut contexts = extent.profiled_contexts.clone();
-        contexts.extend([extent.verified_context, self.arguments.context]);
-        contexts.sort_unstable();
-        contexts.dedup();
-        let contexts = contexts.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-        let step = self.step(&format!("export homer {MODEL} {} --context {contexts}", self.bundle.display()));
+        let others = extent.profiled_contexts.iter().copied().chain([extent.verified_context]);
+        let longest = others.fold(self.arguments.context, usize::max).to_string();
+        let step = self.step(&format!("export homer {MODEL} {} --context {longest}", self.bundle.display()));
         let arguments: [&dyn AsRef<OsStr>; 9] =
-            [&"export", &"homer", &model, &self.bundle, &"--force", &"--context", &contexts, &"--table", &self.table];
+            [&"export", &"homer", &model, &self.bundle, &"--force", &"--context", &longest, &"--table", &self.table];
         let found: Exported = self.command(&arguments)?;
         let megabytes = found.bytes_written as f64 / 1e6;
         self.done(step, &format!("{} graphs, {megabytes:.1} MB beside the linked weights", found.graphs));

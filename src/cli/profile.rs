@@ -118,6 +118,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         serde_json::to_writer(std::io::stdout().lock(), &measured)?;
         return Ok(Outcome::Done);
     }
+    // A text that cannot be read is found out here, not by the first process that measures.
+    if let Some(case) = cases.first() {
+        arguments.tokens(&bundle, case.lengths)?;
+    }
     let profile = arguments.profile(&bundle, &cases, output)?;
     if let Some(path) = &arguments.out {
         let json = serde_json::to_vec_pretty(&profile)?;

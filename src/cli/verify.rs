@@ -15,7 +15,6 @@ use accordion::verify::schema::{Subject, VerifyReport};
 use accordion::verify::verdict::Verdict;
 use accordion::verify::weights::finite_weights;
 use accordion::verify::{Detail, Findings, text};
-use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
@@ -224,9 +223,7 @@ fn detail(arguments: &Arguments) -> Detail {
 /// The table of the bundle, or zeros: both sides subtract the same one, so that parity does not depend on it.
 fn significance(bundle: &Bundle, plan: &HomerPlan, output: &Output) -> anyhow::Result<Vec<Vec<f32>>> {
     let (layers, distances) = (bundle.llama()?.num_layers, plan.max_distance() + 1);
-    let path = bundle.dir().join("significance.safetensors");
-    if path.exists() {
-        let table = SignificanceTable::load(&path)?;
+    if let Some(table) = bundle.significance()? {
         table.covers(layers, plan.max_distance())?;
         return Ok((0..layers).map(|layer| table.bias(layer).to_vec()).collect());
     }

@@ -22,8 +22,9 @@ const FLAGS: [&str; 14] = [
 
 fn homer() -> Workspace {
     let workspace = Workspace::new();
-    let chunks = ["--max-chunk-len", "16", "--context", "20,40"];
-    assert_eq!(workspace.export("homer", "homer", &chunks).code, Some(0));
+    let settings = ["--max-chunk-len", "16", "--context", "40", "--target", "portable"];
+    let exported = workspace.export("homer", "homer", &settings);
+    assert_eq!(exported.code, Some(0), "{exported:?}");
     workspace
 }
 
@@ -86,10 +87,14 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
         profile.arg("profile").arg(&bundle).args(&FLAGS[..12]).args(arguments);
         Run::of(&mut profile).error()
     };
-    assert!(refused(&["--context", "20,4000"]).contains("export it again with --context 4000"));
     assert!(refused(&["--context", "0"]).contains("--context 0"));
-    assert!(refused(&["--context", "20", "--text", "/nowhere/text"]).contains("/nowhere/text"));
-    assert!(workspace.export("plain", "plain", &[]).code == Some(0));
+    assert!(refused(&["--context", "20", "--text", "/nowhere/text"]).contains("tokenizer.json"));
+    let short = ["--max-chunk-len", "16", "--context", "6", "--target", "portable"];
+    assert_eq!(workspace.export("homer", "short", &short).code, Some(0));
+    let mut profile = command();
+    let message = Run::of(profile.arg("profile").arg(workspace.path("short")).args(FLAGS)).error();
+    assert!(message.contains("export it again with --context 40"), "{message}");
+    assert!(workspace.export("plain", "plain", &["--target", "portable"]).code == Some(0));
     let mut profile = command();
     profile.arg("profile").arg(workspace.path("plain")).args(["--methods", "homer"]);
     assert!(Run::of(&mut profile).error().contains("no graphs for --methods homer"));
