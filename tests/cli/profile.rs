@@ -93,7 +93,7 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
     assert_eq!(workspace.export("homer", "short", &short).code, Some(0));
     let mut profile = command();
     let message = Run::of(profile.arg("profile").arg(workspace.path("short")).args(FLAGS)).error();
-    assert!(message.contains("export it again with --context 40"), "{message}");
+    assert!(message.contains("export it again with --context 20"), "{message}");
     assert!(workspace.export("plain", "plain", &["--target", "portable"]).code == Some(0));
     let mut profile = command();
     profile.arg("profile").arg(workspace.path("plain")).args(["--methods", "homer"]);
