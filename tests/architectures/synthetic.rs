@@ -16,12 +16,14 @@ pub(crate) struct Storage {
     pub(crate) shards: usize,
 }
 
+/// Name, shape and bytes of a tensor.
+type Stored = (String, Vec<usize>, Vec<u8>);
+
 /// Writes config.json and the weights of a model of architecture `arch` into the new folder `dir`.
 pub(crate) fn write_checkpoint(dir: &Path, arch: &Llama, storage: &Storage, seed: u64) {
     std::fs::create_dir(dir).unwrap();
     std::fs::write(dir.join("config.json"), config_json(arch).to_string()).unwrap();
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    type Stored = (String, Vec<usize>, Vec<u8>);
     let mut shards: Vec<Vec<Stored>> = (0..storage.shards).map(|_| Vec::new()).collect();
     for (i, (name, shape)) in required_tensors(arch).enumerate() {
         let count: usize = shape.iter().product();

@@ -56,12 +56,15 @@ fn entries_are_the_references_logits_by_distance() {
     let width = arch.head_dim;
     for layer in 0..arch.num_layers {
         let [q, k] = ["q", "k"].map(|part| taps[&format!("layers.{layer}.attn.{part}")].to_f32());
-        // Row `row` of head `head` of `[heads, 24, width]`.
-        let at = |head: usize, row: usize| (head * 24 + row) * width..(head * 24 + row + 1) * width;
+        // Row `row` of head `head` of `[24, heads * width]`.
+        let at = |heads: usize, head: usize, row: usize| {
+            let start = (row * heads + head) * width;
+            start..start + width
+        };
         for distance in 0..=16 {
             let score = |head: usize| {
                 let group = head * arch.num_kv_heads / arch.num_heads;
-                let (q, k) = (&q[at(head, 23)], &k[at(group, 23 - distance)]);
+                let (q, k) = (&q[at(arch.num_heads, head, 23)], &k[at(arch.num_kv_heads, group, 23 - distance)]);
                 q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>() / (width as f32).sqrt()
             };
             let expected = (0..arch.num_heads).map(score).fold(f32::NEG_INFINITY, f32::max);
@@ -99,7 +102,7 @@ fn mistakes_get_one_message_and_leave_no_file() {
         arguments
     };
     for (arguments, expected) in [
-        (with(2, "nowhere"), "nowhere/config.json: No such file"),
+        (with(2, "nowhere"), "there is no folder or file nowhere"),
         (with(4, "nowhere.txt"), "nowhere.txt: No such file"),
         (with(4, "binary"), "binary is not UTF-8 text: byte 0"),
         (with(4, "few.txt"), "--text few.txt: the calibration text has 3 tokens"),

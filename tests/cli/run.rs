@@ -1,6 +1,9 @@
 //! `accordion run`.
 
-use super::tiny::{LONG, SHORT, Tiny};
+use super::tiny::{LONG, SETTINGS, SHORT, Tiny};
+use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
+use accordion::checkpoint::Checkpoint;
+use accordion_graphs::blocks::Target;
 use serde_json::{Deserializer, Value};
 
 /// A model of random weights is as good uncalibrated.
@@ -223,7 +226,12 @@ fn a_table_is_taken_from_the_flag_then_from_the_bundle() {
     calibrate("1", "table.safetensors");
     let flag = run(&["--table", "table.safetensors"]);
     assert_ne!(flag, run(&["--table", "none"]));
-    std::fs::copy(tiny.path("table.safetensors"), tiny.path("homer/significance.safetensors")).unwrap();
+    let settings = SETTINGS;
+    let checkpoint = Checkpoint::open(tiny.checkpoint()).unwrap();
+    let tree_heights = tree_heights(5, settings, LONG.len()).unwrap();
+    let method = MethodSettings::Homer { settings, tree_heights, significance: Some(tiny.path("table.safetensors")) };
+    let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: true };
+    export(&checkpoint, &tiny.path("homer"), &options).unwrap();
     assert_eq!(run(&[]), flag);
 
     let message = tiny.refuse(&[&head[..], &["--max-chunk-len", "60"]].concat());
@@ -247,8 +255,8 @@ fn mistakes_get_one_message() {
     };
     let long_question = "?".repeat(50);
     for (bundle, context, arguments, expected) in [
-        ("nowhere", "long.txt", &[][..], "nowhere/bundle.json: No such file"),
-        ("checkpoint", "long.txt", &[], "checkpoint/bundle.json: No such file"),
+        ("nowhere", "long.txt", &[][..], "nowhere/bundle.json: there is no such file"),
+        ("checkpoint", "long.txt", &[], "checkpoint/bundle.json: there is no such file"),
         ("homer", "nowhere.txt", &[], "nowhere.txt: No such file"),
         ("homer", ".", &[], ".: Is a directory"),
         ("homer", "empty.txt", &[], "--context empty.txt: the context is empty"),

@@ -18,7 +18,7 @@ pub(crate) const SETTINGS: HomerSettings =
 
 /// Long enough for four leaves.
 pub(crate) const LONG: &str =
-    "It was a bright cold day in April, and the clocks were striking thirteen. Winston slipped in.";
+    "A grey heron stood in the reeds until noon, and nobody in the village could say what it was.";
 
 /// Short enough for one leaf that keeps everything.
 pub(crate) const SHORT: &str = "The quick brown fox.";
