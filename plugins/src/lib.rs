@@ -6,6 +6,8 @@
 
 #[path = "../attention/mod.rs"]
 pub mod attention;
+#[path = "../linear/mod.rs"]
+pub mod linear;
 mod operator;
 pub mod parallel;
 mod scratch;
@@ -26,5 +28,9 @@ pub const DOMAIN: &str = "ai.accordion";
 ///
 /// ONNX Runtime is not loaded or refuses an operator.
 pub fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?.add(attention::GroupQueryAttention)?.add(swiglu::SwiGlu)?.add(topk_prune::TopKPrune)
+    OperatorDomain::new(DOMAIN)?
+        .add(attention::GroupQueryAttention)?
+        .add(linear::Linear)?
+        .add(swiglu::SwiGlu)?
+        .add(topk_prune::TopKPrune)
 }

@@ -25,6 +25,9 @@ const SIDE_FILES: [&str; 6] = [
     "chat_template.jinja",
 ];
 
+/// ONNX Runtime's `GroupQueryAttention` takes heads of a multiple of this width.
+const ORT_HEAD_DIM_STEP: usize = 8;
+
 /// How weight files get into a bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WeightStorage {
@@ -86,6 +89,13 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
     let Architecture::Llama(arch) = checkpoint.architecture() else {
         return Err(BundleError::invalid(checkpoint.dir(), "only Llama-family models can be exported"));
     };
+    if options.target == Target::OrtCpu && !arch.head_dim.is_multiple_of(ORT_HEAD_DIM_STEP) {
+        let problem = format!(
+            "head_dim is {}, target ort-cpu needs a multiple of {ORT_HEAD_DIM_STEP}: export with --target portable",
+            arch.head_dim
+        );
+        return Err(BundleError::invalid(checkpoint.dir(), problem));
+    }
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
     let locations = locations(checkpoint)?;
     let (method, graphs) = match &options.method {

@@ -12,7 +12,7 @@ use std::path::Path;
 /// A model of six layers that no one would run.
 pub(crate) fn tiny_model() -> Llama {
     model(&json!({
-        "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6,
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 6,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 64, "tie_word_embeddings": true,
     }))

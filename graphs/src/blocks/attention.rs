@@ -1,6 +1,7 @@
 //! Grouped-query causal attention, with or without a cache.
 
 use super::Target;
+use super::linear::linear;
 use super::rope::{self, Angles};
 use crate::architecture::Llama;
 use crate::dtype::DType;
@@ -82,7 +83,7 @@ impl<'a> Rows<'a> {
             let g = attn.scope(name);
             let bias = arch.qkv_bias.then(|| g.weight("bias", &[width]));
             let weight = g.weight("weight", &[width, arch.hidden_size]);
-            let flat = normed.within(&g).linear(&weight, bias.as_ref());
+            let flat = linear(&g, self.target, &normed, &weight, bias.as_ref());
             flat.reshape_as(shape, &[self.batch.clone(), self.sequence.clone(), width.into()])
         };
         let rotate = |x: Value, heads| x.within(&attn).rotary(&self.angles.cos, &self.angles.sin, heads);
@@ -97,8 +98,8 @@ impl<'a> Rows<'a> {
         let o = attn.scope("o_proj");
         let width = arch.num_heads * arch.head_dim;
         let bias = arch.o_bias.then(|| o.weight("bias", &[arch.hidden_size]));
-        let projected =
-            mixed.flatten_rows().within(&o).linear(&o.weight("weight", &[arch.hidden_size, width]), bias.as_ref());
+        let weight = o.weight("weight", &[arch.hidden_size, width]);
+        let projected = linear(&o, self.target, &mixed.flatten_rows(), &weight, bias.as_ref());
         let hidden = x.within(layer) + projected;
         layer.tap("attn.q", &query);
         layer.tap("attn.k", &key);

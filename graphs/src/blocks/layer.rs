@@ -1,6 +1,7 @@
 //! Embedding, the gated MLP and the output head.
 
 use super::Target;
+use super::linear::linear;
 use crate::architecture::Llama;
 use crate::functions;
 use crate::onnx::{Scope, Value};
@@ -18,13 +19,13 @@ pub fn mlp_residual(layer: &Scope, arch: &Llama, target: Target, x: &Value) -> V
     let normed = x.within(&layer.scope("post_attention_layernorm"));
     let normed = normed.rms_norm(&layer.weight("post_attention_layernorm.weight", &[hidden]), arch.rms_norm_eps);
     let mlp = layer.scope("mlp");
-    let linear = |name: &str, x: &Value, from: usize, to: usize| {
+    let project = |name: &str, x: &Value, from: usize, to: usize| {
         let g = mlp.scope(name);
         let bias = arch.mlp_bias.then(|| g.weight("bias", &[to]));
-        x.within(&g).linear(&g.weight("weight", &[to, from]), bias.as_ref())
+        linear(&g, target, x, &g.weight("weight", &[to, from]), bias.as_ref())
     };
-    let gate = linear("gate_proj", &normed, hidden, inner).within(&mlp);
-    let up = linear("up_proj", &normed, hidden, inner);
+    let gate = project("gate_proj", &normed, hidden, inner).within(&mlp);
+    let up = project("up_proj", &normed, hidden, inner);
     let activation = match target {
         Target::Portable => &gate * gate.sigmoid() * up,
         Target::OrtCpu => {
@@ -32,7 +33,7 @@ pub fn mlp_residual(layer: &Scope, arch: &Llama, target: Target, x: &Value) -> V
             mlp.call(functions::swiglu(), &[&gate, &up], vec![], vec![result])[0].clone()
         }
     };
-    let out = linear("down_proj", &activation, inner, hidden);
+    let out = project("down_proj", &activation, inner, hidden);
     let result = x.within(layer) + &out;
     layer.tap("mlp.out", &out);
     layer.tap("out", &result);
@@ -40,7 +41,7 @@ pub fn mlp_residual(layer: &Scope, arch: &Llama, target: Target, x: &Value) -> V
 }
 
 /// Logits `[rows, V]` of `x [rows, D]`: final norm and output projection.
-pub fn head(g: &Scope, arch: &Llama, x: &Value) -> Value {
+pub fn head(g: &Scope, arch: &Llama, target: Target, x: &Value) -> Value {
     let norm = g.scope("model.norm");
     let normed = x.within(&norm).rms_norm(&norm.weight("weight", &[arch.hidden_size]), arch.rms_norm_eps);
     let lm_head = g.scope("lm_head");
@@ -50,7 +51,7 @@ pub fn head(g: &Scope, arch: &Llama, x: &Value) -> Value {
     } else {
         lm_head.weight("weight", &shape)
     };
-    normed.within(&lm_head).linear(&weight, None)
+    linear(&lm_head, target, &normed, &weight, None)
 }
 
 /// `x [batch * L, D]` as `[batch, L, D]`, with the batch and length of `positions [batch, L]`.

@@ -2,6 +2,7 @@
 
 mod attention;
 mod layer;
+mod linear;
 pub mod rope;
 
 pub use attention::{Attended, CachedRows, Rows};

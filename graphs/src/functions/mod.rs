@@ -4,10 +4,12 @@
 //! held to it.
 
 mod attention;
+mod linear;
 mod swiglu;
 mod topk_prune;
 
 pub use attention::{cached_attention, causal_attention};
+pub use linear::linear;
 pub use swiglu::swiglu;
 pub(crate) use topk_prune::last_row_logits;
 pub use topk_prune::topk_prune;

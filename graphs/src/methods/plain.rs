@@ -49,7 +49,8 @@ pub fn decoder(source: &Source) -> Scope {
         g.output(&format!("present.{l}.value"), &attended.value);
     }
     let kept = g.concat(&[&positions.shape_at_run_time(0, 1), &g.ints(&[-1, arch.vocab_size as i64])], 0);
-    let logits = head(&g, arch, &x).within(&g).reshape_as(&kept, &[batch, "kept".into(), arch.vocab_size.into()]);
+    let logits =
+        head(&g, arch, source.target, &x).within(&g).reshape_as(&kept, &[batch, "kept".into(), arch.vocab_size.into()]);
     g.output("logits", &logits);
     g
 }
@@ -78,7 +79,7 @@ pub fn output_head(source: &Source) -> Scope {
     let arch = &source.arch;
     let hidden = g.input("hidden", DType::F32, &["batch".into(), "sequence".into(), arch.hidden_size.into()]);
     let shape = g.concat(&[&hidden.shape_at_run_time(0, 2), &g.ints(&[arch.vocab_size as i64])], 0);
-    let logits = head(&g, arch, &hidden.flatten_rows()).within(&g);
+    let logits = head(&g, arch, source.target, &hidden.flatten_rows()).within(&g);
     g.output("logits", &logits.reshape_as(&shape, &[hidden.dim(0), hidden.dim(1), arch.vocab_size.into()]));
     g
 }
