@@ -178,20 +178,20 @@ unsafe fn dot<V: Simd, const ROWS: usize>(
         let mut lanes = [[V::splat(0.0); SIDE_BY_SIDE]; ROWS];
         for i in (0..whole).step_by(V::LANES) {
             let weights: [V; SIDE_BY_SIDE] = std::array::from_fn(|w| V::load(weight.add(places[w] + i)));
-            for row in 0..ROWS {
+            for (row, lanes) in lanes.iter_mut().enumerate() {
                 let x = V::load(x.add(row * inner + i));
                 for w in 0..SIDE_BY_SIDE {
-                    lanes[row][w] = weights[w].mul_add(x, lanes[row][w]);
+                    lanes[w] = weights[w].mul_add(x, lanes[w]);
                 }
             }
         }
-        for row in 0..ROWS {
+        for (row, (lanes, sums)) in lanes.iter().zip(sums).enumerate() {
             for w in 0..SIDE_BY_SIDE {
-                let mut sum = total(lanes[row][w]);
+                let mut sum = total(lanes[w]);
                 for i in whole..inner {
                     sum += *weight.add(places[w] + i) * *x.add(row * inner + i);
                 }
-                sums[row][w] = sum;
+                sums[w] = sum;
             }
         }
     }

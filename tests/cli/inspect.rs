@@ -14,12 +14,12 @@ fn a_checkpoint_is_described() {
     let found = inspect(&workspace, "checkpoint", &["--json"]).json("accordion.inspect/1");
     assert_eq!(found["kind"], "checkpoint");
     assert_eq!(found["architecture"]["num_layers"], 6);
-    // 50 x 16 embeddings; in a layer 2 (16 x 16) + 2 (8 x 16) + 3 (24 x 16) + 2 x 16; a last norm.
-    assert_eq!(found["parameters"], 50 * 16 + 6 * (512 + 256 + 1152 + 32) + 16);
-    // Keys and values, 6 layers, 2 heads of 4, 4 bytes.
-    assert_eq!(found["kv_bytes_per_token"], 2 * 6 * 2 * 4 * 4);
+    // 50 x 32 embeddings; in a layer 2 (32 x 32) + 2 (16 x 32) + 3 (24 x 32) + 2 x 32; a last norm.
+    assert_eq!(found["parameters"], 50 * 32 + 6 * (2048 + 1024 + 2304 + 64) + 32);
+    // Keys and values, 6 layers, 2 heads of 8, 4 bytes.
+    assert_eq!(found["kv_bytes_per_token"], 2 * 6 * 2 * 8 * 4);
     let text = inspect(&workspace, "checkpoint", &[]).output();
-    for word in ["6, hidden 16, MLP 24", "4 query, 2 key/value, 4 wide", "12,528", "fp32 (56)", "model.safetensors"] {
+    for word in ["6, hidden 32, MLP 24", "4 query, 2 key/value, 8 wide", "34,272", "fp32 (56)", "model.safetensors"] {
         assert!(text.contains(word), "{word} is not in\n{text}");
     }
 }
@@ -39,8 +39,8 @@ fn a_bundle_is_described_with_its_plan() {
     assert_eq!(nodes.iter().filter(|node| node["height"] == 0 && node["in_len"] == 32).count(), 4);
     // Each child keeps the affixes and half of the room beside them, 12 tokens; the root has room for both.
     assert_eq!(found["plan"]["state_tokens"], 7 + 12 + 12);
-    assert_eq!(found["plan"]["state_bytes"], 31 * 2 * 6 * 2 * 4 * 4);
-    assert_eq!(found["plan"]["plain_state_bytes"], 107 * 2 * 6 * 2 * 4 * 4);
+    assert_eq!(found["plan"]["state_bytes"], 31 * 2 * 6 * 2 * 8 * 4);
+    assert_eq!(found["plan"]["plain_state_bytes"], 107 * 2 * 6 * 2 * 8 * 4);
 
     let text = inspect(&workspace, "bundle", &lengths).output();
     for word in ["tree heights 0, 1, 2, 3", "leaf.0-", "past_key_values.*.key (6 of them)", "HEIGHT", "no table"] {

@@ -1,5 +1,10 @@
 //! HOMER: one graph per tree level. A leaf embeds its chunk; every other node first merges its two children. Both then
 //! run the level's layers, and in the last of them drop the least significant tokens between attention and MLP.
+//!
+//! All stage graphs take `prefix_length` and `suffix_length [1]` and, if they have layers, `keep [1]` (rows that leave)
+//! and `significance_bias [distances]` (the table's row of the last layer). They give `hidden [batch, keep, D]`,
+//! `kept_position_ids [batch, keep]`, `kv [batch, n, 2, G, keep, d]` (the cache of all layers so far) and, if they have
+//! layers, `keep_idx [batch, keep]`.
 
 use super::Source;
 use crate::blocks::{Rows, embed, mlp_residual, unflatten};
@@ -34,7 +39,7 @@ struct Affixes {
 
 /// The leaf graph over `layers`, which start at 0.
 ///
-/// Inputs: `input_ids` and `position_ids [batch, length]`, and those of [`stage`].
+/// Inputs of its own: `input_ids` and `position_ids [batch, length]`.
 pub fn leaf(source: &Source, layers: &Range<usize>) -> Scope {
     let g = source.graph("leaf");
     let shape = [Dim::from("batch"), "length".into()];
@@ -48,7 +53,7 @@ pub fn leaf(source: &Source, layers: &Range<usize>) -> Scope {
 
 /// The graph that merges two nodes and runs `layers`, possibly none.
 ///
-/// Inputs: for each of `left` and `right` `<side>.hidden`, `<side>.position_ids` and `<side>.kv`, and those of [`stage`].
+/// Inputs of its own: for each of `left` and `right` `<side>.hidden`, `<side>.position_ids` and `<side>.kv`.
 pub fn merge(source: &Source, layers: &Range<usize>) -> Scope {
     let g = source.graph("merge");
     let arch = &source.arch;
@@ -112,10 +117,6 @@ fn join(g: &Scope, left: &State, right: &State, affixes: &Affixes) -> State {
 }
 
 /// The layers of a stage over the node's state, and its outputs.
-///
-/// Inputs: `prefix_length` and `suffix_length [1]`, and if there are layers `keep [1]` (rows that leave) and
-/// `significance_bias [distances]` (the table's row of the last layer). Outputs: `hidden [batch, keep, D]`,
-/// `kept_position_ids [batch, keep]`, `kv [batch, n, 2, G, keep, d]` and, if there are layers, `keep_idx [batch, keep]`.
 fn stage(g: &Scope, source: &Source, layers: &Range<usize>, state: &State, affixes: &Affixes) {
     let arch = &source.arch;
     g.tap("in_hidden", &state.hidden);
