@@ -1,121 +1,205 @@
-//! HOMER against plain on one model and one runtime, in one run. See docs/performance.md for the protocol.
+//! HOMER against plain on one model, one text and one runtime, in one run; docs/performance.md explains the numbers.
 //!
-//! `cargo bench --bench homer -- CHECKPOINT TEXT [--context N] [--plain N] [--width N]`
-#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
+//! `cargo bench --bench homer [-- OPTIONS]`
+//!
+//! - `--context N`: tokens of the whole prompt (32768)
+//! - `--plain N`: tokens of the plain prefill to compare with (the same as `--context`; it takes minutes)
+//! - `--runs N`: HOMER builds, of which the median counts (3)
+//! - `--width N`: leaves per batch (1)
+//! - `--operators portable`: ONNX Runtime's own operators on both sides instead of our kernels
+#![allow(missing_docs, clippy::print_stdout)]
 
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
 use accordion::checkpoint::{Checkpoint, Tokenizer};
-use accordion::environment::{current_resident_bytes, peak_resident_bytes, reset_peak_resident};
+use accordion::environment::{peak_resident_bytes, reset_peak_resident};
+use accordion::fetch::{Cache, asset};
 use accordion::pipeline::decode::{Continuation, Sequence};
 use accordion::pipeline::homer::{Prompt, compress};
 use accordion::pipeline::{ContextState, Engines, plain};
+use accordion::profile::ceilings::Ceilings;
+use accordion::runtime::Loader;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::taps::NoTaps;
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 use accordion_graphs::plan::{OperationCount, PromptLengths};
-use std::path::PathBuf;
+use anyhow::{Context, ensure};
+use std::path::Path;
 use std::time::Instant;
 
-fn flag(name: &str) -> Option<usize> {
-    let arguments: Vec<String> = std::env::args().collect();
-    arguments.iter().position(|a| a == name).and_then(|i| arguments.get(i + 1)?.parse().ok())
+const PREFIX: usize = 64;
+const SUFFIX: usize = 64;
+const SETTINGS: HomerSettings =
+    HomerSettings { max_chunk_len: 2048, max_initial_chunk_len: None, target_len: 2048, layers_warmup: 12 };
+/// Tokens decoded after a context; the median step counts.
+const NEW_TOKENS: usize = 64;
+
+fn option(name: &str) -> Option<String> {
+    let mut arguments = std::env::args().skip_while(|argument| argument != name);
+    arguments.nth(1)
 }
 
-fn megabytes(bytes: Option<u64>) -> u64 {
-    bytes.unwrap_or(0) >> 20
+fn number(name: &str, default: usize) -> anyhow::Result<usize> {
+    option(name).map_or(Ok(default), |text| text.parse().with_context(|| format!("{name} {text}")))
 }
 
-fn decode(engines: &mut Engines<'_>, state: &ContextState, tokens: usize) -> f64 {
-    let mut sequence = Sequence::continue_from(engines, state, tokens + 2, Continuation::Next).unwrap();
-    let mut times = Vec::new();
-    for i in 0..tokens + 2 {
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Median seconds of one decoding step behind `state`.
+fn decode(engines: &mut Engines<'_>, state: &ContextState) -> anyhow::Result<f64> {
+    let mut sequence = Sequence::continue_from(engines, state, NEW_TOKENS, Continuation::Next)?;
+    let mut steps = Vec::with_capacity(NEW_TOKENS);
+    for step in 0..NEW_TOKENS {
         let start = Instant::now();
-        sequence.forward(engines, &[100 + i as u32], 1).unwrap();
-        times.push(start.elapsed().as_secs_f64());
+        sequence.forward(engines, &[100 + step as u32], 1)?;
+        steps.push(start.elapsed().as_secs_f64());
     }
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    Ok(median(steps))
 }
 
-fn main() {
-    let positional: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--bench")).collect();
-    let checkpoint = Checkpoint::open(PathBuf::from(&positional[0])).unwrap();
-    let accordion_graphs::architecture::Architecture::Llama(arch) = checkpoint.architecture().clone() else { return };
-    let tokenizer = Tokenizer::open(checkpoint.dir(), arch.vocab_size).unwrap();
-    let text = std::fs::read_to_string(&positional[1]).unwrap();
-    let ids = tokenizer.encode(&text, false).unwrap();
-    let total = flag("--context").unwrap_or(32768);
-    let (prefix, suffix) = (64, 64);
-    let lengths = PromptLengths { prefix, context: total - prefix - suffix, suffix };
-    let settings =
-        HomerSettings { max_chunk_len: 2048, max_initial_chunk_len: None, target_len: 2048, layers_warmup: 12 };
-    let plan = HomerPlan::new(arch.num_layers, lengths, settings).unwrap();
+/// The bytes that one decoding step has to read: the weights and the cache.
+fn step_bytes(checkpoint: &Checkpoint, state: &ContextState) -> u64 {
+    checkpoint.weights().byte_count() + state.cache_bytes()
+}
 
-    let folder = tempfile::tempdir_in(checkpoint.dir().parent().unwrap()).unwrap();
-    let out = folder.path().join("bundle");
-    let heights = tree_heights(arch.num_layers, settings, total).unwrap();
-    let start = Instant::now();
-    let method = MethodSettings::Homer { settings, tree_heights: heights, significance: None };
-    let target = if flag("--portable").is_some() { Target::Portable } else { Target::OrtCpu };
-    export(&checkpoint, &out, &ExportOptions { method, target, weights: WeightStorage::Link, force: false }).unwrap();
-    println!("export {:.3} s", start.elapsed().as_secs_f64());
-    let bundle = Bundle::open(&out).unwrap();
-    let runtime = load(LoadOptions::fetching(&mut |_| {})).unwrap();
-    let options = OrtOptions { fused_operators: flag("--unfused").is_none() };
-    let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options).unwrap();
-    let mut engines = Engines::new(&bundle, Box::new(loader));
-    let prompt =
-        Prompt { prefix: &ids[..prefix], context: &ids[prefix..total - suffix], suffix: &ids[total - suffix..total] };
+fn token_ids(checkpoint: &Checkpoint, vocab_size: usize, text: &Path) -> anyhow::Result<Vec<u32>> {
+    let tokenizer = Tokenizer::open(checkpoint.dir(), vocab_size)?;
+    Ok(tokenizer.encode(&std::fs::read_to_string(text)?, false)?)
+}
+
+fn main() -> anyhow::Result<()> {
+    let context = number("--context", 32_768)?;
+    let plain_context = number("--plain", context)?;
+    let fused_operators = option("--operators").as_deref() != Some("portable");
+    let threads = std::thread::available_parallelism()?.get();
+
+    let cache = Cache::from_environment()?;
+    let folder = accordion::models::resolve(Path::new("smollm2-135m"), &cache, &mut |_| {})?;
+    let checkpoint = Checkpoint::open(folder)?;
+    let Architecture::Llama(arch) = checkpoint.architecture().clone() else { anyhow::bail!("not a Llama") };
+    let emma = cache.fetch(&asset::EMMA, &mut |_| {})?;
+    let ids = token_ids(&checkpoint, arch.vocab_size, emma.path())?;
+    ensure!(ids.len() >= context.max(plain_context), "the text has {} tokens", ids.len());
+
+    let lengths = PromptLengths { prefix: PREFIX, context: context - PREFIX - SUFFIX, suffix: SUFFIX };
+    let plan = HomerPlan::new(arch.num_layers, lengths, SETTINGS)?;
+    let work = tempfile::tempdir_in(checkpoint.dir().parent().context("a checkpoint lies in a folder")?)?;
+    let out = work.path().join("bundle");
+    let heights = tree_heights(arch.num_layers, SETTINGS, context)?;
+    let method = MethodSettings::Homer { settings: SETTINGS, tree_heights: heights, significance: None };
+    let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: false };
+    export(&checkpoint, &out, &options)?;
+    let bundle = Bundle::open(&out)?;
+    let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
+    let loader = || OrtCpu::new(runtime, bundle.weights().clone(), &OrtOptions { fused_operators });
+
+    let weights = megabytes(checkpoint.weights().byte_count());
+    let operations = plan.operations(&arch);
+    let plain_operations = OperationCount::plain_prefill(&arch, plain_context);
+    println!(
+        "{} threads, {} operators, weights {weights:.0} MB",
+        threads,
+        if fused_operators { "fused" } else { "portable" }
+    );
+    let tera = |n: u64| n as f64 / 1e12;
+    println!(
+        "homer {context}: {:.2} TFLOP linear, {:.2} attention",
+        tera(operations.linear),
+        tera(operations.attention)
+    );
+    println!(
+        "plain {plain_context}: {:.2} TFLOP linear, {:.2} attention",
+        tera(plain_operations.linear),
+        tera(plain_operations.attention)
+    );
+
+    // Rates before and after: a machine that slows down meanwhile shows.
+    let rates = |loader: &dyn Loader| Ceilings::measure(loader, &bundle, SETTINGS.max_chunk_len, threads);
+    let before = rates(&loader()?)?;
+    let mut engines = Engines::new(&bundle, Box::new(loader()?));
+    let prompt = Prompt {
+        prefix: &ids[..PREFIX],
+        context: &ids[PREFIX..context - SUFFIX],
+        suffix: &ids[context - SUFFIX..context],
+    };
+    // The time does not depend on which tokens survive.
     let zeros = vec![0.0; plan.max_distance() + 1];
     let bias: Vec<&[f32]> = vec![&zeros; arch.num_layers];
-    let operations = plan.operations(&arch);
+
+    let mut builds = Vec::new();
+    let mut peak = 0;
+    let mut state = None;
+    for _ in 0..number("--runs", 3)?.max(1) {
+        state = None;
+        reset_peak_resident()?;
+        let start = Instant::now();
+        let built = compress(&mut engines, &plan, prompt, &bias, number("--width", 1)?, &mut NoTaps, &mut |_| {})?;
+        builds.push(start.elapsed().as_secs_f64());
+        peak = peak.max(peak_resident_bytes().unwrap_or(0));
+        state = Some(built);
+    }
+    let state = state.context("at least one build")?;
+    let homer_step = decode(&mut engines, &state)?;
+    let homer_bytes = step_bytes(&checkpoint, &state);
+    drop(state);
+    let short = plain::prefill(&mut engines, &ids[..SETTINGS.target_len], |_| {})?;
+    let plain_step = decode(&mut engines, &short)?;
+    drop(short);
+
+    reset_peak_resident()?;
+    let start = Instant::now();
+    let whole = plain::prefill(&mut engines, &ids[..plain_context], |_| {})?;
+    let plain_build = start.elapsed().as_secs_f64();
+    let plain_peak = peak_resident_bytes().unwrap_or(0);
+    drop(whole);
+    let after = rates(&loader()?)?;
+
+    let best = Ceilings {
+        linear_flops: before.linear_flops.max(after.linear_flops),
+        attention_flops: before.attention_flops.max(after.attention_flops),
+        read_bytes: before.read_bytes.max(after.read_bytes),
+    };
+    for (when, rate) in [("before", before), ("after", after)] {
+        let [linear, attention, read] = [rate.linear_flops, rate.attention_flops, rate.read_bytes].map(|r| r / 1e9);
+        println!("rates {when}: linear {linear:.0} GFLOP/s, attention {attention:.0} GFLOP/s, read {read:.1} GB/s");
+    }
+    let slowest = builds.iter().copied().fold(0.0, f64::max);
+    let homer_build = median(builds);
+    let floor = best.floor_seconds(&operations);
+    let plain_floor = best.floor_seconds(&plain_operations);
     println!(
-        "operations {:.2} TFLOP linear, {:.2} attention",
-        operations.linear as f64 / 1e12,
-        operations.attention as f64 / 1e12
+        "homer {context}: {homer_build:.2} s (slowest {slowest:.2}), floor {floor:.2} s: {:.2} times",
+        homer_build / floor
     );
-    let width = flag("--width").unwrap_or(1);
-    if flag("--rss").is_some() {
-        let show = |what: &str| {
-            let status = std::fs::read_to_string("/proc/self/status").unwrap();
-            let lines: Vec<&str> =
-                status.lines().filter(|l| l.starts_with("RssAnon") || l.starts_with("RssFile")).collect();
-            println!("{what}: {lines:?}");
-        };
-        show("start");
-        for name in bundle.manifest().graphs.keys() {
-            if plan.layers.iter().enumerate().any(|(h, l)| *name == accordion_graphs::methods::homer::graph_name(h, l))
-            {
-                engines.get(name, &[]).unwrap();
-                show(name);
-            }
-        }
-        engines.get("decoder", &[]).unwrap();
-        show("decoder");
-        return;
-    }
-    for _ in 0..flag("--runs").unwrap_or(2) {
-        println!("before: {} MB", megabytes(current_resident_bytes()));
-        reset_peak_resident().unwrap();
-        let start = Instant::now();
-        let state = compress(&mut engines, &plan, prompt, &bias, width, &mut NoTaps, &mut |_| {}).unwrap();
-        let seconds = start.elapsed().as_secs_f64();
-        println!("homer {total}: {seconds:.2} s, peak {} MB, kept {}", megabytes(peak_resident_bytes()), state.len());
-        println!("decode after homer: {:.1} ms", decode(&mut engines, &state, 24) * 1e3);
-    }
-    for n in [2048, flag("--plain").unwrap_or(2048)] {
-        reset_peak_resident().unwrap();
-        let start = Instant::now();
-        let state = plain::prefill(&mut engines, &ids[..n], |_| {}).unwrap();
-        let seconds = start.elapsed().as_secs_f64();
-        let count = OperationCount::plain_prefill(&arch, n);
-        println!(
-            "plain {n}: {seconds:.2} s ({:.0} GFLOP/s), peak {} MB; decode {:.1} ms",
-            count.total() as f64 / seconds / 1e9,
-            megabytes(peak_resident_bytes()),
-            decode(&mut engines, &state, 24) * 1e3
-        );
-    }
+    println!(
+        "plain {plain_context}: {plain_build:.1} s, floor {plain_floor:.1} s: {:.2} times",
+        plain_build / plain_floor
+    );
+    println!("speed-up: {:.1} times (floor over floor {:.1})", plain_build / homer_build, plain_floor / floor);
+    println!(
+        "peak: homer {:.0} MB = weights + {:.0} MB; plain {:.0} MB",
+        megabytes(peak),
+        megabytes(peak) - weights,
+        megabytes(plain_peak)
+    );
+    let bound = best.read_seconds(homer_bytes);
+    println!(
+        "decode: after homer {:.1} ms, after plain {} {:.1} ms ({:.2} times); memory bound {:.1} ms: {:.2} times",
+        homer_step * 1e3,
+        SETTINGS.target_len,
+        plain_step * 1e3,
+        homer_step / plain_step,
+        bound * 1e3,
+        homer_step / bound
+    );
+    Ok(())
 }
