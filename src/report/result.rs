@@ -1,13 +1,17 @@
 //! The results that have no schema elsewhere, and reading any result from its JSON.
 
 use super::Report;
+use crate::pipeline::sampling::SamplingSettings;
 use crate::profile::schema::describe;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::HomerPlan;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::ops::Range;
 
 const GENERATION: &str = "accordion.generation/1";
+/// What `accordion run --json` prints.
+const RUN: &str = "accordion.run/1";
 const PLAN: &str = "accordion.plan/1";
 
 /// One generated text and how it came about.
@@ -114,7 +118,7 @@ pub enum ResultError {
     },
 }
 
-const SCHEMAS: [&str; 4] = [crate::verify::schema::SCHEMA, crate::profile::schema::SCHEMA, PLAN, GENERATION];
+const SCHEMAS: [&str; 5] = [crate::verify::schema::SCHEMA, crate::profile::schema::SCHEMA, PLAN, GENERATION, RUN];
 
 impl Report {
     /// Adds one result, whichever it is. `name` (a file name) is for the error.
@@ -123,21 +127,62 @@ impl Report {
     ///
     /// `json` is malformed, or its `schema` is none that this version reads.
     pub fn add_result(&mut self, name: &str, json: &[u8]) -> Result<(), ResultError> {
-        #[derive(Deserialize)]
-        struct Head {
-            schema: String,
+        let malformed = |source| ResultError::Malformed { name: name.to_owned(), source };
+        // `accordion run --json` prints one value per question.
+        let values: Vec<Value> =
+            serde_json::Deserializer::from_slice(json).into_iter().collect::<Result<_, _>>().map_err(malformed)?;
+        if values.is_empty() {
+            return Err(malformed(serde::de::Error::custom("the file is empty")));
         }
-        fn read<'a, T: Deserialize<'a>>(name: &str, json: &'a [u8]) -> Result<T, ResultError> {
-            serde_json::from_slice(json).map_err(|source| ResultError::Malformed { name: name.to_owned(), source })
-        }
-        match read::<Head>(name, json)?.schema.as_str() {
-            crate::verify::schema::SCHEMA => self.verifications.push(read(name, json)?),
-            crate::profile::schema::SCHEMA => self.profiles.push(read(name, json)?),
-            PLAN => self.plans.push(read(name, json)?),
-            GENERATION => self.generations.push(read(name, json)?),
-            other => return Err(ResultError::Schema { name: name.to_owned(), found: other.to_owned() }),
+        for value in values {
+            let Head { schema } = Head::deserialize(&value).map_err(malformed)?;
+            match schema.as_str() {
+                crate::verify::schema::SCHEMA => {
+                    self.verifications.push(serde_json::from_value(value).map_err(malformed)?);
+                }
+                crate::profile::schema::SCHEMA => self.profiles.push(serde_json::from_value(value).map_err(malformed)?),
+                PLAN => self.plans.push(serde_json::from_value(value).map_err(malformed)?),
+                GENERATION => self.generations.push(serde_json::from_value(value).map_err(malformed)?),
+                RUN => self.generations.push(serde_json::from_value::<Run>(value).map_err(malformed)?.into()),
+                _ => return Err(ResultError::Schema { name: name.to_owned(), found: schema }),
+            }
         }
         Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct Head {
+    schema: String,
+}
+
+/// What `accordion run --json` prints, as far as the page shows it.
+#[derive(Deserialize)]
+struct Run {
+    method: String,
+    lengths: PromptLengths,
+    tokens_kept: usize,
+    prompt: String,
+    text: String,
+    tokens: usize,
+    sampling: SamplingSettings,
+}
+
+impl From<Run> for GenerationRecord {
+    fn from(run: Run) -> Self {
+        let greedy = run.sampling.temperature == 0.0;
+        Self {
+            schema: GENERATION.to_owned(),
+            method: run.method,
+            context_tokens: run.lengths.context,
+            tokens_kept: run.tokens_kept,
+            prompt: run.prompt,
+            text: run.text,
+            tokens: run.tokens,
+            settings: vec![("temperature".to_owned(), run.sampling.temperature.to_string())],
+            seed: (!greedy).then_some(run.sampling.seed),
+            remark: None,
+        }
     }
 }
 
@@ -157,6 +202,21 @@ mod tests {
         let mut report = Report::default();
         report.add_result("plan.json", &serde_json::to_vec(&summary).unwrap()).unwrap();
         assert_eq!(report.plans, [summary]);
+    }
+
+    #[test]
+    fn every_answer_of_a_run_is_a_text_of_its_own() {
+        let answer = |text: &str, temperature: f32| {
+            format!(
+                r#"{{"schema": "accordion.run/1", "method": "homer", "lengths": {{"prefix": 1, "context": 90, "suffix": 4}},
+                "tokens_kept": 30, "prompt": "?", "text": "{text}", "tokens": 5, "stop": {{"type": "eos"}},
+                "sampling": {{"temperature": {temperature}, "top_k": null, "top_p": 1.0, "seed": 7}}}}\n"#
+            )
+        };
+        let mut report = Report::default();
+        report.add_result("run.json", (answer("one", 0.0) + &answer("two", 0.5)).as_bytes()).unwrap();
+        let found: Vec<_> = report.generations.iter().map(|g| (g.text.as_str(), g.context_tokens, g.seed)).collect();
+        assert_eq!(found, [("one", 90, None), ("two", 90, Some(7))]);
     }
 
     #[test]
