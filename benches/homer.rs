@@ -137,9 +137,9 @@ fn main() -> anyhow::Result<()> {
 
     let mut builds = Vec::new();
     let mut peak = 0;
-    let mut state = None;
+    let mut state: Option<ContextState> = None;
     for _ in 0..number("--runs", 3)?.max(1) {
-        state = None;
+        drop(state.take());
         reset_peak_resident()?;
         let start = Instant::now();
         let built = compress(&mut engines, &plan, prompt, &bias, number("--width", 1)?, &mut NoTaps, &mut |_| {})?;

@@ -210,7 +210,7 @@ mod tests {
             format!(
                 r#"{{"schema": "accordion.run/1", "method": "homer", "lengths": {{"prefix": 1, "context": 90, "suffix": 4}},
                 "tokens_kept": 30, "prompt": "?", "text": "{text}", "tokens": 5, "stop": {{"type": "eos"}},
-                "sampling": {{"temperature": {temperature}, "top_k": null, "top_p": 1.0, "seed": 7}}}}\n"#
+                "sampling": {{"temperature": {temperature}, "top_k": null, "top_p": 1.0, "seed": 7}}}}"#
             )
         };
         let mut report = Report::default();
