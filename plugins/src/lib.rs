@@ -8,6 +8,8 @@
 pub mod attention;
 #[path = "../linear/mod.rs"]
 pub mod linear;
+#[path = "../merge_cache/mod.rs"]
+pub mod merge_cache;
 mod operator;
 pub mod parallel;
 mod scratch;
@@ -31,6 +33,7 @@ pub fn domain() -> ort::Result<OperatorDomain> {
     OperatorDomain::new(DOMAIN)?
         .add(attention::GroupQueryAttention)?
         .add(linear::Linear)?
+        .add(merge_cache::MergeCache)?
         .add(swiglu::SwiGlu)?
         .add(topk_prune::TopKPrune)
 }

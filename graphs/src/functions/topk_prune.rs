@@ -44,20 +44,26 @@ pub fn topk_prune() -> Result<Function, BuildError> {
     let [_, best] = scores.top_k(&keep, true, kept.clone());
     let [keep_idx, _] = best.top_k(&keep, false, kept.clone());
 
-    let planes = g.concat(&[&kv.shape_at_run_time(0, 1), &g.ints(&[-1]), &kv.shape_at_run_time(4, 6)], 0);
-    let planar = kv.reshape_as(&planes, &[b.clone(), dim("planes"), l.clone(), d.clone()]);
-    let spread = g.concat(&[&planar.shape_at_run_time(0, 2), &keep], 0);
-    let keep_in_planes = keep_idx.unsqueeze(1).expand(&spread, &[b.clone(), dim("planes"), kept.clone()]);
-    let kept_planes = planar.gather_rows(&keep_in_planes, 2);
-    let stacked = g.concat(&[&kv.shape_at_run_time(0, 4), &keep, &kv.shape_at_run_time(5, 6)], 0);
-
     g.output("keep_idx", &keep_idx);
     g.output("kept_hidden", &hidden.gather_rows(&keep_idx, 1));
     g.output("kept_position_ids", &positions.gather_rows(&keep_idx, 1));
-    g.output("kept_kv", &kept_planes.reshape_as(&stacked, &[b, n, 2.into(), groups, kept, d]));
+    g.output("kept_kv", &gather_planes(&g, &kv, &keep_idx));
     g.output("scores", &scores);
     g.output("metric", &metric);
     Function::new("TopKPrune", &["scale"], &g)
+}
+
+/// Rows `keep_idx [B, K]` of every plane of `kv [B, n, 2, G, L, d]`.
+pub(super) fn gather_planes(g: &Scope, kv: &Value, keep_idx: &Value) -> Value {
+    let [b, n, two, groups, l, d] = [0, 1, 2, 3, 4, 5].map(|axis| kv.dim(axis));
+    let kept = keep_idx.dim(1);
+    let planes = g.concat(&[&kv.shape_at_run_time(0, 1), &g.ints(&[-1]), &kv.shape_at_run_time(4, 6)], 0);
+    let planar = kv.reshape_as(&planes, &[b.clone(), "planes".into(), l, d.clone()]);
+    let count = keep_idx.within(g).shape_at_run_time(1, 2);
+    let spread = g.concat(&[&planar.shape_at_run_time(0, 2), &count], 0);
+    let spread_idx = keep_idx.within(g).unsqueeze(1).expand(&spread, &[b.clone(), "planes".into(), kept.clone()]);
+    let stacked = g.concat(&[&kv.shape_at_run_time(0, 4), &count, &kv.shape_at_run_time(5, 6)], 0);
+    planar.gather_rows(&spread_idx, 2).reshape_as(&stacked, &[b, n, two, groups, kept, d])
 }
 
 /// `<query_h, key_j> * scale` for every head and row: query `[B, H, d]`, key `[B, G, L, d]` -> `[B, H, L]`. The query

@@ -47,7 +47,7 @@ pub fn leaf(source: &Source, layers: &Range<usize>) -> Scope {
     let affixes = Affixes::inputs(&g);
     let embedded = embed(&g, &source.arch, &ids);
     let hidden = unflatten(&embedded, &positions);
-    stage(&g, source, layers, &State { hidden, positions, kv: None }, &affixes);
+    stage(&g, source, layers, &State { hidden, positions, kv: None }, None, &affixes);
     g
 }
 
@@ -78,46 +78,44 @@ pub fn merge(source: &Source, layers: &Range<usize>) -> Scope {
         }
     });
     let affixes = Affixes::inputs(&g);
-    let state = join(&g.scope("merge"), &left, &right, &affixes);
-    stage(&g, source, layers, &state, &affixes);
+    let state = join(&g.scope("merge"), [&left, &right], &affixes);
+    stage(&g, source, layers, &state, left.kv.as_ref().zip(right.kv.as_ref()), &affixes);
     g
 }
 
-/// `concat((A.prefix + B.prefix) / 2, A.context, B.context, (A.suffix + B.suffix) / 2)` of hidden states and caches;
-/// position ids are taken from the left, the suffix's from the right.
-fn join(g: &Scope, left: &State, right: &State, affixes: &Affixes) -> State {
+/// Two nodes as one: affixes averaged, contexts one after the other. Position ids are taken from the left, the suffix's
+/// from the right.
+fn join(g: &Scope, [left, right]: [&State; 2], affixes: &Affixes) -> State {
     let (zero, end) = (g.ints(&[0]), g.ints(&[i64::MAX]));
-    let prefix = &affixes.prefix.within(g);
     let from_end = &(&zero - &affixes.suffix.within(g));
-    let half = g.float(0.5);
-    let halves = |a: &Value, b: &Value, axis: usize| {
-        let part = |x: &Value, from: &Value, to: &Value, name: &str| x.within(g).slice(axis, from, to, name.into());
-        let mean = |from: &Value, to: &Value, name: &str| (part(a, from, to, name) + part(b, from, to, name)) * &half;
-        let before = mean(&zero, prefix, "prefix");
-        let [a_context, b_context] =
-            [(a, "left_context"), (b, "right_context")].map(|(x, name)| part(x, prefix, from_end, name));
-        g.concat(&[&before, &a_context, &b_context, &mean(from_end, &end, "suffix")], axis)
-    };
-    let positions = {
-        let part = |x: &Value, from: &Value, to: &Value, name: &str| x.within(g).slice(1, from, to, name.into());
-        let (a, b) = (&left.positions, &right.positions);
-        let parts = [
-            part(a, &zero, prefix, "prefix"),
-            part(a, prefix, from_end, "left_context"),
-            part(b, prefix, from_end, "right_context"),
-            part(b, from_end, &end, "suffix"),
-        ];
-        g.concat(&parts.each_ref(), 1)
-    };
+    let prefix = &affixes.prefix.within(g);
+    let part = |x: &Value, from: &Value, to: &Value, name: &str| x.within(g).slice(1, from, to, name.into());
+    let (a, b) = (&left.positions, &right.positions);
+    let positions = [
+        part(a, &zero, prefix, "prefix"),
+        part(a, prefix, from_end, "left_context"),
+        part(b, prefix, from_end, "right_context"),
+        part(b, from_end, &end, "suffix"),
+    ];
+    let merged = |a: &Value, b: &Value, axis| functions::merge_rows(g, a, b, axis, [&affixes.prefix, &affixes.suffix]);
     State {
-        hidden: halves(&left.hidden, &right.hidden, 1),
-        positions,
-        kv: left.kv.as_ref().zip(right.kv.as_ref()).map(|(a, b)| halves(a, b, 4)),
+        hidden: merged(&left.hidden, &right.hidden, 1),
+        positions: g.concat(&positions.each_ref(), 1),
+        kv: left.kv.as_ref().zip(right.kv.as_ref()).map(|(a, b)| merged(a, b, 4)),
     }
 }
 
-/// The layers of a stage over the node's state, and its outputs.
-fn stage(g: &Scope, source: &Source, layers: &Range<usize>, state: &State, affixes: &Affixes) {
+/// The layers of a stage over the node's state, and its outputs. The merged cache in `state` is a tap, and the result of a
+/// stage without layers; otherwise what survives is taken from the children's caches directly, and whatever runs the graph
+/// drops the merged one as unused.
+fn stage(
+    g: &Scope,
+    source: &Source,
+    layers: &Range<usize>,
+    state: &State,
+    children: Option<(&Value, &Value)>,
+    affixes: &Affixes,
+) {
     let arch = &source.arch;
     g.tap("in_hidden", &state.hidden);
     g.tap("in_position_ids", &state.positions);
@@ -147,7 +145,7 @@ fn stage(g: &Scope, source: &Source, layers: &Range<usize>, state: &State, affix
                 &State {
                     hidden: unflatten(&x, &state.positions),
                     positions: state.positions.clone(),
-                    kv: Some(stack(&prune, arch.num_kv_heads, state.kv.as_ref(), &new_kv, l + 1)),
+                    kv: Some(stack(&prune, arch.num_kv_heads, &new_kv)),
                 },
                 [&attended.query, &attended.key],
                 [&bias, &keep],
@@ -160,6 +158,12 @@ fn stage(g: &Scope, source: &Source, layers: &Range<usize>, state: &State, affix
     }
     if let Some(Pruned { state: mut end, keep_idx }) = kept {
         end.hidden = unflatten(&x.within(g), &end.positions);
+        if let (Some((left, right)), Some(new)) = (children, &end.kv) {
+            let shape = [new.dim(0), (last + 1).into(), 2.into(), new.dim(3), new.dim(4), new.dim(5)];
+            let inputs = [left, right, &keep_idx, new, &affixes.prefix, &affixes.suffix];
+            let result = vec![(DType::F32, shape.to_vec())];
+            end.kv = Some(g.scope("merge").call(functions::merge_cache(), &inputs, vec![], result)[0].clone());
+        }
         output(g, &end);
         g.output("keep_idx", &keep_idx);
     }
@@ -215,21 +219,16 @@ impl Pruned {
     }
 }
 
-/// The cache of all `layers` layers, `[batch, layers, 2, G, L, d]`: that of the children and the new keys and values.
-fn stack(g: &Scope, groups: usize, below: Option<&Value>, new: &[Value], layers: usize) -> Value {
+/// Keys and values of the node's own layers as one cache, `[batch, n, 2, G, L, d]`.
+fn stack(g: &Scope, groups: usize, new: &[Value]) -> Value {
     let Some([batch, _, rows, d]) = new.first().map(|v| [0, 1, 2, 3].map(|axis| v.dim(axis))) else {
         g.fail("a stage with layers has no keys to stack");
         return g.int(0);
     };
-    let groups = Dim::from(groups);
-    // Layer and key/value axes are one while joining, so that everything is copied once.
-    let below = below.map(|kv| {
-        let planes = 2 * (layers - new.len() / 2);
-        kv.within(g).reshape(&[batch.clone(), planes.into(), groups.clone(), rows.clone(), d.clone()])
-    });
-    let new: Vec<Value> = new.iter().map(|v| v.within(g).unsqueeze(1)).collect();
-    let parts: Vec<&Value> = below.iter().chain(&new).collect();
-    g.concat(&parts, 1).reshape(&[batch, layers.into(), 2.into(), groups, rows, d])
+    // Layer and key/value axes are one while joining.
+    let parts: Vec<Value> = new.iter().map(|v| v.within(g).unsqueeze(1)).collect();
+    let shape = [batch, (new.len() / 2).into(), 2.into(), groups.into(), rows, d];
+    g.concat(&parts.iter().collect::<Vec<_>>(), 1).reshape(&shape)
 }
 
 impl Affixes {

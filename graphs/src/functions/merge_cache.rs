@@ -1,0 +1,42 @@
+//! `MergeCache`: what survives of the children's caches, followed by the node's own.
+
+use super::topk_prune::gather_planes;
+use crate::dtype::DType;
+use crate::onnx::{BuildError, Dim, Function, Scope, Value};
+use std::rc::Rc;
+
+/// Inputs: `left_kv [B, m, 2, G, La, d]`, `right_kv [B, m, 2, G, Lb, d]`, `keep_idx [B, K]` (rows of the merged sequence),
+/// `new_kv [B, n, 2, G, K, d]`, `prefix_length` and `suffix_length`, each `[1]`. Output: `kv [B, m + n, 2, G, K, d]`.
+///
+/// # Errors
+///
+/// The body is inconsistent.
+pub fn merge_cache() -> Result<Function, BuildError> {
+    let g = Scope::new("MergeCache", Rc::default());
+    let cache = |name: &str, layers: &str, rows: &str| {
+        let shape = ["batch", layers, "2", "kv_heads", rows, "head"]
+            .map(|dim| if dim == "2" { Dim::Known(2) } else { Dim::from(dim) });
+        g.input(name, DType::F32, &shape)
+    };
+    let (left, right) = (cache("left_kv", "old_layers", "left"), cache("right_kv", "old_layers", "right"));
+    let keep_idx = g.input("keep_idx", DType::I64, &["batch".into(), "keep".into()]);
+    let new = cache("new_kv", "new_layers", "keep");
+    let affixes = ["prefix_length", "suffix_length"].map(|name| g.input(name, DType::I64, &[1.into()]));
+    let merged = merge_rows(&g, &left, &right, 4, [&affixes[0], &affixes[1]]);
+    g.output("kv", &g.concat(&[&gather_planes(&g, &merged, &keep_idx), &new], 1));
+    Function::new("MergeCache", &[], &g)
+}
+
+/// `concat((A.prefix + B.prefix) / 2, A.context, B.context, (A.suffix + B.suffix) / 2)` along `axis`.
+pub(crate) fn merge_rows(g: &Scope, a: &Value, b: &Value, axis: usize, [prefix, suffix]: [&Value; 2]) -> Value {
+    let (zero, end) = (g.ints(&[0]), g.ints(&[i64::MAX]));
+    let prefix = &prefix.within(g);
+    let from_end = &(&zero - &suffix.within(g));
+    let half = g.float(0.5);
+    let part = |x: &Value, from: &Value, to: &Value, name: &str| x.within(g).slice(axis, from, to, name.into());
+    let mean = |from: &Value, to: &Value, name: &str| (part(a, from, to, name) + part(b, from, to, name)) * &half;
+    let before = mean(&zero, prefix, "prefix");
+    let [a_context, b_context] =
+        [(a, "left_context"), (b, "right_context")].map(|(x, name)| part(x, prefix, from_end, name));
+    g.concat(&[&before, &a_context, &b_context, &mean(from_end, &end, "suffix")], axis)
+}
