@@ -21,7 +21,7 @@ use accordion::runtime::Loader;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::taps::NoTaps;
-use accordion_graphs::architecture::Architecture;
+use accordion_graphs::architecture::{Architecture, Llama};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 use accordion_graphs::plan::{OperationCount, PromptLengths};
@@ -76,8 +76,57 @@ fn token_ids(checkpoint: &Checkpoint, vocab_size: usize, text: &Path) -> anyhow:
     Ok(tokenizer.encode(&std::fs::read_to_string(text)?, false)?)
 }
 
+/// Peak resident bytes of a process that does nothing but open the bundle and build the prefix once. Memory depends on
+/// lengths alone: the tokens are made up, so that no tokenizer and no text count.
+fn memory_of_a_build(bundle: &Path, context: usize) -> anyhow::Result<u64> {
+    let program = std::env::current_exe()?;
+    let output = std::process::Command::new(program)
+        .args(["--memory".as_ref(), bundle.as_os_str()])
+        .args(["--context", &context.to_string()])
+        .args(["--width", &number("--width", 1)?.to_string()])
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "the process that measures memory failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8(output.stdout)?.trim().parse()?)
+}
+
+/// What that process does.
+fn build_once(bundle: &Path, context: usize) -> anyhow::Result<()> {
+    let bundle = Bundle::open(bundle)?;
+    let arch = bundle.llama()?;
+    let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
+    let loader = OrtCpu::new(runtime, bundle.weights().clone(), &OrtOptions { fused_operators: true })?;
+    let mut engines = Engines::new(&bundle, Box::new(loader));
+    let ids: Vec<u32> = (0..context).map(|i| (i * 31 % arch.vocab_size) as u32).collect();
+    let (plan, zeros) = plan(arch, context)?;
+    let bias: Vec<&[f32]> = vec![&zeros; arch.num_layers];
+    let width = number("--width", 1)?;
+    compress(&mut engines, &plan, prompt(&ids, context), &bias, width, &mut NoTaps, &mut |_| {})?;
+    println!("{}", peak_resident_bytes().context("this system does not tell the peak memory")?);
+    Ok(())
+}
+
+/// The plan, and a table of zeros for it: the time does not depend on which tokens survive.
+fn plan(arch: &Llama, context: usize) -> anyhow::Result<(HomerPlan, Vec<f32>)> {
+    let lengths = PromptLengths { prefix: PREFIX, context: context - PREFIX - SUFFIX, suffix: SUFFIX };
+    let plan = HomerPlan::new(arch.num_layers, lengths, SETTINGS)?;
+    let zeros = vec![0.0; plan.max_distance() + 1];
+    Ok((plan, zeros))
+}
+
+fn prompt(ids: &[u32], context: usize) -> Prompt<'_> {
+    let suffix = context - SUFFIX;
+    Prompt { prefix: &ids[..PREFIX], context: &ids[PREFIX..suffix], suffix: &ids[suffix..context] }
+}
+
 fn main() -> anyhow::Result<()> {
     let context = number("--context", 32_768)?;
+    if let Some(bundle) = option("--memory") {
+        return build_once(Path::new(&bundle), context);
+    }
     let plain_context = number("--plain", context)?;
     let fused_operators = option("--operators").as_deref() != Some("portable");
     let threads = std::thread::available_parallelism()?.get();
@@ -90,8 +139,7 @@ fn main() -> anyhow::Result<()> {
     let ids = token_ids(&checkpoint, arch.vocab_size, emma.path())?;
     ensure!(ids.len() >= context.max(plain_context), "the text has {} tokens", ids.len());
 
-    let lengths = PromptLengths { prefix: PREFIX, context: context - PREFIX - SUFFIX, suffix: SUFFIX };
-    let plan = HomerPlan::new(arch.num_layers, lengths, SETTINGS)?;
+    let (plan, zeros) = plan(&arch, context)?;
     let work = tempfile::tempdir_in(checkpoint.dir().parent().context("a checkpoint lies in a folder")?)?;
     let out = work.path().join("bundle");
     let heights = tree_heights(arch.num_layers, SETTINGS, context)?;
@@ -126,25 +174,16 @@ fn main() -> anyhow::Result<()> {
     let rates = |loader: &dyn Loader| Ceilings::measure(loader, &bundle, SETTINGS.max_chunk_len, threads);
     let before = rates(&loader()?)?;
     let mut engines = Engines::new(&bundle, Box::new(loader()?));
-    let prompt = Prompt {
-        prefix: &ids[..PREFIX],
-        context: &ids[PREFIX..context - SUFFIX],
-        suffix: &ids[context - SUFFIX..context],
-    };
-    // The time does not depend on which tokens survive.
-    let zeros = vec![0.0; plan.max_distance() + 1];
+    let prompt = prompt(&ids, context);
     let bias: Vec<&[f32]> = vec![&zeros; arch.num_layers];
 
     let mut builds = Vec::new();
-    let mut peak = 0;
     let mut state: Option<ContextState> = None;
     for _ in 0..number("--runs", 3)?.max(1) {
         drop(state.take());
-        reset_peak_resident()?;
         let start = Instant::now();
         let built = compress(&mut engines, &plan, prompt, &bias, number("--width", 1)?, &mut NoTaps, &mut |_| {})?;
         builds.push(start.elapsed().as_secs_f64());
-        peak = peak.max(peak_resident_bytes().unwrap_or(0));
         state = Some(built);
     }
     let state = state.context("at least one build")?;
@@ -185,6 +224,7 @@ fn main() -> anyhow::Result<()> {
         plain_build / plain_floor
     );
     println!("speed-up: {:.1} times (floor over floor {:.1})", plain_build / homer_build, plain_floor / floor);
+    let peak = memory_of_a_build(&out, context)?;
     println!(
         "peak: homer {:.0} MB = weights + {:.0} MB; plain {:.0} MB",
         megabytes(peak),

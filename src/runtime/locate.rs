@@ -8,7 +8,6 @@
 use super::dylib::Dylib;
 use crate::fetch::asset::ONNXRUNTIME;
 use crate::fetch::{Cache, FetchError, OnProgress};
-use ort::AsPointer;
 use ort::environment::GlobalThreadPoolOptions;
 use serde::{Deserialize, Serialize};
 use std::ffi::{CStr, OsStr, OsString};
@@ -218,35 +217,32 @@ pub fn find(options: LoadOptions<'_>) -> Result<Found, RuntimeError> {
     search(&Places::of(|name| std::env::var_os(name)), Cache::from_environment(), options)
 }
 
-/// Starts the library. All sessions share its threads (0: one per core) and its arena: graphs of one method run one
-/// after the other, and none should keep memory or spinning threads for itself.
+/// Starts the library. All sessions share its threads (0: one per core): graphs of one method run one after the other, and
+/// none should keep spinning threads for itself.
 fn start(found: Found, threads: usize) -> Result<LoadedRuntime, RuntimeError> {
     let path = &found.library.path;
     let failed = |reason: String| RuntimeError::Start { path: path.clone(), reason };
     let builder = ort::init_from(path).map_err(|e| failed(e.to_string()))?.with_name("accordion").with_telemetry(false);
     let pool = GlobalThreadPoolOptions::default().with_intra_threads(threads).map_err(|e| failed(e.to_string()))?;
     let environment = builder.with_global_thread_pool(pool).build().map_err(|e| failed(e.to_string()))?;
-    share_arena(&environment).map_err(failed)?;
+    keep_freed_memory();
     Ok(LoadedRuntime { found, environment })
 }
 
-/// Registers an arena with the environment, for the sessions that ask for the environment's allocators.
-fn share_arena(environment: &ort::environment::Environment) -> Result<(), String> {
-    let info = ort::memory::MemoryInfo::default();
-    // No limit; grow by what is asked for; defaults for the rest.
-    let (no_limit, as_requested, default) = (0, 1, -1);
-    let mut config = std::ptr::null_mut();
-    // SAFETY: the configuration is created, used and released here; the other arguments live through the calls, which
-    // copy what they keep.
-    let status = unsafe {
-        let created = (ort::api().CreateArenaCfg)(no_limit, as_requested, default, default, &raw mut config);
-        ort::Error::result_from_status(created).map_err(|e| e.to_string())?;
-        let registered = (ort::api().CreateAndRegisterAllocator)(environment.ptr().cast_mut(), info.ptr(), config);
-        (ort::api().ReleaseArenaCfg)(config);
-        registered
-    };
-    // SAFETY: the status was just returned by the runtime and is consumed here.
-    unsafe { ort::Error::result_from_status(status) }.map_err(|e| e.to_string())
+/// Tells the system's allocator to keep what is freed for the next use. By default it returns large blocks to the system
+/// at once, and every tensor of every call would be made of fresh pages.
+fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        /// The largest value that the library accepts: larger blocks, caches of whole nodes, come and go by themselves.
+        const MAP_BLOCKS_FROM: libc::c_int = 32 << 20;
+        const KEEP_FREE: libc::c_int = 512 << 20;
+        // SAFETY: both parameters may be set at any time; a refusal changes nothing and costs only speed.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, MAP_BLOCKS_FROM);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, KEEP_FREE);
+        }
+    }
 }
 
 /// Where to look before the cache.

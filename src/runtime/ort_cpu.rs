@@ -61,7 +61,10 @@ impl Loader for OrtCpu {
         // Lengths change from call to call: a plan of the memory for one shape would be kept beside those of all others.
         builder = builder.with_memory_pattern(false).map_err(|e| failed(e.to_string()))?;
         builder = builder.with_prepacking(false).map_err(|e| failed(e.to_string()))?;
-        builder = builder.with_env_allocators().map_err(|e| failed(e.to_string()))?;
+        // The runtime's arena keeps a region for every size it ever saw, and chunk lengths are many; the system's allocator
+        // joins what is freed (and keeps it: see `locate`).
+        // SAFETY: the builder owns valid options, which the call only changes.
+        check(unsafe { (ort::api().DisableCpuMemArena)(builder.ptr_mut()) }).map_err(failed)?;
         // The weights given below replace the files, but the runtime checks that those exist.
         let folder = self.weights.index().files().first().and_then(|file| file.parent()).map(std::path::absolute);
         if let Some(Ok(folder)) = folder {
