@@ -126,7 +126,7 @@ impl Probe {
                 let attributes = vec![("num_heads", heads[0].into()), ("kv_num_heads", heads[1].into())];
                 let cache = (DType::F32, dims(&[1, heads[1], rows, arch.head_dim]));
                 let results = vec![(DType::F32, q.shape().to_vec()), cache.clone(), cache];
-                g.call(functions::causal_attention(), &[&q, &k, &v], attributes, results)[0].clone()
+                g.call(&functions::CAUSAL_ATTENTION, &[&q, &k, &v], attributes, results)[0].clone()
             }
         };
         g.output("mixed", &mixed);

@@ -141,10 +141,10 @@ impl<'a> Rows<'a> {
             if let (Some(CachedRows::InPlace { past_length }), Some([past_key, past_value])) = (&self.cache, past) {
                 let cache = cache(past_key.dim(2));
                 let inputs = [q, k, v, past_key, past_value, past_length];
-                attn.call(functions::cached_attention(), &inputs, heads, vec![out, cache.clone(), cache])
+                attn.call(&functions::CACHED_ATTENTION, &inputs, heads, vec![out, cache.clone(), cache])
             } else {
                 let cache = cache(self.sequence.clone());
-                attn.call(functions::causal_attention(), &[q, k, v], heads, vec![out, cache.clone(), cache])
+                attn.call(&functions::CAUSAL_ATTENTION, &[q, k, v], heads, vec![out, cache.clone(), cache])
             };
         (results[0].clone(), results[1].clone(), results[2].clone())
     }

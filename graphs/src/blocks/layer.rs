@@ -30,7 +30,7 @@ pub fn mlp_residual(layer: &Scope, arch: &Llama, target: Target, x: &Value) -> V
         Target::Portable => &gate * gate.sigmoid() * up,
         Target::OrtCpu => {
             let result = (gate.dtype(), gate.shape().to_vec());
-            mlp.call(functions::swiglu(), &[&gate, &up], vec![], vec![result])[0].clone()
+            mlp.call(&functions::SWIGLU, &[&gate, &up], vec![], vec![result])[0].clone()
         }
     };
     let out = project("down_proj", &activation, inner, hidden);

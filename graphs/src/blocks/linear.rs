@@ -10,7 +10,7 @@ pub(super) fn linear(layer: &Scope, target: Target, x: &Value, weight: &Value, b
     match (target, bias) {
         (Target::OrtCpu, None) => {
             let result = (x.dtype(), vec![x.dim(0), weight.dim(0)]);
-            layer.call(functions::linear(), &[&x, weight], vec![], vec![result])[0].clone()
+            layer.call(&functions::LINEAR, &[&x, weight], vec![], vec![result])[0].clone()
         }
         _ => x.linear(weight, bias),
     }

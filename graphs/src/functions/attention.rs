@@ -3,8 +3,7 @@
 //! forms, with and without a past; a graph uses one of them.
 
 use crate::dtype::DType;
-use crate::onnx::{Attribute, BuildError, Dim, Function, Scope, Value};
-use std::rc::Rc;
+use crate::onnx::{Attribute, Dim, Operator, Scope, Value};
 
 const NAME: &str = "GroupQueryAttention";
 const HEADS: [&str; 2] = ["num_heads", "kv_num_heads"];
@@ -32,32 +31,24 @@ fn group_query_attention(g: &Scope, [q, k, v]: &[Value; 3], past: Option<[&Value
 
 /// `GroupQueryAttention(query, key, value) -> output, present_key, present_value`: row `t` attends to rows `0 ..= t`. The
 /// keys and values come out heads first, `[batch, G, sequence, d]`.
-///
-/// # Errors
-///
-/// The body is inconsistent.
-pub fn causal_attention() -> Result<Function, BuildError> {
-    let g = Scope::new(NAME, Rc::default());
-    let qkv = projections(&g);
+pub const CAUSAL_ATTENTION: Operator = Operator { name: NAME, attributes: &HEADS, body: causal_attention };
+
+fn causal_attention(g: &Scope) {
+    let qkv = projections(g);
     let rows = qkv[0].shape_at_run_time(1, 2);
-    group_query_attention(&g, &qkv, None, &rows, "sequence".into());
-    Function::new(NAME, &HEADS, &g)
+    group_query_attention(g, &qkv, None, &rows, "sequence".into());
 }
 
-/// `GroupQueryAttention(query, key, value, past_key, past_value, past_length [1])`: as [`causal_attention`], after the first
+/// `GroupQueryAttention(query, key, value, past_key, past_value, past_length [1])`: as [`CAUSAL_ATTENTION`], after the first
 /// `past_length` rows of a cache `[batch, G, capacity, d]`. The new rows are written behind them; a caller that binds
 /// past and present to one buffer appends in place.
-///
-/// # Errors
-///
-/// The body is inconsistent.
-pub fn cached_attention() -> Result<Function, BuildError> {
-    let g = Scope::new(NAME, Rc::default());
-    let qkv = projections(&g);
+pub const CACHED_ATTENTION: Operator = Operator { name: NAME, attributes: &HEADS, body: cached_attention };
+
+fn cached_attention(g: &Scope) {
+    let qkv = projections(g);
     let cache = ["batch".into(), "kv_heads".into(), "capacity".into(), "head".into()];
     let past = ["past_key", "past_value"].map(|name| g.input(name, DType::F32, &cache));
     let past_length = g.input("past_length", DType::I64, &[1.into()]);
     let total = past_length + qkv[0].shape_at_run_time(1, 2);
-    group_query_attention(&g, &qkv, Some([&past[0], &past[1]]), &total, "capacity".into());
-    Function::new(NAME, &HEADS, &g)
+    group_query_attention(g, &qkv, Some([&past[0], &past[1]]), &total, "capacity".into());
 }

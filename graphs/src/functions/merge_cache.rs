@@ -2,17 +2,13 @@
 
 use super::topk_prune::gather_planes;
 use crate::dtype::DType;
-use crate::onnx::{BuildError, Dim, Function, Scope, Value};
-use std::rc::Rc;
+use crate::onnx::{Dim, Operator, Scope, Value};
 
 /// Inputs: `left_kv [B, m, 2, G, La, d]`, `right_kv [B, m, 2, G, Lb, d]`, `keep_idx [B, K]` (rows of the merged sequence),
 /// `new_kv [B, n, 2, G, K, d]`, `prefix_length` and `suffix_length`, each `[1]`. Output: `kv [B, m + n, 2, G, K, d]`.
-///
-/// # Errors
-///
-/// The body is inconsistent.
-pub fn merge_cache() -> Result<Function, BuildError> {
-    let g = Scope::new("MergeCache", Rc::default());
+pub const MERGE_CACHE: Operator = Operator { name: "MergeCache", attributes: &[], body: merge_cache };
+
+fn merge_cache(g: &Scope) {
     let cache = |name: &str, layers: &str, rows: &str| {
         let shape = ["batch", layers, "2", "kv_heads", rows, "head"]
             .map(|dim| if dim == "2" { Dim::Known(2) } else { Dim::from(dim) });
@@ -22,9 +18,8 @@ pub fn merge_cache() -> Result<Function, BuildError> {
     let keep_idx = g.input("keep_idx", DType::I64, &["batch".into(), "keep".into()]);
     let new = cache("new_kv", "new_layers", "keep");
     let affixes = ["prefix_length", "suffix_length"].map(|name| g.input(name, DType::I64, &[1.into()]));
-    let merged = merge_rows(&g, &left, &right, 4, [&affixes[0], &affixes[1]]);
-    g.output("kv", &g.concat(&[&gather_planes(&g, &merged, &keep_idx), &new], 1));
-    Function::new("MergeCache", &[], &g)
+    let merged = merge_rows(g, &left, &right, 4, [&affixes[0], &affixes[1]]);
+    g.output("kv", &g.concat(&[&gather_planes(g, &merged, &keep_idx), &new], 1));
 }
 
 /// `concat((A.prefix + B.prefix) / 2, A.context, B.context, (A.suffix + B.suffix) / 2)` along `axis`.

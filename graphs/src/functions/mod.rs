@@ -9,10 +9,10 @@ mod merge_cache;
 mod swiglu;
 mod topk_prune;
 
-pub use attention::{cached_attention, causal_attention};
-pub use linear::linear;
-pub use merge_cache::merge_cache;
+pub use attention::{CACHED_ATTENTION, CAUSAL_ATTENTION};
+pub use linear::LINEAR;
+pub use merge_cache::MERGE_CACHE;
 pub(crate) use merge_cache::merge_rows;
-pub use swiglu::swiglu;
+pub use swiglu::SWIGLU;
+pub use topk_prune::TOPK_PRUNE;
 pub(crate) use topk_prune::last_row_logits;
-pub use topk_prune::topk_prune;

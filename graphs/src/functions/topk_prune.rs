@@ -1,8 +1,7 @@
 //! `TopKPrune`: HOMER's token reduction in the last layer of a node (methods: score, calibrate, keep the best, compact).
 
 use crate::dtype::DType;
-use crate::onnx::{BuildError, Dim, Function, Scope, Value};
-use std::rc::Rc;
+use crate::onnx::{Dim, Operator, Scope, Value};
 
 /// Inputs: `query_last [B, H, d]` and `key [B, G, L, d]` of the layer, both after rotation; `bias [nb]`, the layer's
 /// expected score by distance; `position_ids [B, L]`; `hidden [B, L, D]`; `kv [B, n, 2, G, L, d]`, the cache of all
@@ -14,12 +13,9 @@ use std::rc::Rc;
 ///
 /// Outputs: `keep_idx [B, K]`, `kept_hidden [B, K, D]`, `kept_position_ids [B, K]`, `kept_kv [B, n, 2, G, K, d]`,
 /// `scores [B, L]`, `metric [B, H, L]` (the logits of the last row).
-///
-/// # Errors
-///
-/// The body is inconsistent.
-pub fn topk_prune() -> Result<Function, BuildError> {
-    let g = Scope::new("TopKPrune", Rc::default());
+pub const TOPK_PRUNE: Operator = Operator { name: "TopKPrune", attributes: &["scale"], body: topk_prune };
+
+fn topk_prune(g: &Scope) {
     let dim = |name: &str| Dim::from(name);
     let [b, h, groups, l, d, n, width] = ["batch", "heads", "kv_heads", "length", "head", "layers", "width"].map(dim);
     let kept = dim("keep");
@@ -32,7 +28,7 @@ pub fn topk_prune() -> Result<Function, BuildError> {
     let [keep, prefix, suffix] =
         ["keep", "prefix_length", "suffix_length"].map(|name| g.input(name, DType::I64, &[1.into()]));
 
-    let metric = last_row_logits(&g, &query, &key, &g.attribute("scale"));
+    let metric = last_row_logits(g, &query, &key, &g.attribute("scale"));
     let distance = positions.last(1) - &positions;
     let scores = metric.reduce_max(1) - bias.gather(&distance);
 
@@ -47,10 +43,9 @@ pub fn topk_prune() -> Result<Function, BuildError> {
     g.output("keep_idx", &keep_idx);
     g.output("kept_hidden", &hidden.gather_rows(&keep_idx, 1));
     g.output("kept_position_ids", &positions.gather_rows(&keep_idx, 1));
-    g.output("kept_kv", &gather_planes(&g, &kv, &keep_idx));
+    g.output("kept_kv", &gather_planes(g, &kv, &keep_idx));
     g.output("scores", &scores);
     g.output("metric", &metric);
-    Function::new("TopKPrune", &["scale"], &g)
 }
 
 /// Rows `keep_idx [B, K]` of every plane of `kv [B, n, 2, G, L, d]`.

@@ -162,7 +162,7 @@ fn stage(
             let shape = [new.dim(0), (last + 1).into(), 2.into(), new.dim(3), new.dim(4), new.dim(5)];
             let inputs = [left, right, &keep_idx, new, &affixes.prefix, &affixes.suffix];
             let result = vec![(DType::F32, shape.to_vec())];
-            end.kv = Some(g.scope("merge").call(functions::merge_cache(), &inputs, vec![], result)[0].clone());
+            end.kv = Some(g.scope("merge").call(&functions::MERGE_CACHE, &inputs, vec![], result)[0].clone());
         }
         output(g, &end);
         g.output("keep_idx", &keep_idx);
@@ -209,7 +209,7 @@ impl Pruned {
             (DType::F32, vec![batch.clone(), rows.clone()]),
             (DType::F32, vec![batch, heads.into(), rows]),
         ];
-        let outputs = g.call(functions::topk_prune(), &inputs, vec![("scale", scale.into())], results);
+        let outputs = g.call(&functions::TOPK_PRUNE, &inputs, vec![("scale", scale.into())], results);
         g.tap("attn_out_hidden", &state.hidden);
         g.tap("keep_idx", &outputs[0]);
         g.tap("scores", &outputs[4]);

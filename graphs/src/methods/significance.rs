@@ -7,7 +7,7 @@ use crate::functions::last_row_logits;
 use crate::onnx::{Dim, Scope};
 
 /// Inputs `input_ids` and `position_ids [batch, length]`; output `scores [batch, N, length]`: for every layer the
-/// maximum over heads of the last row's attention logits, what [`crate::functions::topk_prune`] calls a raw score.
+/// maximum over heads of the last row's attention logits, what [`crate::functions::TOPK_PRUNE`] calls a raw score.
 pub fn probe(source: &Source) -> Scope {
     let g = source.graph("significance_probe");
     let arch = &source.arch;

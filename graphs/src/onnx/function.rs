@@ -2,21 +2,35 @@
 
 use super::{BuildError, DOMAIN, OPSET, Scope};
 use onnx_protobuf::{FunctionProto, OperatorSetIdProto};
+use std::rc::Rc;
 
-/// A function of the domain `ai.accordion`. A runtime that has a kernel of that name uses the kernel, any other one
-/// runs the body.
+/// An operator of the domain `ai.accordion`, with what builds its body. A runtime that has a kernel of that name uses the
+/// kernel, any other one runs the body.
+#[derive(Debug)]
+pub struct Operator {
+    /// Its name.
+    pub name: &'static str,
+    /// Names of its attributes.
+    pub attributes: &'static [&'static str],
+    /// Builds the body: the inputs and outputs of the graph are those of the operator.
+    pub body: fn(&Scope),
+}
+
+/// The model-local function of an [`Operator`].
 #[derive(Clone, Debug, PartialEq)]
-pub struct Function {
+pub(super) struct Function {
     proto: FunctionProto,
 }
 
 impl Function {
-    /// The function `name` whose inputs and outputs are those of the graph that `body` was built in.
+    /// Builds the body of `operator`.
     ///
     /// # Errors
     ///
     /// The body is inconsistent.
-    pub fn new(name: &str, attributes: &[&'static str], body: &Scope) -> Result<Self, BuildError> {
+    pub(super) fn new(operator: &Operator) -> Result<Self, BuildError> {
+        let body = Scope::new(operator.name, Rc::default());
+        (operator.body)(&body);
         if let Some(error) = body.take_error() {
             return Err(error);
         }
@@ -26,22 +40,17 @@ impl Function {
         domains.sort_unstable();
         domains.dedup();
         let proto = FunctionProto {
-            name: name.to_owned(),
+            name: operator.name.to_owned(),
             domain: DOMAIN.to_owned(),
             input: names(&graph.inputs),
             output: names(&graph.outputs),
-            attribute: attributes.iter().map(|&a| a.to_owned()).collect(),
+            attribute: operator.attributes.iter().map(|&a| a.to_owned()).collect(),
             // A function has no initializers: its constants are nodes.
             node: graph.constant_nodes().chain(graph.operator_nodes()).collect(),
             opset_import: domains.into_iter().map(opset).collect(),
             ..FunctionProto::default()
         };
         Ok(Self { proto })
-    }
-
-    /// Name of the operator.
-    pub fn name(&self) -> &str {
-        &self.proto.name
     }
 
     pub(super) fn proto(&self) -> &FunctionProto {

@@ -13,7 +13,7 @@ mod serialize;
 mod shape;
 
 pub use attribute::Attribute;
-pub use function::Function;
+pub use function::Operator;
 pub use scope::{Scope, Value};
 pub use serialize::{GraphSignature, Model, ValueInfo, tap_outputs};
 pub use shape::Dim;

@@ -1,6 +1,7 @@
 //! Scopes and values: the two handles a graph is built with.
 
-use super::{Attribute, BuildError, Dim, Function, shape};
+use super::function::{Function, Operator};
+use super::{Attribute, BuildError, Dim, shape};
 use crate::dtype::DType;
 use crate::weights::{WeightIndex, WeightRef};
 use std::cell::RefCell;
@@ -35,7 +36,7 @@ pub(super) struct GraphData {
     pub(super) taps: Vec<(String, usize)>,
     pub(super) linked: BTreeMap<String, (usize, WeightRef)>,
     pub(super) constants: Vec<(usize, Constant)>,
-    pub(super) functions: BTreeMap<String, Function>,
+    pub(super) functions: BTreeMap<&'static str, Function>,
     names_used: HashMap<String, usize>,
     error: Option<BuildError>,
 }
@@ -246,27 +247,25 @@ impl Scope {
         self.node_in("com.microsoft", op, inputs, attributes, results)
     }
 
-    /// A node that calls `function`, which becomes part of the model.
+    /// A node of `operator`, whose function becomes part of the model with the first one.
     pub fn call(
         &self,
-        function: Result<Function, BuildError>,
+        operator: &Operator,
         inputs: &[&Value],
         attributes: Vec<(&'static str, Attribute)>,
         results: Vec<(DType, Vec<Dim>)>,
     ) -> Vec<Value> {
-        let op = match function {
-            Ok(function) => {
-                let name = function.name().to_owned();
-                self.graph.borrow_mut().functions.entry(name.clone()).or_insert(function);
-                name
+        let known = self.graph.borrow().functions.contains_key(operator.name);
+        if !known {
+            match Function::new(operator) {
+                Ok(function) => {
+                    self.graph.borrow_mut().functions.insert(operator.name, function);
+                }
+                Err(error) => self.fail(error.to_string()),
             }
-            Err(error) => {
-                self.fail(error.to_string());
-                String::new()
-            }
-        };
+        }
         let inputs: Vec<Option<&Value>> = inputs.iter().map(|v| Some(*v)).collect();
-        self.node_in(super::DOMAIN, &op, &inputs, attributes, results)
+        self.node_in(super::DOMAIN, operator.name, &inputs, attributes, results)
     }
 
     fn new_value(&self, name: String, dtype: DType, shape: Vec<Dim>) -> Value {
