@@ -21,7 +21,7 @@ use accordion::runtime::Loader;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::taps::NoTaps;
-use accordion_graphs::architecture::{Architecture, Llama};
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 use accordion_graphs::plan::{OperationCount, PromptLengths};
@@ -96,13 +96,13 @@ fn memory_of_a_build(bundle: &Path, context: usize) -> anyhow::Result<u64> {
 /// What that process does.
 fn build_once(bundle: &Path, context: usize) -> anyhow::Result<()> {
     let bundle = Bundle::open(bundle)?;
-    let arch = bundle.llama()?;
+    let arch = bundle.architecture();
     let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
     let loader = OrtCpu::new(runtime, bundle.weights().clone(), &OrtOptions { fused_operators: true })?;
     let mut engines = Engines::new(&bundle, Box::new(loader));
-    let ids: Vec<u32> = (0..context).map(|i| (i * 31 % arch.vocab_size) as u32).collect();
+    let ids: Vec<u32> = (0..context).map(|i| (i * 31 % arch.vocab_size()) as u32).collect();
     let (plan, zeros) = plan(arch, context)?;
-    let bias: Vec<&[f32]> = vec![&zeros; arch.num_layers];
+    let bias: Vec<&[f32]> = vec![&zeros; arch.num_layers()];
     let width = number("--width", 1)?;
     compress(&mut engines, &plan, prompt(&ids, context), &bias, width, &mut NoTaps, &mut |_| {})?;
     println!("{}", peak_resident_bytes().context("this system does not tell the peak memory")?);
@@ -110,9 +110,9 @@ fn build_once(bundle: &Path, context: usize) -> anyhow::Result<()> {
 }
 
 /// The plan, and a table of zeros for it: the time does not depend on which tokens survive.
-fn plan(arch: &Llama, context: usize) -> anyhow::Result<(HomerPlan, Vec<f32>)> {
+fn plan(arch: &Architecture, context: usize) -> anyhow::Result<(HomerPlan, Vec<f32>)> {
     let lengths = PromptLengths { prefix: PREFIX, context: context - PREFIX - SUFFIX, suffix: SUFFIX };
-    let plan = HomerPlan::new(arch.num_layers, lengths, SETTINGS)?;
+    let plan = HomerPlan::new(arch.num_layers(), lengths, SETTINGS)?;
     let zeros = vec![0.0; plan.max_distance() + 1];
     Ok((plan, zeros))
 }
@@ -134,15 +134,15 @@ fn main() -> anyhow::Result<()> {
     let cache = Cache::from_environment()?;
     let folder = accordion::models::resolve(Path::new("smollm2-135m"), &cache, &mut |_| {})?;
     let checkpoint = Checkpoint::open(folder)?;
-    let Architecture::Llama(arch) = checkpoint.architecture().clone() else { anyhow::bail!("not a Llama") };
+    let arch = checkpoint.architecture().clone();
     let emma = cache.fetch(&asset::EMMA, &mut |_| {})?;
-    let ids = token_ids(&checkpoint, arch.vocab_size, emma.path())?;
+    let ids = token_ids(&checkpoint, arch.vocab_size(), emma.path())?;
     ensure!(ids.len() >= context.max(plain_context), "the text has {} tokens", ids.len());
 
     let (plan, zeros) = plan(&arch, context)?;
     let work = tempfile::tempdir_in(checkpoint.dir().parent().context("a checkpoint lies in a folder")?)?;
     let out = work.path().join("bundle");
-    let heights = tree_heights(arch.num_layers, SETTINGS, context)?;
+    let heights = tree_heights(arch.num_layers(), SETTINGS, context)?;
     let method = MethodSettings::Homer { settings: SETTINGS, tree_heights: heights, significance: None };
     let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: false };
     export(&checkpoint, &out, &options)?;
@@ -175,7 +175,7 @@ fn main() -> anyhow::Result<()> {
     let before = rates(&loader()?)?;
     let mut engines = Engines::new(&bundle, Box::new(loader()?));
     let prompt = prompt(&ids, context);
-    let bias: Vec<&[f32]> = vec![&zeros; arch.num_layers];
+    let bias: Vec<&[f32]> = vec![&zeros; arch.num_layers()];
 
     let mut builds = Vec::new();
     let mut state: Option<ContextState> = None;

@@ -5,13 +5,13 @@ use super::staging::Staging;
 use super::{BundleError, MANIFEST_FILE, SIGNIFICANCE_FILE};
 use crate::checkpoint::Checkpoint;
 use accordion_calibration::significance::{SignificanceTable, TableError};
-use accordion_graphs::architecture::Architecture;
+use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::methods::{self, Source};
-use accordion_graphs::onnx::Scope;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
+use accordion_graphs::plan::rcc::RccSettings;
+use accordion_graphs::plan::sharedllm::SharedLlmSettings;
 use accordion_graphs::plan::{PlanError, PromptLengths};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -39,7 +39,7 @@ pub enum WeightStorage {
 }
 
 /// The method to export, with what decides its graphs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum MethodSettings {
     /// The baseline.
     Plain,
@@ -52,6 +52,45 @@ pub enum MethodSettings {
         /// File of the significance table that goes into the bundle.
         significance: Option<PathBuf>,
     },
+    /// Recurrent context compression.
+    Rcc(RccSettings),
+    /// Context tree and self-injection.
+    SharedLlm(SharedLlmSettings),
+}
+
+impl MethodSettings {
+    /// The method as the manifest tells it, and its graphs.
+    fn graphs(&self, checkpoint: &Checkpoint, source: &Source) -> Result<(Method, methods::Graphs), BundleError> {
+        let misfit = |needs: &str| Err(BundleError::invalid(checkpoint.dir(), needs));
+        match self {
+            Self::Plain => Ok((Method::Plain, methods::plain::graphs(source))),
+            Self::Homer { settings, tree_heights, .. } => {
+                if !matches!(source.arch, Architecture::Llama(_)) {
+                    return misfit("homer is defined for models of the Llama family only");
+                }
+                let graphs = methods::homer::graphs(source, *settings, tree_heights)?;
+                Ok((Method::Homer { settings: *settings, tree_heights: tree_heights.clone() }, graphs))
+            }
+            Self::Rcc(settings) => {
+                let Some(Compressor::Rcc(model)) = checkpoint.compressor() else {
+                    return misfit("rcc needs a checkpoint with an encoder and maps, and this one has none");
+                };
+                settings.check()?;
+                settings.check_encoder(&model.encoder, source.arch.num_layers())?;
+                Ok((Method::Rcc { settings: *settings }, methods::rcc::graphs(source, model, *settings)))
+            }
+            Self::SharedLlm(settings) => {
+                let Some(Compressor::SharedLlm(model)) = checkpoint.compressor() else {
+                    return misfit(
+                        "sharedllm needs a checkpoint with a lower model and cross attention, and this one has none: \
+                         `accordion convert sharedllm` makes one of a Llama",
+                    );
+                };
+                let graphs = methods::sharedllm::graphs(source, model, *settings)?;
+                Ok((Method::SharedLlm { settings: *settings }, graphs))
+            }
+        }
+    }
 }
 
 /// What to export and how.
@@ -86,29 +125,18 @@ pub struct Exported {
 /// written; then nothing is left behind.
 pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> Result<Exported, BundleError> {
     let mut staging = Staging::create(out, options.force)?;
-    let Architecture::Llama(arch) = checkpoint.architecture() else {
-        return Err(BundleError::invalid(checkpoint.dir(), "only Llama-family models can be exported"));
-    };
-    if options.target == Target::OrtCpu && !arch.head_dim.is_multiple_of(ORT_HEAD_DIM_STEP) {
+    let arch = checkpoint.architecture();
+    if options.target == Target::OrtCpu && !arch.head_dim().is_multiple_of(ORT_HEAD_DIM_STEP) {
         let problem = format!(
             "head_dim is {}, target ort-cpu needs a multiple of {ORT_HEAD_DIM_STEP}: export with --target portable",
-            arch.head_dim
+            arch.head_dim()
         );
         return Err(BundleError::invalid(checkpoint.dir(), problem));
     }
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
     let locations = locations(checkpoint)?;
-    let (method, graphs) = match &options.method {
-        MethodSettings::Plain => {
-            (Method::Plain, BTreeMap::from([("decoder".to_owned(), methods::plain::decoder(&source))]))
-        }
-        MethodSettings::Homer { settings, tree_heights, .. } => {
-            let graphs = homer_graphs(&source, *settings, tree_heights)?;
-            (Method::Homer { settings: *settings, tree_heights: tree_heights.clone() }, graphs)
-        }
-    };
-    let mut manifest =
-        Manifest::new(method, options.target, checkpoint.architecture().clone(), checkpoint.fingerprint());
+    let (method, graphs) = options.method.graphs(checkpoint, &source)?;
+    let mut manifest = Manifest::new(method, options.target, checkpoint);
     for (name, graph) in graphs {
         let model = graph.finish(&locations)?;
         let file = format!("{name}.onnx");
@@ -129,7 +157,7 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
         }
     }
     if let MethodSettings::Homer { settings, significance: Some(table), .. } = &options.method {
-        manifest.significance = Some(place_table(&mut staging, table, &manifest, arch.num_layers, settings)?);
+        manifest.significance = Some(place_table(&mut staging, table, &manifest, arch.num_layers(), settings)?);
     }
     let json = serde_json::to_vec_pretty(&manifest).map_err(|e| BundleError::invalid(out, e.to_string()))?;
     staging.write(MANIFEST_FILE, &json)?;
@@ -195,27 +223,4 @@ pub fn tree_heights(
 /// Longest leaf, prefix and suffix included.
 fn leaf_chunk_len(settings: HomerSettings) -> usize {
     settings.max_initial_chunk_len.unwrap_or(settings.max_chunk_len)
-}
-
-/// The graphs of all stages of all heights; heights that share a layer range share its graph.
-fn homer_graphs(
-    source: &Source,
-    settings: HomerSettings,
-    heights: &[usize],
-) -> Result<BTreeMap<String, Scope>, BundleError> {
-    let mut graphs = BTreeMap::from([
-        ("decoder".to_owned(), methods::plain::decoder(source)),
-        ("head".to_owned(), methods::plain::output_head(source)),
-    ]);
-    for &height in heights {
-        let stages = HomerPlan::stage_layers(source.arch.num_layers, settings.layers_warmup, height)?;
-        for (level, layers) in stages.iter().enumerate() {
-            let name = methods::homer::graph_name(level, layers);
-            graphs.entry(name).or_insert_with(|| match level {
-                0 => methods::homer::leaf(source, layers),
-                _ => methods::homer::merge(source, layers),
-            });
-        }
-    }
-    Ok(graphs)
 }

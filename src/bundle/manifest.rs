@@ -1,12 +1,14 @@
 //! `bundle.json`: what a bundle holds and what it was made from.
 
 use super::BundleError;
-use crate::checkpoint::{config_json, from_config_json, identity_of};
+use crate::checkpoint::{Checkpoint, config_json, from_config_json, identity_of};
 use accordion_calibration::significance::ModelIdentity;
-use accordion_graphs::architecture::Architecture;
+use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::onnx::GraphSignature;
 use accordion_graphs::plan::homer::HomerSettings;
+use accordion_graphs::plan::rcc::RccSettings;
+use accordion_graphs::plan::sharedllm::SharedLlmSettings;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -25,7 +27,7 @@ const MAX_GRAPH_BYTES: u64 = 1 << 30;
 const MAX_HEADER_BYTES: u64 = 100 << 20;
 
 /// What the bundle does to a context.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
 pub enum Method {
     /// Nothing: the whole context through the model.
@@ -37,6 +39,17 @@ pub enum Method {
         /// Tree heights there are graphs for.
         tree_heights: Vec<usize>,
     },
+    /// Recurrent context compression.
+    Rcc {
+        /// What decides the graphs.
+        settings: RccSettings,
+    },
+    /// Context tree and self-injection.
+    #[serde(rename = "sharedllm")]
+    SharedLlm {
+        /// What decides the graphs.
+        settings: SharedLlmSettings,
+    },
 }
 
 impl Method {
@@ -45,6 +58,8 @@ impl Method {
         match self {
             Self::Plain => "plain",
             Self::Homer { .. } => "homer",
+            Self::Rcc { .. } => "rcc",
+            Self::SharedLlm { .. } => "sharedllm",
         }
     }
 }
@@ -62,8 +77,11 @@ pub struct Manifest {
     pub target: Target,
     /// Element type of weights and activations in the graphs.
     pub precision: String,
-    /// The model.
+    /// The decoder.
     pub architecture: Architecture,
+    /// What the checkpoint holds besides the decoder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compressor: Option<Compressor>,
     /// Hash that names the model: of its configuration and tensor layout.
     pub fingerprint: String,
     /// The weight files.
@@ -114,15 +132,16 @@ pub struct GraphEntry {
 
 impl Manifest {
     /// An empty manifest of this version.
-    pub(super) fn new(method: Method, target: Target, architecture: Architecture, fingerprint: String) -> Self {
+    pub(super) fn new(method: Method, target: Target, checkpoint: &Checkpoint) -> Self {
         Self {
             schema: SCHEMA.to_owned(),
             producer: format!("accordion {}", env!("CARGO_PKG_VERSION")),
             method,
             target,
             precision: "fp32".to_owned(),
-            architecture,
-            fingerprint,
+            architecture: checkpoint.architecture().clone(),
+            compressor: checkpoint.compressor().cloned(),
+            fingerprint: checkpoint.fingerprint(),
             weights: Vec::new(),
             graphs: BTreeMap::new(),
             significance: None,

@@ -63,7 +63,12 @@ impl Bundle {
         &self.manifest
     }
 
-    /// The model.
+    /// The decoder.
+    pub fn architecture(&self) -> &Architecture {
+        &self.manifest.architecture
+    }
+
+    /// The decoder, where only a Llama will do.
     ///
     /// # Errors
     ///

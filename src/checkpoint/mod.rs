@@ -34,7 +34,7 @@ pub use safetensors::read_index;
 pub use tokenizer::{TextStream, Tokenizer};
 
 use crate::tensor::Tensor;
-use accordion_graphs::architecture::{Architecture, RopeScaling};
+use accordion_graphs::architecture::{Architecture, Compressor, RopeScaling};
 use accordion_graphs::weights::WeightIndex;
 use fields::Fields;
 use sha2::{Digest, Sha256};
@@ -51,6 +51,7 @@ const MAX_CONFIG: u64 = 4 << 20;
 pub struct Checkpoint {
     dir: PathBuf,
     architecture: Architecture,
+    compressor: Option<Compressor>,
     vocab_size: usize,
     maps: WeightMaps,
     description: Sha256,
@@ -78,7 +79,7 @@ impl Checkpoint {
         let maps = WeightMaps::open(weights)?;
         let description = Sha256::new().chain_update(Sha256::digest(&text)).chain_update(headers.finalize());
         let vocab_size = model.vocab_size;
-        Ok(Self { dir, vocab_size, architecture: Architecture::Llama(model), maps, description })
+        Ok(Self { dir, vocab_size, architecture: Architecture::Llama(model), compressor: None, maps, description })
     }
 
     /// The same checkpoint under another rotary scaling than config.json has.
@@ -95,9 +96,14 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// What config.json says.
+    /// What config.json says of the decoder.
     pub fn architecture(&self) -> &Architecture {
         &self.architecture
+    }
+
+    /// What the checkpoint holds besides the decoder, if it was trained for a method.
+    pub fn compressor(&self) -> Option<&Compressor> {
+        self.compressor.as_ref()
     }
 
     /// Where every tensor lies.

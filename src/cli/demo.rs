@@ -214,8 +214,8 @@ impl<'a> Demo<'a> {
     fn answer(&mut self, text: &Path, extent: &Extent) -> anyhow::Result<(PlanSummary, GenerationRecord)> {
         let step = self.step(&format!("run {} --context ... --prompt \"{QUESTION}\"", self.bundle.display()));
         let bundle = Bundle::open(&self.bundle)?;
-        let arch = bundle.llama()?;
-        let tokenizer = Tokenizer::open(bundle.dir(), arch.vocab_size)?;
+        let arch = bundle.architecture();
+        let tokenizer = Tokenizer::open(bundle.dir(), arch.vocab_size())?;
         let mut context = encode_context(&tokenizer, &read_text(&text.to_string_lossy())?)?;
         context.truncate(self.arguments.context);
         let (prefix, suffix) = encode_affixes(&tokenizer, Framing::Chat { system: None }, QUESTION)?;
@@ -240,7 +240,7 @@ impl<'a> Demo<'a> {
         self.output.remark(format!(
             "  {} tokens, in a model trained for {}, compressed to {} in {compressed:.1} s; it answers:",
             grouped(total as u64),
-            grouped(arch.max_positions as u64),
+            grouped(arch.max_positions() as u64),
             grouped(kept as u64)
         ));
         let generation = self.stream(&mut engines, &tokenizer, &state, extent)?;
@@ -273,7 +273,7 @@ impl<'a> Demo<'a> {
             stop_strings: Vec::new(),
             max_tokens: extent.answer_tokens,
             continuation: Continuation::Next,
-            max_positions: engines.bundle().llama()?.max_positions,
+            max_positions: engines.bundle().architecture().max_positions(),
         };
         let mut on_event = |event: Event<'_>| {
             if let Event::Text(piece) = event {

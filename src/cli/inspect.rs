@@ -9,7 +9,7 @@ use super::text::table;
 use super::{Outcome, models};
 use accordion::bundle::{Bundle, MANIFEST_FILE};
 use accordion::checkpoint::{Checkpoint, gguf_facts};
-use accordion_graphs::architecture::Llama;
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::plan::PromptLengths;
 use clap::Args;
 use serde::Serialize;
@@ -62,7 +62,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     }
     if path.is_file() {
         let facts = gguf_facts(path)?;
-        let plan = lengths.map(|lengths| plan::plain(&facts.model, lengths)).transpose()?;
+        let plan = lengths.map(|lengths| plan::plain(&facts.model.clone().into(), lengths)).transpose()?;
         return print(path.clone(), checkpoint::describe_gguf(facts), plan, output);
     }
     let folder = models::folder(path, output)?;
@@ -87,25 +87,36 @@ fn facts(rows: &[(&str, String)]) -> String {
 }
 
 /// Lines about an architecture.
-fn architecture(model: &Llama) -> Vec<(&'static str, String)> {
-    let Llama { num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, .. } = model;
-    let biases = [(model.qkv_bias, "q, k, v"), (model.o_bias, "o"), (model.mlp_bias, "MLP")];
-    let biases: Vec<&str> = biases.into_iter().filter_map(|(has, name)| has.then_some(name)).collect();
-    let tied = if model.tie_word_embeddings { "tied to the output" } else { "with an output matrix of its own" };
+fn architecture(model: &Architecture) -> Vec<(&'static str, String)> {
+    let tied = if model.tie_word_embeddings() { "tied to the output" } else { "with an output matrix of its own" };
+    let [layers, hidden, inner] = [model.num_layers(), model.hidden_size(), model.intermediate_size()];
+    let [heads, groups, width] = [model.num_heads(), model.num_kv_heads(), model.head_dim()];
+    let rotated = if model.rotary_dims() == width {
+        String::new()
+    } else {
+        format!(", the first {} of {width} dimensions", model.rotary_dims())
+    };
+    let rope = accordion::checkpoint::rope_text(model.rope());
     let mut rows = vec![
-        ("layers", format!("{num_layers}, hidden {hidden_size}, MLP {intermediate_size}")),
-        ("heads", format!("{num_heads} query, {num_kv_heads} key/value, {head_dim} wide")),
-        ("vocabulary", format!("{}, {tied}", model.vocab_size)),
-        ("positions", format!("{}, rotary {}", model.max_positions, accordion::checkpoint::rope_text(&model.rope))),
+        ("layers", format!("{layers}, hidden {hidden}, MLP {inner}")),
+        ("heads", format!("{heads} query, {groups} key/value, {width} wide")),
+        ("vocabulary", format!("{}, {tied}", model.vocab_size())),
+        ("positions", format!("{}, rotary {rope}{rotated}", model.max_positions())),
     ];
-    rows.extend(model.sliding_window.map(|window| ("sliding window", format!("{window} tokens"))));
-    if !biases.is_empty() {
-        rows.push(("biases", biases.join(", ")));
+    rows.extend(model.sliding_window().map(|window| ("sliding window", format!("{window} tokens"))));
+    match model {
+        Architecture::Llama(model) => {
+            let biases = [(model.qkv_bias, "q, k, v"), (model.o_bias, "o"), (model.mlp_bias, "MLP")];
+            let biases: Vec<&str> = biases.into_iter().filter_map(|(has, name)| has.then_some(name)).collect();
+            if !biases.is_empty() {
+                rows.push(("biases", biases.join(", ")));
+            }
+        }
+        Architecture::GptNeox(model) => {
+            let halves = if model.parallel_residual { "side by side" } else { "one after the other" };
+            rows.push(("attention and MLP", halves.to_owned()));
+        }
+        _ => {}
     }
     rows
-}
-
-/// Bytes of keys and values that one token takes in an fp32 cache.
-fn kv_bytes_per_token(model: &Llama) -> u64 {
-    2 * (model.num_layers * model.num_kv_heads * model.head_dim * size_of::<f32>()) as u64
 }

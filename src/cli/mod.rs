@@ -10,6 +10,7 @@ mod export;
 mod fetch;
 mod import;
 mod inspect;
+mod method;
 mod models;
 mod output;
 mod profile;

@@ -1,6 +1,7 @@
 //! `accordion profile`.
 
 use super::common::{EngineArguments, parse_width};
+use super::method::MethodName;
 use super::output::Output;
 use super::text::{bytes, grouped, table};
 use super::{Outcome, report::write_aside};
@@ -9,6 +10,8 @@ use accordion::checkpoint::Tokenizer;
 use accordion::environment::Provenance;
 use accordion::pipeline::compress::{Compression, Homer, Significance};
 use accordion::pipeline::prompt::{PromptIds, encode_context, read_text};
+use accordion::pipeline::rcc::Rcc;
+use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::profile::ceilings::Ceilings;
 use accordion::profile::load::busy_share;
 use accordion::profile::measure::{Effort, Step, measure, random_tokens, work};
@@ -16,8 +19,9 @@ use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow};
 use accordion::profile::stats::Protocol;
 use accordion::report::{Report, render};
 use accordion_graphs::plan::PromptLengths;
+use accordion_graphs::plan::sharedllm::ChunkPolicy;
 use anyhow::{Context, bail};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -90,12 +94,6 @@ struct ProtocolArguments {
     budget: f64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum MethodName {
-    Homer,
-    Plain,
-}
-
 fn parse_seconds(text: &str) -> Result<f64, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.0..=1e6).contains(seconds));
     seconds.ok_or_else(|| "expected a number of seconds from 0 to 1000000".to_owned())
@@ -142,9 +140,9 @@ impl Arguments {
     /// The configurations, each one checked to be possible before any is measured.
     fn cases(&self, bundle: &Bundle) -> anyhow::Result<Vec<Case>> {
         let exported = &bundle.manifest().method;
-        let methods = match (&self.methods[..], exported) {
-            ([], Method::Homer { .. }) => vec![MethodName::Homer, MethodName::Plain],
-            ([], Method::Plain) => vec![MethodName::Plain],
+        let methods = match (&self.methods[..], MethodName::of(bundle)) {
+            ([], method @ (MethodName::Plain | MethodName::SharedLlm)) => vec![method],
+            ([], method) => vec![method, MethodName::Plain],
             (given, _) => given.to_vec(),
         };
         let mut cases = Vec::new();
@@ -157,16 +155,19 @@ impl Arguments {
                 if *method == MethodName::Plain && self.plain_up_to.is_some_and(|longest| context > longest) {
                     continue;
                 }
-                let compression = match (method, exported) {
-                    (MethodName::Plain, _) => Compression::Plain { allow_overlong: true },
-                    (MethodName::Homer, Method::Homer { settings, .. }) => {
+                let compression = match (MethodName::choose(Some(*method), bundle)?, exported) {
+                    (MethodName::Plain, _) | (_, Method::Plain) => Compression::Plain { allow_overlong: true },
+                    (_, Method::Homer { settings, .. }) => {
                         // Which tokens are kept makes no difference to the time.
                         let significance = Some(Significance::Uncalibrated);
                         Compression::Homer(Homer { settings: *settings, significance, width: self.width })
                     }
-                    (MethodName::Homer, Method::Plain) => {
-                        bail!("{} was exported for plain: it has no graphs for --methods homer", bundle.dir().display())
-                    }
+                    (_, Method::Rcc { settings }) => Compression::Rcc(Rcc { settings: *settings, width: self.width }),
+                    (_, Method::SharedLlm { settings }) => Compression::SharedLlm(SharedLlm {
+                        settings: *settings,
+                        policy: ChunkPolicy::FineTuning,
+                        width: self.width,
+                    }),
                 };
                 work(bundle, &compression, lengths)?;
                 cases.push(Case { compression, lengths });
@@ -184,7 +185,7 @@ impl Arguments {
         }
         let loader = self.engine.loader(bundle, output)?;
         let threads = threads(output);
-        let max_positions = bundle.llama()?.max_positions;
+        let max_positions = bundle.architecture().max_positions();
         let mut ceilings: Vec<(usize, Ceilings)> = Vec::new();
         let mut measurements = Vec::new();
         for case in cases {
@@ -311,7 +312,7 @@ impl Arguments {
 
     /// As many tokens as the prompt has: random, or of the text, from the start again where it ends.
     fn tokens(&self, bundle: &Bundle, lengths: PromptLengths) -> anyhow::Result<Vec<u32>> {
-        let vocab_size = bundle.llama()?.vocab_size;
+        let vocab_size = bundle.architecture().vocab_size();
         let Some(path) = &self.text else { return Ok(random_tokens(vocab_size, lengths.total(), SEED)) };
         let tokenizer = Tokenizer::open(bundle.dir(), vocab_size)?;
         let ids = encode_context(&tokenizer, &read_text(path)?).with_context(|| format!("--text {path}"))?;

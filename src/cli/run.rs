@@ -2,6 +2,7 @@
 
 use super::Outcome;
 use super::common::{EngineArguments, HomerArguments, parse_width};
+use super::method::MethodName;
 use super::output::Output;
 use accordion::bundle::{Bundle, Method};
 use accordion::checkpoint::Tokenizer;
@@ -10,12 +11,15 @@ use accordion::pipeline::decode::Continuation;
 use accordion::pipeline::generate::{Event, Generation, GenerationSettings, Recompression, generate};
 use accordion::pipeline::prompt::{Framing, PromptIds, encode_affixes, encode_context, read_text};
 use accordion::pipeline::question::with_suffix;
+use accordion::pipeline::rcc::Rcc;
 use accordion::pipeline::sampling::SamplingSettings;
+use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::pipeline::stop::StopReason;
 use accordion::pipeline::{ContextState, Engines};
 use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::plan::PromptLengths;
-use anyhow::{Context, bail, ensure};
+use accordion_graphs::plan::sharedllm::ChunkPolicy;
+use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -48,14 +52,6 @@ pub(crate) struct Arguments {
     homer: HomerArguments,
     #[command(flatten)]
     engine: EngineArguments,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum MethodName {
-    /// Nothing: the whole context through the model
-    Plain,
-    /// Hierarchical context merging
-    Homer,
 }
 
 /// What is written around the context.
@@ -151,12 +147,12 @@ struct Report<'a> {
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
     let bundle = Bundle::open(&arguments.bundle)?;
-    let arch = bundle.llama()?;
+    let arch = bundle.architecture();
     let compression = compression(arguments, &bundle)?;
-    let max_positions = if arguments.compression.allow_overlong { usize::MAX } else { arch.max_positions };
+    let max_positions = if arguments.compression.allow_overlong { usize::MAX } else { arch.max_positions() };
     let settings = settings(&arguments.generation, max_positions);
     settings.check()?;
-    let tokenizer = Tokenizer::open(bundle.dir(), arch.vocab_size)?;
+    let tokenizer = Tokenizer::open(bundle.dir(), arch.vocab_size())?;
     let prompts = prompts(arguments, &tokenizer)?;
     check_recompressions(arguments, &bundle, &compression, &prompts)?;
 
@@ -254,35 +250,35 @@ fn remark_end(generation: &Generation, output: &Output) {
 /// The method, as the bundle and the flags say.
 fn compression(arguments: &Arguments, bundle: &Bundle) -> anyhow::Result<Compression> {
     let CompressionArguments { table, width, recompress_every, allow_overlong } = &arguments.compression;
-    let exported = match &bundle.manifest().method {
-        Method::Plain => None,
-        Method::Homer { settings, .. } => Some(*settings),
-    };
-    let plain = arguments.method == Some(MethodName::Plain);
-    match exported {
-        Some(settings) if !plain => {
-            ensure!(!allow_overlong, "--allow-overlong is for --method plain: homer keeps positions small by itself");
+    let method = MethodName::choose(arguments.method, bundle)?;
+    let homer = method == MethodName::Homer;
+    ensure!(homer || table.is_none(), "--table is for homer, and the method is {}", method.name());
+    ensure!(
+        method == MethodName::Plain || !allow_overlong,
+        "--allow-overlong is for --method plain: {} keeps positions small by itself",
+        method.name()
+    );
+    ensure!(
+        method != MethodName::Plain || recompress_every.is_none(),
+        "--recompress-every needs a method that compresses, and the method is plain"
+    );
+    let width = *width;
+    Ok(match &bundle.manifest().method {
+        _ if method == MethodName::Plain => Compression::Plain { allow_overlong: *allow_overlong },
+        Method::Plain => Compression::Plain { allow_overlong: *allow_overlong },
+        Method::Homer { settings, .. } => {
             let significance = match table {
                 Some(path) if path == Path::new("none") => Some(Significance::Uncalibrated),
                 Some(path) => Some(Significance::Table(Box::new(SignificanceTable::load(path)?))),
                 None => bundle.significance()?.map(|table| Significance::Table(Box::new(table))),
             };
-            let settings = arguments.homer.overriding(settings);
-            Ok(Compression::Homer(Homer { settings, significance, width: *width }))
+            Compression::Homer(Homer { settings: arguments.homer.overriding(*settings), significance, width })
         }
-        None if arguments.method == Some(MethodName::Homer) => bail!(
-            "{} was exported for plain; export it with `accordion export homer` to run it with --method homer",
-            bundle.dir().display()
-        ),
-        _ => {
-            ensure!(table.is_none(), "--table is for homer, and the method is plain");
-            ensure!(
-                recompress_every.is_none(),
-                "--recompress-every needs a method that compresses, and the method is plain"
-            );
-            Ok(Compression::Plain { allow_overlong: *allow_overlong })
+        Method::Rcc { settings } => Compression::Rcc(Rcc { settings: *settings, width }),
+        Method::SharedLlm { settings } => {
+            Compression::SharedLlm(SharedLlm { settings: *settings, policy: ChunkPolicy::FineTuning, width })
         }
-    }
+    })
 }
 
 fn settings(arguments: &GenerationArguments, max_positions: usize) -> GenerationSettings {

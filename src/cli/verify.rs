@@ -138,6 +138,7 @@ fn against_reference(path: &Path, arguments: &Arguments, output: &Output) -> any
     let (lengths, mut findings) = match bundle.manifest().method.clone() {
         Method::Plain => plain(&bundle, arguments, output)?,
         Method::Homer { settings, tree_heights } => homer(&bundle, settings, &tree_heights, arguments, output)?,
+        Method::Rcc { .. } | Method::SharedLlm { .. } => anyhow::bail!("verify does not know this method"),
     };
     findings.taps.splice(0..0, weights);
     let subject = subject(&bundle, lengths);

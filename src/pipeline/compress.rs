@@ -1,6 +1,8 @@
 //! A prompt to a context state, by whichever method.
 
 use super::prompt::PromptIds;
+use super::rcc::Rcc;
+use super::sharedllm::SharedLlm;
 use super::{ContextState, Engines, PipelineError, homer, plain};
 use crate::bundle::Bundle;
 use crate::taps::NoTaps;
@@ -19,6 +21,10 @@ pub enum Compression {
     },
     /// Hierarchical context merging.
     Homer(Homer),
+    /// Recurrent context compression.
+    Rcc(Rcc),
+    /// Context tree and self-injection.
+    SharedLlm(SharedLlm),
 }
 
 /// HOMER's settings for one run.
@@ -47,6 +53,8 @@ impl Compression {
         match self {
             Self::Plain { .. } => "plain",
             Self::Homer(_) => "homer",
+            Self::Rcc(_) => "rcc",
+            Self::SharedLlm(_) => "sharedllm",
         }
     }
 
@@ -58,13 +66,15 @@ impl Compression {
     pub fn check(&self, bundle: &Bundle, lengths: PromptLengths) -> Result<(), PipelineError> {
         match self {
             Self::Plain { allow_overlong } => {
-                let (length, max_positions) = (lengths.total(), bundle.llama()?.max_positions);
+                let (length, max_positions) = (lengths.total(), bundle.architecture().max_positions());
                 if length > max_positions && !allow_overlong {
                     return Err(PipelineError::Overlong { length, max_positions });
                 }
                 Ok(())
             }
             Self::Homer(homer) => homer.plan(bundle, lengths).map(drop),
+            Self::Rcc(rcc) => rcc.plan(bundle, lengths).map(drop),
+            Self::SharedLlm(shared) => shared.plan(bundle, lengths).map(drop),
         }
     }
 
@@ -86,6 +96,8 @@ impl Compression {
                 plain::prefill(engines, &ids, |done| on_progress(done, ids.len()))
             }
             Self::Homer(homer) => homer.compress(engines, prompt, on_progress),
+            Self::Rcc(rcc) => rcc.compress(engines, prompt, on_progress),
+            Self::SharedLlm(shared) => shared.compress(engines, prompt, on_progress),
         }
     }
 }
@@ -97,8 +109,8 @@ impl Homer {
     ///
     /// There is none, or the bundle or the significance table does not fit it.
     pub fn plan(&self, bundle: &Bundle, lengths: PromptLengths) -> Result<HomerPlan, PipelineError> {
-        let arch = bundle.llama()?;
-        let plan = HomerPlan::new(arch.num_layers, lengths, self.settings)?;
+        let arch = bundle.architecture();
+        let plan = HomerPlan::new(arch.num_layers(), lengths, self.settings)?;
         for (height, layers) in plan.layers.iter().enumerate() {
             let graph = graph_name(height, layers);
             if bundle.signature(&graph).is_none() {
@@ -111,7 +123,7 @@ impl Homer {
                 Some(Significance::Uncalibrated) => {}
                 Some(Significance::Table(table)) => {
                     table.check_matches(&bundle.manifest().identity())?;
-                    table.covers(arch.num_layers, plan.max_distance())?;
+                    table.covers(arch.num_layers(), plan.max_distance())?;
                 }
             }
         }
@@ -125,7 +137,7 @@ impl Homer {
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<ContextState, PipelineError> {
         let plan = self.plan(engines.bundle(), prompt.lengths())?;
-        let layers = engines.bundle().llama()?.num_layers;
+        let layers = engines.bundle().architecture().num_layers();
         let zero = vec![0.0; plan.max_distance() + 1];
         let bias: Vec<&[f32]> = match &self.significance {
             Some(Significance::Table(table)) if table.num_layers() >= layers => {

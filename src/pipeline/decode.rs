@@ -1,9 +1,9 @@
 //! The decoder: feeds tokens behind a context, whichever method filled the cache.
 
-use super::{ContextState, Engines, PipelineError};
+use super::{ContextState, Engines, Injected, PipelineError};
 use crate::runtime::InPlace;
 use crate::tensor::Tensor;
-use accordion_graphs::architecture::Llama;
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 
 /// Name of the decoder's graph.
@@ -49,6 +49,7 @@ pub struct Sequence {
     length: usize,
     next_position: i64,
     names: CacheNames,
+    injected: Option<Injected>,
 }
 
 impl Sequence {
@@ -58,23 +59,24 @@ impl Sequence {
     ///
     /// The bundle's model is not supported.
     pub fn new(engines: &Engines<'_>, capacity: usize) -> Result<Self, PipelineError> {
-        let arch = engines.bundle().llama()?;
+        let arch = engines.bundle().architecture();
         let cache = match engines.bundle().manifest().target {
             Target::OrtCpu => Cache::Reserved { capacity, buffers: reserve(arch, capacity) },
             Target::Portable => {
-                let empty = || Tensor::from_f32([1, arch.num_kv_heads, 0, arch.head_dim], Vec::new());
+                let empty = || Tensor::from_f32([1, arch.num_kv_heads(), 0, arch.head_dim()], Vec::new());
                 Cache::Growing(
-                    (0..arch.num_layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_, PipelineError>>()?,
+                    (0..arch.num_layers()).map(|_| Ok([empty()?, empty()?])).collect::<Result<_, PipelineError>>()?,
                 )
             }
         };
         Ok(Self {
-            groups: arch.num_kv_heads,
-            head_dim: arch.head_dim,
+            groups: arch.num_kv_heads(),
+            head_dim: arch.head_dim(),
             cache,
             length: 0,
             next_position: 0,
-            names: CacheNames::new(arch.num_layers),
+            names: CacheNames::new(arch.num_layers()),
+            injected: None,
         })
     }
 
@@ -91,6 +93,7 @@ impl Sequence {
     ) -> Result<Self, PipelineError> {
         let mut sequence = Self::new(engines, state.len() + extra)?;
         sequence.length = state.len();
+        sequence.injected.clone_from(&state.injected);
         sequence.next_position = state.last_position + i64::from(continuation == Continuation::Next);
         match &mut sequence.cache {
             Cache::Growing(cache) => cache.clone_from(&state.cache),
@@ -143,19 +146,30 @@ impl Sequence {
         rows: usize,
         taps: &[&str],
     ) -> Result<(Tensor, Vec<Tensor>), PipelineError> {
-        let arch = engines.bundle().llama()?;
+        let arch = engines.bundle().architecture();
         let new = ids.len();
-        if let Some(window) = arch.sliding_window.filter(|&window| self.length + new > window) {
+        if let Some(window) = arch.sliding_window().filter(|&window| self.length + new > window) {
             return Err(PipelineError::SlidingWindow { length: self.length + new, window });
         }
         self.make_room(new);
-        let input_ids = token_tensor(ids, arch.vocab_size)?;
+        let input_ids = token_tensor(ids, arch.vocab_size())?;
         let positions: Vec<i64> = (self.next_position..).take(new).collect();
         let positions = Tensor::from_i64([1, new], positions)?;
         let keep = Tensor::from_i64([1], vec![rows as i64])?;
         let past_length = Tensor::from_i64([1], vec![self.length as i64])?;
         let engine = engines.get(DECODER, taps)?;
         let mut inputs = vec![("input_ids", &input_ids), ("position_ids", &positions), ("num_logits_to_keep", &keep)];
+        let injected_names: Vec<[String; 2]> = self
+            .injected
+            .iter()
+            .flat_map(|injected| {
+                (0..injected.layers.len()).map(|l| ["key", "value"].map(|part| format!("injected.{l}.{part}")))
+            })
+            .collect();
+        for ([key_name, value_name], layer) in injected_names.iter().zip(self.injected.iter().flat_map(|i| &i.layers)) {
+            let key = if new == 1 { layer.single_key.as_ref().unwrap_or(&layer.key) } else { &layer.key };
+            inputs.extend([(key_name.as_str(), key), (value_name.as_str(), &layer.value)]);
+        }
         let mut outputs = vec!["logits"];
         outputs.extend(taps);
         let mut results = match &mut self.cache {
@@ -228,7 +242,7 @@ impl Sequence {
             }
         };
         let position_ids = (self.next_position - self.length as i64..self.next_position).collect();
-        Ok(ContextState { cache, position_ids, last_position: self.next_position - 1, logits })
+        Ok(ContextState { cache, position_ids, last_position: self.next_position - 1, logits, injected: self.injected })
     }
 
     /// The keys and values so far, `[1, G, length, d]` per layer.
@@ -251,9 +265,9 @@ impl Sequence {
     }
 }
 
-fn reserve(arch: &Llama, capacity: usize) -> Vec<[Vec<f32>; 2]> {
-    let elements = arch.num_kv_heads * capacity * arch.head_dim;
-    (0..arch.num_layers).map(|_| [vec![0.0; elements], vec![0.0; elements]]).collect()
+fn reserve(arch: &Architecture, capacity: usize) -> Vec<[Vec<f32>; 2]> {
+    let elements = arch.num_kv_heads() * capacity * arch.head_dim();
+    (0..arch.num_layers()).map(|_| [vec![0.0; elements], vec![0.0; elements]]).collect()
 }
 
 /// Token ids as an input `[1, ids]`.

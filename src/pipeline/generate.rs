@@ -133,7 +133,7 @@ pub fn generate(
     recompression: Option<Recompression<'_>>,
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Generation, GenerateError> {
-    let eos_token_ids = engines.bundle().llama().map_err(PipelineError::from)?.eos_token_ids.as_slice();
+    let eos_token_ids = engines.bundle().architecture().eos_token_ids();
     let start = |engines: &Engines<'_>, state: &ContextState| {
         let extra = settings.max_tokens.min(RESERVED_ROWS);
         let sequence = Sequence::continue_from(engines, state, extra, settings.continuation)?;

@@ -8,7 +8,7 @@ use super::decode::token_tensor;
 use super::{ContextState, Engines, PipelineError};
 use crate::taps::TapSink;
 use crate::tensor::Tensor;
-use accordion_graphs::architecture::Llama;
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::methods::homer::graph_name;
 use accordion_graphs::onnx::ValueInfo;
 use accordion_graphs::plan::homer::{HomerNode, HomerPlan};
@@ -39,7 +39,7 @@ struct Finished {
 
 struct Walk<'a, 'e, 'b> {
     engines: &'e mut Engines<'b>,
-    arch: &'a Llama,
+    arch: &'a Architecture,
     plan: &'a HomerPlan,
     prompt: Prompt<'a>,
     bias: Bias<'a>,
@@ -65,7 +65,7 @@ pub fn compress(
     on_node: &mut dyn FnMut(&HomerNode),
 ) -> Result<ContextState, PipelineError> {
     let bundle = engines.bundle();
-    let arch = bundle.llama()?;
+    let arch = bundle.architecture();
     check_window(plan, arch)?;
     check_table(plan, bias)?;
     let root = plan.nodes.len() - 1;
@@ -74,9 +74,9 @@ pub fn compress(
     walk.into_state(&finished)
 }
 
-fn check_window(plan: &HomerPlan, arch: &Llama) -> Result<(), PipelineError> {
+fn check_window(plan: &HomerPlan, arch: &Architecture) -> Result<(), PipelineError> {
     let length = plan.nodes.iter().map(|n| n.in_len).max().unwrap_or(0);
-    match arch.sliding_window {
+    match arch.sliding_window() {
         Some(window) if length > window => Err(PipelineError::SlidingWindow { length, window }),
         _ => Ok(()),
     }
@@ -233,7 +233,7 @@ impl Walk<'_, '_, '_> {
             ids.extend_from_slice(suffix);
             positions.extend(self.plan.leaf_positions(leaf));
         }
-        let ids = token_tensor(&ids, self.arch.vocab_size)?.reshaped([nodes.len(), length])?;
+        let ids = token_tensor(&ids, self.arch.vocab_size())?.reshaped([nodes.len(), length])?;
         Ok(vec![("input_ids", ids), ("position_ids", Tensor::from_i64([nodes.len(), length], positions)?)])
     }
 
@@ -287,7 +287,7 @@ impl Walk<'_, '_, '_> {
                 let planes = entry(&kv, l)?;
                 Ok([planes.rows(0..1).reshaped(shape.as_slice())?, planes.rows(1..2).reshaped(shape.as_slice())?])
             };
-            (0..self.arch.num_layers).map(layer).collect::<Result<_, _>>()?
+            (0..self.arch.num_layers()).map(layer).collect::<Result<_, _>>()?
         };
         if self.taps.wants("prefix.last_hidden") {
             self.taps.record("prefix.last_hidden", entry(&root.hidden, 0)?);
@@ -314,6 +314,7 @@ impl Walk<'_, '_, '_> {
             last_position: position_ids.last().copied().unwrap_or(0),
             position_ids,
             logits: logits.rows(last..last + 1).to_f32(),
+            injected: None,
         })
     }
 }

@@ -10,11 +10,13 @@ pub mod homer;
 pub mod plain;
 pub mod prompt;
 pub mod question;
+pub mod rcc;
 pub mod sampling;
+pub mod sharedllm;
 pub mod significance;
 mod state;
 pub mod stop;
 
 pub use engines::Engines;
 pub use error::PipelineError;
-pub use state::ContextState;
+pub use state::{ContextState, Injected, InjectedLayer};

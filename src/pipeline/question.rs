@@ -30,6 +30,7 @@ pub fn with_suffix(
         position_ids: state.position_ids[..kept].to_vec(),
         last_position: state.last_position - suffix_len as i64,
         logits: Vec::new(),
+        injected: state.injected.clone(),
     };
     let mut sequence = Sequence::continue_from(engines, &context, suffix.len(), Continuation::Next)?;
     let start = sequence.next_position();

@@ -95,7 +95,7 @@ pub fn calibrate(
     let mut estimator = SignificanceEstimator::new(arch.num_layers, window_len - 1)?;
 
     let weights = Rc::new(checkpoint.weights().clone());
-    let source = Source { arch: arch.clone(), weights, target: Target::OrtCpu };
+    let source = Source { arch: checkpoint.architecture().clone(), weights, target: Target::OrtCpu };
     // The loader finds weights by name, but the runtime insists that the files are where the graph says.
     let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let locations: Vec<String> = checkpoint.weights().files().iter().map(name).collect();

@@ -12,8 +12,29 @@ pub struct ContextState {
     pub position_ids: Vec<i64>,
     /// Position of the last prompt token: a continuation starts behind it.
     pub last_position: i64,
-    /// Logits `[V]` that predict the first token of the continuation.
+    /// Logits `[V]` that predict the first token of the continuation; none where no prompt was read behind the context.
     pub logits: Vec<f32>,
+    /// What the bottom layers attend to besides the cache.
+    pub injected: Option<Injected>,
+}
+
+/// Keys and values of a compressed context that the decoder's bottom layers attend to by cross attention. They are read,
+/// never appended to.
+#[derive(Debug, Clone)]
+pub struct Injected {
+    /// One per injected layer, from the bottom.
+    pub layers: Vec<InjectedLayer>,
+}
+
+/// The injected keys and values of one layer, `[1, G, rows, d]`.
+#[derive(Debug, Clone)]
+pub struct InjectedLayer {
+    /// Keys, rotated against queries that are not rotated.
+    pub key: Tensor,
+    /// The same for calls of a single token, where these rotate by another angle.
+    pub single_key: Option<Tensor>,
+    /// Values.
+    pub value: Tensor,
 }
 
 impl ContextState {
@@ -27,8 +48,10 @@ impl ContextState {
         self.position_ids.is_empty()
     }
 
-    /// Bytes of keys and values.
+    /// Bytes of keys and values, injected ones included.
     pub fn cache_bytes(&self) -> u64 {
-        self.cache.iter().flatten().map(|t| t.bytes().len() as u64).sum()
+        let injected = self.injected.iter().flat_map(|injected| &injected.layers);
+        let injected = injected.flat_map(|layer| [Some(&layer.key), layer.single_key.as_ref(), Some(&layer.value)]);
+        self.cache.iter().flatten().chain(injected.flatten()).map(|t| t.bytes().len() as u64).sum()
     }
 }

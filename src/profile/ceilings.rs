@@ -10,7 +10,7 @@ use super::stats::{Protocol, measure, monotonic};
 use crate::bundle::Bundle;
 use crate::runtime::{Engine, Loader};
 use crate::tensor::Tensor;
-use accordion_graphs::architecture::Llama;
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::functions;
@@ -51,7 +51,7 @@ impl Ceilings {
     ///
     /// The model is not supported, or the runtime refuses or fails a graph.
     pub fn measure(loader: &dyn Loader, bundle: &Bundle, rows: usize, threads: usize) -> Result<Self, ProfileError> {
-        let arch = bundle.llama()?;
+        let arch = bundle.architecture();
         let rows = rows.max(1);
         let operations = OperationCount::layer(arch, rows, rows);
         let mut linear = Probe::linear(loader, bundle, arch, rows)?;
@@ -83,13 +83,13 @@ struct Probe {
 
 impl Probe {
     /// The seven linear layers of the model's first layer, fed from each other as their widths allow.
-    fn linear(loader: &dyn Loader, bundle: &Bundle, arch: &Llama, rows: usize) -> Result<Self, ProfileError> {
+    fn linear(loader: &dyn Loader, bundle: &Bundle, arch: &Architecture, rows: usize) -> Result<Self, ProfileError> {
         let g = Scope::new("linear_rate", Rc::new(bundle.weights().index().clone()));
-        let x = g.input("x", DType::F32, &["rows".into(), arch.hidden_size.into()]);
+        let x = g.input("x", DType::F32, &["rows".into(), arch.hidden_size().into()]);
         let layer = g.scope("model.layers.0");
         let (attn, mlp) = (layer.scope("self_attn"), layer.scope("mlp"));
-        let [hidden, inner] = [arch.hidden_size, arch.intermediate_size];
-        let [queries, keys] = [arch.num_heads, arch.num_kv_heads].map(|heads| heads * arch.head_dim);
+        let [hidden, inner] = [arch.hidden_size(), arch.intermediate_size()];
+        let [queries, keys] = [arch.num_heads(), arch.num_kv_heads()].map(|heads| heads * arch.head_dim());
         let weight =
             |block: &Scope, name: &str, from: usize, to: usize| block.scope(name).weight("weight", &[to, from]);
         let query = x.linear(&weight(&attn, "q_proj", hidden, queries), None);
@@ -109,12 +109,12 @@ impl Probe {
     }
 
     /// Causal attention of one sequence, as the graphs of the bundle's target have it.
-    fn attention(loader: &dyn Loader, bundle: &Bundle, arch: &Llama, rows: usize) -> Result<Self, ProfileError> {
+    fn attention(loader: &dyn Loader, bundle: &Bundle, arch: &Architecture, rows: usize) -> Result<Self, ProfileError> {
         let g = Scope::new("attention_rate", Rc::default());
-        let heads = [arch.num_heads, arch.num_kv_heads, arch.num_kv_heads];
+        let heads = [arch.num_heads(), arch.num_kv_heads(), arch.num_kv_heads()];
         let shape = |heads: usize| match bundle.manifest().target {
-            Target::Portable => vec![1, heads, rows, arch.head_dim],
-            Target::OrtCpu => vec![1, rows, heads * arch.head_dim],
+            Target::Portable => vec![1, heads, rows, arch.head_dim()],
+            Target::OrtCpu => vec![1, rows, heads * arch.head_dim()],
         };
         let shapes = heads.map(shape);
         let names = ["query", "key", "value"];
@@ -124,7 +124,7 @@ impl Probe {
             Target::Portable => q.causal_attention(&k, &v),
             Target::OrtCpu => {
                 let attributes = vec![("num_heads", heads[0].into()), ("kv_num_heads", heads[1].into())];
-                let cache = (DType::F32, dims(&[1, heads[1], rows, arch.head_dim]));
+                let cache = (DType::F32, dims(&[1, heads[1], rows, arch.head_dim()]));
                 let results = vec![(DType::F32, q.shape().to_vec()), cache.clone(), cache];
                 g.call(&functions::CAUSAL_ATTENTION, &[&q, &k, &v], attributes, results)[0].clone()
             }

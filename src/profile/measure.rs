@@ -57,7 +57,7 @@ pub fn work(
     lengths: PromptLengths,
 ) -> Result<(OperationCount, usize), ProfileError> {
     compression.check(bundle, lengths)?;
-    let arch = bundle.llama()?;
+    let arch = bundle.architecture();
     Ok(match compression {
         Compression::Plain { .. } => {
             (OperationCount::plain_prefill(arch, lengths.total()), lengths.total().min(plain::PREFILL_ROWS))
@@ -66,6 +66,7 @@ pub fn work(
             let plan = homer.plan(bundle, lengths)?;
             (plan.operations(arch), plan.nodes.iter().map(|node| node.in_len).max().unwrap_or(0))
         }
+        Compression::Rcc(_) | Compression::SharedLlm(_) => (OperationCount::default(), plain::PREFILL_ROWS),
     })
 }
 
@@ -155,6 +156,7 @@ fn settings(compression: &Compression) -> Vec<(String, String)> {
             listed.push(("width".to_owned(), width));
             listed
         }
+        Compression::Rcc(_) | Compression::SharedLlm(_) => Vec::new(),
     }
 }
 

@@ -1,12 +1,14 @@
-//! The pieces of a decoder, each one a formula: rotary angles, attention, the gated MLP, a layer.
+//! The pieces of a model, each one a formula: rotary angles, attention, the two halves of a layer.
 
 mod attention;
-mod layer;
 mod linear;
 pub mod rope;
+mod transformer;
+mod unflatten;
 
 pub use attention::{Attended, CachedRows, Rows};
-pub use layer::{embed, head, mlp_residual, unflatten};
+pub use transformer::{Residual, Transformer};
+pub use unflatten::unflatten;
 
 use serde::{Deserialize, Serialize};
 

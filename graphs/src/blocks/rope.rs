@@ -1,6 +1,6 @@
 //! Rotary angles of a sequence, once per graph.
 
-use crate::architecture::{Llama, Rope, RopeScaling};
+use crate::architecture::{Rope, RopeScaling};
 use crate::dtype::DType;
 use crate::onnx::{Scope, Value};
 use std::f64::consts::PI;
@@ -48,14 +48,14 @@ pub fn frequencies(rope: &Rope, head_dim: usize) -> (Vec<f64>, f64) {
     }
 }
 
-/// Angles for `positions [batch, sequence]`.
-pub fn angles(g: &Scope, arch: &Llama, positions: &Value) -> Angles {
+/// Angles of `rope` over `dims` dimensions for `positions [batch, sequence]`.
+pub fn angles(g: &Scope, rope: &Rope, dims: usize, positions: &Value) -> Angles {
     let g = g.scope("rotary");
-    let (frequencies, scale) = frequencies(&arch.rope, arch.head_dim);
+    let (frequencies, scale) = frequencies(rope, dims);
     let positions = positions.within(&g);
-    let frequencies = match arch.rope.scaling {
+    let frequencies = match rope.scaling {
         RopeScaling::Dynamic { factor, original_max_positions } => {
-            dynamic_frequencies(&g, arch, &positions, factor, original_max_positions)
+            dynamic_frequencies(&g, [rope.theta, dims as f64], &positions, factor, original_max_positions)
         }
         _ => g.floats(&frequencies.iter().map(|&f| f as f32).collect::<Vec<_>>()),
     };
@@ -69,11 +69,10 @@ pub fn angles(g: &Scope, arch: &Llama, positions: &Value) -> Angles {
 }
 
 /// Dynamic NTK: the base grows with the largest position once that passes the trained length.
-fn dynamic_frequencies(g: &Scope, arch: &Llama, positions: &Value, factor: f64, original: usize) -> Value {
-    let d = arch.head_dim as f64;
+fn dynamic_frequencies(g: &Scope, [theta, d]: [f64; 2], positions: &Value, factor: f64, original: usize) -> Value {
     let length = (positions.max_element() + g.int(1)).maximum(&g.int(original as i64)).cast(DType::F32);
     let growth = length * g.float((factor / original as f64) as f32) - g.float((factor - 1.0) as f32);
-    let base = growth.pow(&g.float((d / (d - 2.0)) as f32)) * g.float(arch.rope.theta as f32);
-    let exponents: Vec<f32> = (0..arch.head_dim / 2).map(|i| (-2.0 * i as f64 / d) as f32).collect();
+    let base = growth.pow(&g.float((d / (d - 2.0)) as f32)) * g.float(theta as f32);
+    let exponents: Vec<f32> = (0..(d / 2.0) as usize).map(|i| (-2.0 * i as f64 / d) as f32).collect();
     base.pow(&g.floats(&exponents))
 }

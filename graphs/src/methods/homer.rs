@@ -6,12 +6,32 @@
 //! `kept_position_ids [batch, keep]`, `kv [batch, n, 2, G, keep, d]` (the cache of all layers so far) and, if they have
 //! layers, `keep_idx [batch, keep]`.
 
-use super::Source;
-use crate::blocks::{Rows, embed, mlp_residual, unflatten};
+use super::{Graphs, Source, plain};
+use crate::blocks::{Residual, Rows, unflatten};
 use crate::dtype::DType;
 use crate::functions;
 use crate::onnx::{Dim, Scope, Value};
+use crate::plan::PlanError;
+use crate::plan::homer::{HomerPlan, HomerSettings};
 use std::ops::Range;
+
+/// The graphs of all stages of trees of all `heights`; heights that share a layer range share its graph.
+///
+/// # Errors
+///
+/// As [`HomerPlan::stage_layers`].
+pub fn graphs(source: &Source, settings: HomerSettings, heights: &[usize]) -> Result<Graphs, PlanError> {
+    let mut graphs = plain::graphs(source);
+    graphs.insert("head".to_owned(), plain::output_head(source));
+    for &height in heights {
+        let stages = HomerPlan::stage_layers(source.arch.num_layers(), settings.layers_warmup, height)?;
+        for (level, layers) in stages.iter().enumerate() {
+            let name = graph_name(level, layers);
+            graphs.entry(name).or_insert_with(|| if level == 0 { leaf(source, layers) } else { merge(source, layers) });
+        }
+    }
+    Ok(graphs)
+}
 
 /// The name of the graph that runs `layers` at tree height `level`.
 pub fn graph_name(level: usize, layers: &Range<usize>) -> String {
@@ -45,7 +65,7 @@ pub fn leaf(source: &Source, layers: &Range<usize>) -> Scope {
     let shape = [Dim::from("batch"), "length".into()];
     let [ids, positions] = ["input_ids", "position_ids"].map(|name| g.input(name, DType::I64, &shape));
     let affixes = Affixes::inputs(&g);
-    let embedded = embed(&g, &source.arch, &ids);
+    let embedded = source.decoder().embed(&g, &ids);
     let hidden = unflatten(&embedded, &positions);
     stage(&g, source, layers, &State { hidden, positions, kv: None }, None, &affixes);
     g
@@ -63,15 +83,15 @@ pub fn merge(source: &Source, layers: &Range<usize>) -> Scope {
             batch.clone(),
             layers.start.into(),
             2.into(),
-            arch.num_kv_heads.into(),
+            arch.num_kv_heads().into(),
             rows.clone(),
-            arch.head_dim.into(),
+            arch.head_dim().into(),
         ];
         State {
             hidden: g.input(
                 &format!("{side}.hidden"),
                 DType::F32,
-                &[batch.clone(), rows.clone(), arch.hidden_size.into()],
+                &[batch.clone(), rows.clone(), arch.hidden_size().into()],
             ),
             positions: g.input(&format!("{side}.position_ids"), DType::I64, &[batch, rows]),
             kv: Some(g.input(&format!("{side}.kv"), DType::F32, &kv)),
@@ -116,7 +136,7 @@ fn stage(
     children: Option<(&Value, &Value)>,
     affixes: &Affixes,
 ) {
-    let arch = &source.arch;
+    let (arch, model) = (&source.arch, source.decoder());
     g.tap("in_hidden", &state.hidden);
     g.tap("in_position_ids", &state.positions);
     if let Some(kv) = &state.kv {
@@ -128,14 +148,14 @@ fn stage(
     };
     let keep = g.input("keep", DType::I64, &[1.into()]);
     let bias = g.input("significance_bias", DType::F32, &["distances".into()]);
-    let rows = Rows::new(g, arch, source.target, &state.positions, None);
+    let rows = Rows::new(g, &model, &state.positions, None);
     let mut x = state.hidden.flatten_rows();
     let mut new_kv = Vec::with_capacity(2 * layers.len());
     let mut kept = None;
     for l in layers.clone() {
-        let layer = g.scope("model.layers").scope(l);
+        let layer = model.layer(g, l);
         let attended = rows.attend(&layer, &x, None);
-        x = attended.hidden;
+        let mut residual = attended.residual;
         new_kv.extend([attended.key.clone(), attended.value]);
         if l == last {
             let prune = g.scope("prune");
@@ -143,18 +163,18 @@ fn stage(
                 &prune,
                 source,
                 &State {
-                    hidden: unflatten(&x, &state.positions),
+                    hidden: unflatten(&residual.stream, &state.positions),
                     positions: state.positions.clone(),
-                    kv: Some(stack(&prune, arch.num_kv_heads, &new_kv)),
+                    kv: Some(stack(&prune, arch.num_kv_heads(), &new_kv)),
                 },
                 [&attended.query, &attended.key],
                 [&bias, &keep],
                 affixes,
             );
-            x = pruned.state.hidden.flatten_rows();
+            residual = Residual::from(pruned.state.hidden.flatten_rows());
             kept = Some(pruned);
         }
-        x = mlp_residual(&layer, arch, source.target, &x);
+        x = model.mlp_residual(&layer, &residual);
     }
     if let Some(Pruned { state: mut end, keep_idx }) = kept {
         end.hidden = unflatten(&x.within(g), &end.positions);
@@ -194,7 +214,7 @@ impl Pruned {
     ) -> Self {
         let arch = &source.arch;
         let [batch, rows] = [state.positions.dim(0), state.positions.dim(1)];
-        let [heads, groups, d] = [arch.num_heads, arch.num_kv_heads, arch.head_dim];
+        let [heads, groups, d] = [arch.num_heads(), arch.num_kv_heads(), arch.head_dim()];
         let query_last = query.within(g).last(1).reshape(&[batch.clone(), heads.into(), d.into()]);
         let scale = (1.0 / (d as f64).sqrt()) as f32;
         let kept = Dim::from("keep");
@@ -203,7 +223,7 @@ impl Pruned {
             [&query_last, key, bias, &state.positions, &state.hidden, kv, keep, &affixes.prefix, &affixes.suffix];
         let results = vec![
             (DType::I64, vec![batch.clone(), kept.clone()]),
-            (DType::F32, vec![batch.clone(), kept.clone(), arch.hidden_size.into()]),
+            (DType::F32, vec![batch.clone(), kept.clone(), arch.hidden_size().into()]),
             (DType::I64, vec![batch.clone(), kept.clone()]),
             (DType::F32, vec![batch.clone(), kv.dim(1), 2.into(), groups.into(), kept, d.into()]),
             (DType::F32, vec![batch.clone(), rows.clone()]),

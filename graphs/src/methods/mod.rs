@@ -2,19 +2,25 @@
 
 pub mod homer;
 pub mod plain;
+pub mod rcc;
+pub mod sharedllm;
 pub mod significance;
 
-use crate::architecture::Llama;
-use crate::blocks::Target;
+use crate::architecture::Architecture;
+use crate::blocks::{Target, Transformer};
 use crate::onnx::Scope;
 use crate::weights::WeightIndex;
+use std::collections::BTreeMap;
 use std::rc::Rc;
+
+/// The graphs of a method, by name.
+pub type Graphs = BTreeMap<String, Scope>;
 
 /// What every graph of a method is built from.
 #[derive(Clone)]
 pub struct Source {
-    /// The model.
-    pub arch: Llama,
+    /// The decoder.
+    pub arch: Architecture,
     /// Its tensors.
     pub weights: Rc<WeightIndex>,
     /// What runtime the graphs are for.
@@ -24,5 +30,9 @@ pub struct Source {
 impl Source {
     fn graph(&self, name: &str) -> Scope {
         Scope::new(name, Rc::clone(&self.weights))
+    }
+
+    fn decoder(&self) -> Transformer<'_> {
+        Transformer::decoder(&self.arch, self.target)
     }
 }

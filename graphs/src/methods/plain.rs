@@ -1,9 +1,14 @@
 //! The baseline, and what every method ends in: a decoder that continues from a cache.
 
-use super::Source;
-use crate::blocks::{CachedRows, Rows, Target, embed, head, mlp_residual, unflatten};
+use super::{Graphs, Source};
+use crate::blocks::{CachedRows, Rows, Target, unflatten};
 use crate::dtype::DType;
 use crate::onnx::{Dim, Scope, Value};
+
+/// The graphs of the method.
+pub fn graphs(source: &Source) -> Graphs {
+    Graphs::from([("decoder".to_owned(), decoder(source))])
+}
 
 /// The decoder with past, under the names the ecosystem uses.
 ///
@@ -15,7 +20,7 @@ use crate::onnx::{Dim, Scope, Value};
 /// `[batch, G, capacity, d]` with an input `past_length [1]`, and past and present may be one buffer.
 pub fn decoder(source: &Source) -> Scope {
     let g = source.graph("decoder");
-    let arch = &source.arch;
+    let (arch, model) = (&source.arch, source.decoder());
     let [batch, sequence] = [Dim::from("batch"), Dim::from("sequence")];
     let rows_of = |name| g.input(name, DType::I64, &[batch.clone(), sequence.clone()]);
     let (ids, positions) = (rows_of("input_ids"), rows_of("position_ids"));
@@ -24,8 +29,8 @@ pub fn decoder(source: &Source) -> Scope {
         Target::OrtCpu => ("capacity", Some(g.input("past_length", DType::I64, &[1.into()]))),
         Target::Portable => ("past", None),
     };
-    let cache_shape = [batch.clone(), arch.num_kv_heads.into(), extent.into(), arch.head_dim.into()];
-    let past: Vec<[Value; 2]> = (0..arch.num_layers)
+    let cache_shape = [batch.clone(), arch.num_kv_heads().into(), extent.into(), arch.head_dim().into()];
+    let past: Vec<[Value; 2]> = (0..arch.num_layers())
         .map(|l| ["key", "value"].map(|part| g.input(&format!("past_key_values.{l}.{part}"), DType::F32, &cache_shape)))
         .collect();
 
@@ -33,24 +38,24 @@ pub fn decoder(source: &Source) -> Scope {
         || past.first().map(|[key, _]| CachedRows::Growing { visible: visible_rows(&g, key, &positions) }),
         |past_length| Some(CachedRows::InPlace { past_length }),
     );
-    let rows = Rows::new(&g, arch, source.target, &positions, cache);
-    let mut x = embed(&g, arch, &ids);
+    let rows = Rows::new(&g, &model, &positions, cache);
+    let mut x = model.embed(&g, &ids);
     g.tap("embed", &x);
     for (l, [past_key, past_value]) in past.iter().enumerate() {
-        let layer = g.scope("model.layers").scope(l);
+        let layer = model.layer(&g, l);
         let attended = rows.attend(&layer, &x, Some([past_key, past_value]));
-        x = attended.hidden;
         // Only the last layer's cache needs all rows; its MLP is run for the rows whose logits are asked for.
-        if l + 1 == arch.num_layers {
-            x = last_rows(&x, &positions, &keep);
-        }
-        x = mlp_residual(&layer, arch, source.target, &x);
+        let residual = if l + 1 == arch.num_layers() {
+            attended.residual.pick(|x| last_rows(x, &positions, &keep))
+        } else {
+            attended.residual
+        };
+        x = model.mlp_residual(&layer, &residual);
         g.output(&format!("present.{l}.key"), &attended.key);
         g.output(&format!("present.{l}.value"), &attended.value);
     }
-    let kept = g.concat(&[&positions.shape_at_run_time(0, 1), &g.ints(&[-1, arch.vocab_size as i64])], 0);
-    let logits =
-        head(&g, arch, source.target, &x).within(&g).reshape_as(&kept, &[batch, "kept".into(), arch.vocab_size.into()]);
+    let kept = g.concat(&[&positions.shape_at_run_time(0, 1), &g.ints(&[-1, arch.vocab_size() as i64])], 0);
+    let logits = model.head(&g, &x).within(&g).reshape_as(&kept, &[batch, "kept".into(), arch.vocab_size().into()]);
     g.output("logits", &logits);
     g
 }
@@ -77,9 +82,9 @@ fn last_rows(x: &Value, positions: &Value, keep: &Value) -> Value {
 pub fn output_head(source: &Source) -> Scope {
     let g = source.graph("head");
     let arch = &source.arch;
-    let hidden = g.input("hidden", DType::F32, &["batch".into(), "sequence".into(), arch.hidden_size.into()]);
-    let shape = g.concat(&[&hidden.shape_at_run_time(0, 2), &g.ints(&[arch.vocab_size as i64])], 0);
-    let logits = head(&g, arch, source.target, &hidden.flatten_rows()).within(&g);
-    g.output("logits", &logits.reshape_as(&shape, &[hidden.dim(0), hidden.dim(1), arch.vocab_size.into()]));
+    let hidden = g.input("hidden", DType::F32, &["batch".into(), "sequence".into(), arch.hidden_size().into()]);
+    let shape = g.concat(&[&hidden.shape_at_run_time(0, 2), &g.ints(&[arch.vocab_size() as i64])], 0);
+    let logits = source.decoder().head(&g, &hidden.flatten_rows()).within(&g);
+    g.output("logits", &logits.reshape_as(&shape, &[hidden.dim(0), hidden.dim(1), arch.vocab_size().into()]));
     g
 }

@@ -48,6 +48,12 @@ impl Value {
         self.elementwise("Identity")
     }
 
+    /// Gaussian error linear unit, with the error function itself.
+    #[must_use]
+    pub fn gelu(&self) -> Value {
+        self.elementwise("Gelu")
+    }
+
     /// Logistic function.
     #[must_use]
     pub fn sigmoid(&self) -> Value {
@@ -155,15 +161,30 @@ impl Value {
         self.one("RMSNormalization", &[gain], attributes, self.dtype(), self.shape().to_vec())
     }
 
-    /// Rotary embedding in the rotate-half layout: `self [batch, sequence, num_heads * d]`, `cos` and `sin`
-    /// `[batch, sequence, d / 2]`.
+    /// Layer normalisation over the last dimension, times `gain`, plus `bias`.
+    #[must_use]
+    pub fn layer_norm(&self, gain: &Value, bias: &Value, epsilon: f64) -> Value {
+        if self.shape().last() != gain.shape().last() {
+            self.scope.fail(format!("LayerNormalization of {self:?} with gain {gain:?}: widths differ"));
+        }
+        let attributes = vec![("axis", Attribute::Int(-1)), ("epsilon", Attribute::Float(epsilon as f32))];
+        self.one("LayerNormalization", &[gain, bias], attributes, self.dtype(), self.shape().to_vec())
+    }
+
+    /// Rotary embedding in the rotate-half layout of the first `r` dimensions of every head: `self [batch, sequence,
+    /// num_heads * d]`, `cos` and `sin` `[batch, sequence, r / 2]`.
     #[must_use]
     pub fn rotary(&self, cos: &Value, sin: &Value, num_heads: usize) -> Value {
         self.expect_rank("RotaryEmbedding", 3);
         if cos.shape()[..2] != self.shape()[..2] {
             self.scope.fail(format!("RotaryEmbedding of {self:?} with angles {cos:?}: rows differ"));
         }
-        let attributes = vec![("num_heads", num_heads.into())];
+        let mut attributes = vec![("num_heads", num_heads.into())];
+        if let (Dim::Known(width), Dim::Known(half)) = (self.dim(2), cos.dim(2))
+            && 2 * half * num_heads != width
+        {
+            attributes.push(("rotary_embedding_dim", (2 * half).into()));
+        }
         self.one("RotaryEmbedding", &[cos, sin], attributes, self.dtype(), self.shape().to_vec())
     }
 

@@ -14,6 +14,7 @@ use std::rc::Rc;
 pub struct Scope {
     pub(super) graph: Rc<RefCell<GraphData>>,
     path: Rc<str>,
+    tap_path: Rc<str>,
 }
 
 /// A tensor of the graph: which one, its element type and its symbolic shape. Cheap to clone.
@@ -82,13 +83,23 @@ impl Scope {
             names_used: HashMap::new(),
             error: None,
         };
-        Self { graph: Rc::new(RefCell::new(data)), path: "".into() }
+        Self { graph: Rc::new(RefCell::new(data)), path: "".into(), tap_path: "".into() }
     }
 
     /// The scope `name` inside this one.
     #[must_use]
     pub fn scope(&self, name: impl fmt::Display) -> Self {
-        Self { graph: Rc::clone(&self.graph), path: self.join(&name.to_string()).into() }
+        let name = name.to_string();
+        self.scope_tapped_as(&name, &name)
+    }
+
+    /// The scope `name` inside this one, whose taps are called as if it were the scope `tap_name`; if that is empty, as if
+    /// they were taps of this one.
+    #[must_use]
+    pub fn scope_tapped_as(&self, name: &str, tap_name: &str) -> Self {
+        let tap_path =
+            if tap_name.is_empty() { Rc::clone(&self.tap_path) } else { join(&self.tap_path, tap_name).into() };
+        Self { graph: Rc::clone(&self.graph), path: self.join(name).into(), tap_path }
     }
 
     /// Dotted path of the scope; empty for the root.
@@ -97,7 +108,7 @@ impl Scope {
     }
 
     pub(super) fn join(&self, name: &str) -> String {
-        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+        join(&self.path, name)
     }
 
     /// Keeps the first problem of the graph; [`Scope::finish`] will return it.
@@ -129,10 +140,9 @@ impl Scope {
         self.graph.borrow_mut().outputs.push(value.id);
     }
 
-    /// Makes `value` known as the tap `name` of this scope (the checkpoint's leading `model.` is not part of tap names).
+    /// Makes `value` known as the tap `name` of this scope.
     pub fn tap(&self, name: &str, value: &Value) {
-        let full = self.join(name);
-        let tap = full.strip_prefix("model.").unwrap_or(&full).to_owned();
+        let tap = join(&self.tap_path, name);
         self.graph.borrow_mut().taps.push((tap, value.id));
     }
 
@@ -190,7 +200,7 @@ impl Scope {
         if let Some(id) = known {
             return Value { scope: self.clone(), id, dtype, shape: shape.into() };
         }
-        let root = Self { graph: Rc::clone(&self.graph), path: "constant".into() };
+        let root = Self { graph: Rc::clone(&self.graph), path: "constant".into(), tap_path: "constant".into() };
         let value = root.new_value(root.join(&dtype.to_string()), dtype, shape);
         self.graph.borrow_mut().constants.push((value.id, constant));
         Value { scope: self.clone(), ..value }
@@ -281,6 +291,10 @@ impl Scope {
         let unique = graph.unique(name);
         graph.values[value.id].name = unique;
     }
+}
+
+fn join(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 
 impl GraphData {

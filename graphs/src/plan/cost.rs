@@ -1,6 +1,6 @@
 //! Floating-point operation counts, for floors and rooflines.
 
-use crate::architecture::Llama;
+use crate::architecture::Architecture;
 use serde::Serialize;
 use std::ops::{Add, AddAssign};
 
@@ -15,26 +15,25 @@ pub struct OperationCount {
 
 impl OperationCount {
     /// One decoder layer over `tokens` rows that attend causally to each other, `mlp_tokens` of which go on to the MLP.
-    pub fn layer(arch: &Llama, tokens: usize, mlp_tokens: usize) -> Self {
-        let mlp = 3 * (arch.hidden_size * arch.intermediate_size) as u64;
-        let projections = arch.layer_matrix_elements() - mlp;
+    pub fn layer(arch: &Architecture, tokens: usize, mlp_tokens: usize) -> Self {
+        let [projections, mlp] = arch.layer_matrix_elements();
         let pairs = tokens as u64 * (tokens as u64 + 1) / 2;
         Self {
             linear: 2 * (projections * tokens as u64 + mlp * mlp_tokens as u64),
-            attention: 4 * (arch.num_heads * arch.head_dim) as u64 * pairs,
+            attention: 4 * (arch.num_heads() * arch.head_dim()) as u64 * pairs,
         }
     }
 
     /// The output projection of `rows` rows.
-    pub fn lm_head(arch: &Llama, rows: usize) -> Self {
-        Self { linear: 2 * (arch.hidden_size * arch.vocab_size * rows) as u64, attention: 0 }
+    pub fn lm_head(arch: &Architecture, rows: usize) -> Self {
+        Self { linear: 2 * (arch.hidden_size() * arch.vocab_size() * rows) as u64, attention: 0 }
     }
 
     /// Plain causal prefill of `tokens` tokens, logits of the last one only.
-    pub fn plain_prefill(arch: &Llama, tokens: usize) -> Self {
+    pub fn plain_prefill(arch: &Architecture, tokens: usize) -> Self {
         let one = Self::layer(arch, tokens, tokens);
         let all =
-            Self { linear: one.linear * arch.num_layers as u64, attention: one.attention * arch.num_layers as u64 };
+            Self { linear: one.linear * arch.num_layers() as u64, attention: one.attention * arch.num_layers() as u64 };
         all + Self::lm_head(arch, 1)
     }
 

@@ -1,7 +1,7 @@
 //! The HOMER tree: which leaf holds which tokens, which node runs which layers, and to what length it shrinks.
 
 use super::{OperationCount, PlanError, PromptLengths};
-use crate::architecture::Llama;
+use crate::architecture::Architecture;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -219,7 +219,7 @@ impl HomerPlan {
     }
 
     /// Operations of the whole prefix construction, including the output projection of the last row.
-    pub fn operations(&self, arch: &Llama) -> OperationCount {
+    pub fn operations(&self, arch: &Architecture) -> OperationCount {
         let mut total = OperationCount::lm_head(arch, 1);
         for node in &self.nodes {
             for layer in node.layers.clone() {

@@ -5,6 +5,8 @@
 
 mod cost;
 pub mod homer;
+pub mod rcc;
+pub mod sharedllm;
 
 pub use cost::OperationCount;
 

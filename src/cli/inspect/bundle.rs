@@ -6,6 +6,7 @@ use accordion::bundle::{Bundle, Method};
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::onnx::{GraphSignature, ValueInfo};
+use accordion_graphs::plan::sharedllm::Quirks;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -114,9 +115,7 @@ impl Described for Description<'_> {
             Target::OrtCpu => "ONNX Runtime's CPU provider",
         };
         rows.push(("graphs for", format!("{target}, {}", self.precision)));
-        if let Architecture::Llama(model) = self.architecture {
-            rows.extend(architecture(model));
-        }
+        rows.extend(architecture(self.architecture));
         for file in &self.weights {
             let how = match file.linked {
                 Some(true) => ", linked",
@@ -164,6 +163,24 @@ fn method(method: &Method) -> String {
                 settings.target_len,
                 settings.layers_warmup,
                 heights.join(", ")
+            )
+        }
+        Method::Rcc { settings } => {
+            let pairs = if settings.pairs { ", pairs of encoder layers" } else { "" };
+            format!("rcc: windows of {}, {} tokens per slot{pairs}", settings.window, settings.ratio)
+        }
+        Method::SharedLlm { settings } => {
+            let kept = settings.kept_per_chunk().map_or_else(|_| "?".to_owned(), |kept| kept.to_string());
+            let [policy, quirks] = [
+                if settings.retrieval { "the half nearer to the query is split" } else { "the right half is split" },
+                match settings.quirks {
+                    Quirks::Faithful => "as released",
+                    Quirks::Fixed => "repaired",
+                },
+            ];
+            format!(
+                "sharedllm: chunks of {}, tree depth {}, {kept} tokens kept per chunk, {policy}, {quirks}",
+                settings.chunk_len, settings.tree_depth
             )
         }
     }

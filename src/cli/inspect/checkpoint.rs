@@ -1,9 +1,9 @@
 //! What a checkpoint folder or a GGUF file holds.
 
-use super::{Described, architecture, facts, kv_bytes_per_token};
+use super::{Described, architecture, facts};
 use crate::cli::text::{approximate, bytes, grouped};
 use accordion::checkpoint::{Checkpoint, GgufFacts};
-use accordion_graphs::architecture::{Architecture, Llama};
+use accordion_graphs::architecture::Architecture;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -12,8 +12,6 @@ use std::collections::BTreeMap;
 pub(super) struct Description {
     kind: &'static str,
     architecture: Architecture,
-    #[serde(skip)]
-    model: Llama,
     parameters: u64,
     kv_bytes_per_token: u64,
     /// Number of tensors by element type.
@@ -41,9 +39,7 @@ struct Tokenizer {
 
 /// Describes an open checkpoint.
 pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Description> {
-    let Architecture::Llama(model) = checkpoint.architecture() else {
-        anyhow::bail!("{}: only Llama-family models are supported", checkpoint.dir().display());
-    };
+    let model = checkpoint.architecture();
     let weights = checkpoint.weights();
     let mut dtypes = BTreeMap::new();
     for (_, weight) in weights.iter() {
@@ -68,35 +64,35 @@ pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Description> {
 
 /// Describes a GGUF file.
 pub(super) fn describe_gguf(facts: GgufFacts) -> Description {
-    Description::new("gguf", facts.model, facts.parameters, facts.encodings, None)
+    Description::new("gguf", facts.model.into(), facts.parameters, facts.encodings, None)
 }
 
 impl Description {
     fn new(
         kind: &'static str,
-        model: Llama,
+        architecture: Architecture,
         parameters: u64,
         dtypes: BTreeMap<String, usize>,
         folder: Option<Folder>,
     ) -> Self {
-        let (architecture, kv_bytes_per_token) = (Architecture::Llama(model.clone()), kv_bytes_per_token(&model));
-        Self { kind, architecture, model, parameters, kv_bytes_per_token, dtypes, folder }
+        let kv_bytes_per_token = architecture.kv_bytes_per_token();
+        Self { kind, architecture, parameters, kv_bytes_per_token, dtypes, folder }
     }
 
     /// The model.
-    pub(super) fn model(&self) -> &Llama {
-        &self.model
+    pub(super) fn model(&self) -> &Architecture {
+        &self.architecture
     }
 }
 
 impl Described for Description {
     fn in_words(&self) -> String {
-        let mut rows = architecture(&self.model);
+        let mut rows = architecture(&self.architecture);
         rows.push(("parameters", format!("{} ({})", grouped(self.parameters), approximate(self.parameters))));
         let dtypes: Vec<String> = self.dtypes.iter().map(|(dtype, count)| format!("{dtype} ({count})")).collect();
         rows.push(("tensors", dtypes.join(", ")));
         rows.push(("cache", format!("{} per token as fp32", bytes(self.kv_bytes_per_token))));
-        rows.push(("end ids", ids(&self.model)));
+        rows.push(("end ids", ids(&self.architecture)));
         let title = match &self.folder {
             None => "GGUF file: import it, or pass it as a CHECKPOINT",
             Some(folder) => {
@@ -123,7 +119,7 @@ impl Tokenizer {
     }
 }
 
-fn ids(model: &Llama) -> String {
-    let ids: Vec<String> = model.eos_token_ids.iter().map(u32::to_string).collect();
+fn ids(model: &Architecture) -> String {
+    let ids: Vec<String> = model.eos_token_ids().iter().map(u32::to_string).collect();
     if ids.is_empty() { "none".to_owned() } else { ids.join(", ") }
 }

@@ -1,10 +1,9 @@
 //! What a prompt of given lengths takes.
 
-use super::kv_bytes_per_token;
 use crate::cli::text::{bytes, grouped, operations, table};
 use accordion::bundle::{Bundle, Method};
 use accordion::report::PlanSummary;
-use accordion_graphs::architecture::Llama;
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::methods::homer::graph_name;
 use accordion_graphs::plan::homer::HomerPlan;
 use accordion_graphs::plan::{OperationCount, PlanError, PromptLengths};
@@ -30,12 +29,12 @@ pub(super) struct Cost {
 
 /// Plans for the method of `bundle`.
 pub(super) fn of_bundle(bundle: &Bundle, lengths: PromptLengths) -> anyhow::Result<Cost> {
-    let model = bundle.llama()?;
+    let model = bundle.architecture();
     let plain = plain(model, lengths)?;
     let Method::Homer { settings, .. } = &bundle.manifest().method else {
         return Ok(plain);
     };
-    let plan = HomerPlan::new(model.num_layers, lengths, *settings)?;
+    let plan = HomerPlan::new(model.num_layers(), lengths, *settings)?;
     let needed = plan.layers.iter().enumerate().map(|(level, layers)| graph_name(level, layers));
     let state_tokens = plan.root().out_len;
     Ok(Cost {
@@ -49,7 +48,7 @@ pub(super) fn of_bundle(bundle: &Bundle, lengths: PromptLengths) -> anyhow::Resu
 }
 
 /// Plans for the whole model over the whole prompt.
-pub(super) fn plain(model: &Llama, prompt: PromptLengths) -> Result<Cost, PlanError> {
+pub(super) fn plain(model: &Architecture, prompt: PromptLengths) -> Result<Cost, PlanError> {
     // Longer ones would overflow the count of operations, and nobody has the memory.
     const LONGEST: usize = 1 << 26;
     let PromptLengths { prefix, context, suffix } = prompt;
@@ -75,8 +74,8 @@ pub(super) fn plain(model: &Llama, prompt: PromptLengths) -> Result<Cost, PlanEr
     })
 }
 
-fn state_bytes(model: &Llama, tokens: usize) -> u64 {
-    kv_bytes_per_token(model).saturating_mul(tokens as u64)
+fn state_bytes(model: &Architecture, tokens: usize) -> u64 {
+    model.kv_bytes_per_token().saturating_mul(tokens as u64)
 }
 
 impl Cost {
