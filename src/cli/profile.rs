@@ -15,7 +15,7 @@ use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::profile::ceilings::Ceilings;
 use accordion::profile::load::busy_share;
 use accordion::profile::measure::{Effort, Step, measure, random_tokens, work};
-use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow};
+use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow, decoder_in_words};
 use accordion::profile::stats::Protocol;
 use accordion::report::{Report, render};
 use accordion_graphs::plan::PromptLengths;
@@ -39,8 +39,9 @@ const BUSY_ABOVE: f64 = 0.05;
     method alone. Times do not depend on the tokens: they are random unless a text is given."
 )]
 pub(crate) struct Arguments {
-    /// The bundle
-    bundle: PathBuf,
+    /// The bundles; give one of each method to see them side by side
+    #[arg(required = true, value_name = "BUNDLE")]
+    bundles: Vec<PathBuf>,
     /// Context lengths in tokens
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [4096, 8192])]
     context: Vec<usize>,
@@ -53,7 +54,7 @@ pub(crate) struct Arguments {
     /// Tokens to decode behind the prompt
     #[arg(long, value_name = "N", default_value_t = 32)]
     new_tokens: usize,
-    /// Methods to measure [default: the bundle's, and plain to compare with]
+    /// Methods to measure [default: the bundles', and plain to compare with, once for each decoder]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "METHOD,METHOD")]
     methods: Vec<MethodName>,
     /// Longest context to measure plain at [default: all]
@@ -99,28 +100,29 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
     seconds.ok_or_else(|| "expected a number of seconds from 0 to 1000000".to_owned())
 }
 
-/// One method at one length.
+/// One method of one bundle at one length.
 #[derive(Debug)]
-struct Case {
+struct Case<'b> {
+    bundle: &'b Bundle,
     compression: Compression,
     lengths: PromptLengths,
 }
 
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
-    let bundle = Bundle::open(&arguments.bundle)?;
-    let cases = arguments.cases(&bundle)?;
+    let bundles: Vec<Bundle> = arguments.bundles.iter().map(Bundle::open).collect::<Result<_, _>>()?;
+    let cases = arguments.cases(&bundles)?;
     if arguments.in_process {
         let [case] = &cases[..] else { bail!("--in-process measures one method at one length") };
-        let measured = arguments.measure_here(&bundle, case, output)?;
+        let measured = arguments.measure_here(case, output)?;
         serde_json::to_writer(std::io::stdout().lock(), &measured)?;
         return Ok(Outcome::Done);
     }
     // A text that cannot be read is found out here, not by the first process that measures.
-    if let Some(case) = cases.first() {
-        arguments.tokens(&bundle, case.lengths)?;
+    for case in &cases {
+        arguments.tokens(case.bundle, case.lengths)?;
     }
-    let profile = arguments.profile(&bundle, &cases, output)?;
+    let profile = arguments.profile(&bundles, &cases, output)?;
     if let Some(path) = &arguments.out {
         let json = serde_json::to_vec_pretty(&profile)?;
         write_aside(path, &json)?;
@@ -138,65 +140,91 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
 
 impl Arguments {
     /// The configurations, each one checked to be possible before any is measured.
-    fn cases(&self, bundle: &Bundle) -> anyhow::Result<Vec<Case>> {
-        let exported = &bundle.manifest().method;
-        let methods = match (&self.methods[..], MethodName::of(bundle)) {
-            ([], method @ (MethodName::Plain | MethodName::SharedLlm)) => vec![method],
-            ([], method) => vec![method, MethodName::Plain],
-            (given, _) => given.to_vec(),
+    fn cases<'b>(&self, bundles: &'b [Bundle]) -> anyhow::Result<Vec<Case<'b>>> {
+        let mut chosen: Vec<(&Bundle, MethodName)> = Vec::new();
+        let has_plain = |chosen: &[(&Bundle, MethodName)], bundle: &Bundle| {
+            let same = |&&(other, method): &&(&Bundle, MethodName)| {
+                method == MethodName::Plain && other.architecture() == bundle.architecture()
+            };
+            chosen.iter().find(same).is_some()
         };
+        for bundle in bundles {
+            let own = MethodName::of(bundle);
+            let wanted = match &self.methods[..] {
+                [] if own == MethodName::SharedLlm => vec![own],
+                [] => vec![own, MethodName::Plain],
+                // Several bundles share one list: each gives what it has.
+                given if bundles.len() > 1 => {
+                    let has = |method: &&MethodName| MethodName::choose(Some(**method), bundle).is_ok();
+                    given.iter().filter(has).copied().collect()
+                }
+                given => given.to_vec(),
+            };
+            for method in wanted {
+                let method = MethodName::choose(Some(method), bundle)?;
+                if method != MethodName::Plain || !has_plain(&chosen, bundle) {
+                    chosen.push((bundle, method));
+                }
+            }
+        }
         let mut cases = Vec::new();
         for &context in &self.context {
             if context == 0 {
                 bail!("--context 0: expected at least 1 token");
             }
-            let lengths = PromptLengths { prefix: self.prefix, context, suffix: self.suffix };
-            for method in &methods {
-                if *method == MethodName::Plain && self.plain_up_to.is_some_and(|longest| context > longest) {
+            for &(bundle, method) in &chosen {
+                if method == MethodName::Plain && self.plain_up_to.is_some_and(|longest| context > longest) {
                     continue;
                 }
-                let compression = match (MethodName::choose(Some(*method), bundle)?, exported) {
-                    (MethodName::Plain, _) | (_, Method::Plain) => Compression::Plain { allow_overlong: true },
-                    (_, Method::Homer { settings, .. }) => {
-                        // Which tokens are kept makes no difference to the time.
-                        let significance = Some(Significance::Uncalibrated);
-                        Compression::Homer(Homer { settings: *settings, significance, width: self.width })
-                    }
-                    (_, Method::Rcc { settings }) => Compression::Rcc(Rcc { settings: *settings, width: self.width }),
-                    (_, Method::SharedLlm { settings }) => Compression::SharedLlm(SharedLlm {
-                        settings: *settings,
-                        policy: ChunkPolicy::FineTuning,
-                        width: self.width,
-                    }),
-                };
+                let lengths = PromptLengths { prefix: self.prefix, context, suffix: self.suffix };
+                let compression = self.compression(bundle, method);
                 work(bundle, &compression, lengths)?;
-                cases.push(Case { compression, lengths });
+                cases.push(Case { bundle, compression, lengths });
             }
         }
         Ok(cases)
     }
 
+    /// What `method` does to a context with the settings of `bundle`.
+    fn compression(&self, bundle: &Bundle, method: MethodName) -> Compression {
+        let width = self.width;
+        match &bundle.manifest().method {
+            _ if method == MethodName::Plain => Compression::Plain { allow_overlong: true },
+            Method::Plain => Compression::Plain { allow_overlong: true },
+            Method::Homer { settings, .. } => {
+                // Which tokens are kept makes no difference to the time.
+                let significance = Some(Significance::Uncalibrated);
+                Compression::Homer(Homer { settings: *settings, significance, width })
+            }
+            Method::Rcc { settings } => Compression::Rcc(Rcc { settings: *settings, width }),
+            Method::SharedLlm { settings } => {
+                Compression::SharedLlm(SharedLlm { settings: *settings, policy: ChunkPolicy::FineTuning, width })
+            }
+        }
+    }
+
     /// Measures everything, each configuration in its own process.
-    fn profile(&self, bundle: &Bundle, cases: &[Case], output: &Output) -> anyhow::Result<ProfileReport> {
+    fn profile(&self, bundles: &[Bundle], cases: &[Case<'_>], output: &Output) -> anyhow::Result<ProfileReport> {
         let mut warnings = Vec::new();
         if let Some(busy) = busy_share(WATCHED).filter(|&busy| busy > BUSY_ABOVE) {
             let share = (busy * 100.0).round();
             warnings.push(format!("other programs kept {share} % of the processor busy when the measurement began"));
         }
-        let loader = self.engine.loader(bundle, output)?;
         let threads = threads(output);
-        let max_positions = bundle.architecture().max_positions();
-        let mut ceilings: Vec<(usize, Ceilings)> = Vec::new();
+        // By decoder and rows.
+        let mut ceilings: Vec<((String, usize), Ceilings)> = Vec::new();
         let mut measurements = Vec::new();
         for case in cases {
+            let Case { bundle, .. } = case;
+            let max_positions = bundle.architecture().max_positions();
             let (operations, rows) = work(bundle, &case.compression, case.lengths)?;
-            let known = ceilings.iter().find(|(known, _)| *known == rows).map(|(_, rates)| *rates);
-            let rates = match known {
-                Some(rates) => rates,
-                None => Ceilings::measure(&loader, bundle, rows, threads)?,
+            let key = (decoder_in_words(bundle.architecture()), rows);
+            let rates = match ceilings.iter().find(|(known, _)| *known == key) {
+                Some((_, rates)) => *rates,
+                None => Ceilings::measure(&self.engine.loader(bundle, output)?, bundle, rows, threads)?,
             };
-            if known.is_none() {
-                ceilings.push((rows, rates));
+            if ceilings.iter().all(|(known, _)| *known != key) {
+                ceilings.push((key, rates));
             }
             let mut measured = self.measure_apart(case, output)?;
             let seconds = measured.prefix.median_ms / 1e3;
@@ -231,9 +259,9 @@ impl Arguments {
             measurements.push(measured);
         }
         let mut environment = Provenance::probe().pairs();
-        for (rows, rates) in &ceilings {
+        for ((decoder, rows), rates) in &ceilings {
             environment.push((
-                format!("Rates at {rows} rows"),
+                format!("Rates at {rows} rows ({decoder})"),
                 format!(
                     "matrix products {:.0} GFLOP/s, causal attention {:.0} GFLOP/s, reading memory {:.1} GB/s",
                     rates.linear_flops / 1e9,
@@ -242,14 +270,15 @@ impl Arguments {
                 ),
             ));
         }
-        Ok(ProfileReport::new(model_name(bundle), environment, &measurements, warnings))
+        let names: Vec<String> = bundles.iter().map(model_name).collect();
+        Ok(ProfileReport::new(names.join(", "), environment, &measurements, warnings))
     }
 
     /// Measures one configuration in a process of its own: what a runtime's allocator once took it keeps.
-    fn measure_apart(&self, case: &Case, output: &Output) -> anyhow::Result<Measurement> {
+    fn measure_apart(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Measurement> {
         let number = |n: usize| n.to_string();
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("profile").arg(&self.bundle).args(["--in-process", "--methods", case.compression.method()]);
+        command.arg("profile").arg(case.bundle.dir()).args(["--in-process", "--methods", case.compression.method()]);
         for (flag, value) in [
             ("--context", number(case.lengths.context)),
             ("--prefix", number(self.prefix)),
@@ -276,7 +305,8 @@ impl Arguments {
             .with_context(|| format!("{name} at {context} context tokens: the measurement could not be read"))
     }
 
-    fn measure_here(&self, bundle: &Bundle, case: &Case, output: &Output) -> anyhow::Result<Measurement> {
+    fn measure_here(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Measurement> {
+        let Case { bundle, .. } = case;
         let mut prefix = self.tokens(bundle, case.lengths)?;
         let mut context = prefix.split_off(case.lengths.prefix);
         let suffix = context.split_off(case.lengths.context);
@@ -345,6 +375,7 @@ fn rows(profile: &ProfileReport) -> String {
         ">p95 ms",
         ">peak",
         ">state/token",
+        ">smaller",
         ">of floor",
     ];
     let none = || "-".to_owned();
@@ -362,6 +393,7 @@ fn rows(profile: &ProfileReport) -> String {
             format!("{:.1}", measured.per_token.p95_ms),
             bytes(measured.peak_resident_bytes),
             row.state_bytes_per_context_token.map_or_else(none, |size| bytes(size as u64)),
+            row.state_reduction.map_or_else(none, |factor| format!("{factor:.1} x")),
             measured.floor_fraction.map_or_else(none, |share| format!("{:.0} %", share * 100.0)),
         ]
     };

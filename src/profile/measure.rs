@@ -4,7 +4,7 @@
 //! plan. So the tokens may be random, and HOMER may run without a significance table.
 
 use super::ProfileError;
-use super::schema::{Configuration, Measurement, describe};
+use super::schema::{Configuration, Measurement, decoder_in_words, describe};
 use super::stats::{self, LatencyStats, Protocol, monotonic};
 use crate::bundle::Bundle;
 use crate::environment::{peak_resident_bytes, reset_peak_resident};
@@ -131,6 +131,7 @@ pub fn measure(
     Ok(Measurement {
         configuration: Configuration {
             method: compression.method().to_owned(),
+            decoder: decoder_in_words(engines.bundle().architecture()),
             engine: engine.to_owned(),
             threads,
             settings: settings(compression),
@@ -142,6 +143,7 @@ pub fn measure(
         per_token: statistics(&per_token)?,
         peak_resident_bytes: peak_resident_bytes().unwrap_or(0),
         state_bytes: state.cache_bytes(),
+        plain_state_bytes: engines.bundle().architecture().kv_bytes_per_token() * lengths.total() as u64,
         operations: Some(operations.total()),
         floor_fraction: None,
     })

@@ -97,7 +97,7 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
     assert!(workspace.export("plain", "plain", &["--target", "portable"]).code == Some(0));
     let mut profile = command();
     profile.arg("profile").arg(workspace.path("plain")).args(["--methods", "homer"]);
-    assert!(Run::of(&mut profile).error().contains("no graphs for --methods homer"));
+    assert!(Run::of(&mut profile).error().contains("was exported for plain; export it with `accordion export homer`"));
     let missing = workspace.path("missing");
     assert!(accordion(["profile", missing.to_str().unwrap()]).error().contains("bundle.json"));
 }
