@@ -15,14 +15,15 @@ use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::profile::ceilings::Ceilings;
 use accordion::profile::load::busy_share;
 use accordion::profile::measure::{Effort, Step, measure, random_tokens, work};
-use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow, decoder_in_words};
+use accordion::profile::regression::compare;
+use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow, SCHEMA, decoder_in_words};
 use accordion::profile::stats::Protocol;
 use accordion::report::{Report, render};
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::sharedllm::ChunkPolicy;
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -68,6 +69,13 @@ pub(crate) struct Arguments {
     text: Option<String>,
     #[command(flatten)]
     protocol: ProtocolArguments,
+    /// Earlier result of this command (--out or --json) to compare with; exits with 1 if anything grew by more than
+    /// --max-regress
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
+    /// How much slower or larger anything may be than in --baseline, in percent
+    #[arg(long, value_name = "PERCENT", default_value = "5", requires = "baseline", value_parser = parse_percent)]
+    max_regress: f64,
     /// Write the result as JSON
     #[arg(short, long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -95,6 +103,11 @@ struct ProtocolArguments {
     budget: f64,
 }
 
+fn parse_percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).parse().ok();
+    number.filter(|percent| (0.0..=1e6).contains(percent)).ok_or_else(|| "expected a percentage from 0 on".to_owned())
+}
+
 fn parse_seconds(text: &str) -> Result<f64, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.0..=1e6).contains(seconds));
     seconds.ok_or_else(|| "expected a number of seconds from 0 to 1000000".to_owned())
@@ -112,6 +125,7 @@ struct Case<'b> {
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
     let bundles: Vec<Bundle> = arguments.bundles.iter().map(Bundle::open).collect::<Result<_, _>>()?;
     let cases = arguments.cases(&bundles)?;
+    let baseline = arguments.baseline.as_deref().map(read_profile).transpose()?;
     if arguments.in_process {
         let [case] = &cases[..] else { bail!("--in-process measures one method at one length") };
         let measured = arguments.measure_here(case, output)?;
@@ -135,10 +149,43 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     if !output.is_json() {
         profile.warnings.iter().for_each(|warning| output.warning(warning));
     }
-    Ok(Outcome::Done)
+    match baseline {
+        Some(baseline) => arguments.gate(&baseline, &profile, output),
+        None => Ok(Outcome::Done),
+    }
+}
+
+/// A result that this command wrote earlier.
+fn read_profile(path: &Path) -> anyhow::Result<ProfileReport> {
+    let name = || format!("--baseline {}", path.display());
+    let json = std::fs::read(path).with_context(name)?;
+    let profile: ProfileReport = serde_json::from_slice(&json).with_context(name)?;
+    ensure!(profile.schema == SCHEMA, "{}: schema is '{}', expected '{SCHEMA}'", name(), profile.schema);
+    Ok(profile)
 }
 
 impl Arguments {
+    /// Says what grew since `baseline`, and whether by too much.
+    fn gate(&self, baseline: &ProfileReport, profile: &ProfileReport, output: &Output) -> anyhow::Result<Outcome> {
+        let changes = compare(baseline, profile, self.max_regress / 100.0);
+        ensure!(!changes.is_empty(), "--baseline has no row that was measured in the same way as any of these");
+        for change in changes.iter().filter(|change| change.regressed) {
+            output.warning(format!(
+                "{} at {} context tokens: {} grew by {:.1} %, more than {} %",
+                change.method,
+                grouped(change.context as u64),
+                change.quantity,
+                change.growth * 100.0,
+                self.max_regress
+            ));
+        }
+        let regressed = changes.iter().any(|change| change.regressed);
+        if !regressed {
+            output.remark(format!("nothing grew by more than {} % since the baseline", self.max_regress));
+        }
+        Ok(if regressed { Outcome::CheckFailed } else { Outcome::Done })
+    }
+
     /// The configurations, each one checked to be possible before any is measured.
     fn cases<'b>(&self, bundles: &'b [Bundle]) -> anyhow::Result<Vec<Case<'b>>> {
         let mut chosen: Vec<(&Bundle, MethodName)> = Vec::new();

@@ -9,6 +9,7 @@
 pub mod ceilings;
 pub mod load;
 pub mod measure;
+pub mod regression;
 pub mod schema;
 pub mod stats;
 
