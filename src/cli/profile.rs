@@ -8,21 +8,24 @@ use super::{Outcome, report::write_aside};
 use accordion::bundle::{Bundle, Method};
 use accordion::checkpoint::Tokenizer;
 use accordion::environment::Provenance;
+use accordion::pipeline::Engines;
 use accordion::pipeline::compress::{Compression, Homer, Significance};
 use accordion::pipeline::prompt::{PromptIds, encode_context, read_text};
 use accordion::pipeline::rcc::Rcc;
 use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::profile::ceilings::Ceilings;
 use accordion::profile::load::busy_share;
-use accordion::profile::measure::{Effort, Step, measure, random_tokens, work};
+use accordion::profile::measure::{Effort, Step, measure, random_tokens, record, work};
 use accordion::profile::regression::compare;
 use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow, SCHEMA, decoder_in_words};
 use accordion::profile::stats::Protocol;
+use accordion::profile::trace::OperatorTime;
 use accordion::report::{Report, render};
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::sharedllm::ChunkPolicy;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -67,6 +70,10 @@ pub(crate) struct Arguments {
     /// Take the tokens from a file of text
     #[arg(long, value_name = "FILE")]
     text: Option<String>,
+    /// Run everything once more with the runtime recording its nodes: the longest are listed, and all of them written
+    /// to this file, which Perfetto opens
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     #[command(flatten)]
     protocol: ProtocolArguments,
     /// Earlier result of this command (--out or --json) to compare with; exits with 1 if anything grew by more than
@@ -261,6 +268,7 @@ impl Arguments {
         // By decoder and rows.
         let mut ceilings: Vec<((String, usize), Ceilings)> = Vec::new();
         let mut measurements = Vec::new();
+        let mut traced = Vec::new();
         for case in cases {
             let Case { bundle, .. } = case;
             let max_positions = bundle.architecture().max_positions();
@@ -273,7 +281,7 @@ impl Arguments {
             if ceilings.iter().all(|(known, _)| *known != key) {
                 ceilings.push((key, rates));
             }
-            let mut measured = self.measure_apart(case, output)?;
+            let mut measured = self.measure_apart(case, &mut traced, output)?;
             let seconds = measured.prefix.median_ms / 1e3;
             measured.floor_fraction = (seconds > 0.0).then(|| rates.floor_seconds(&operations) / seconds);
             let (name, context) = (case.compression.method(), case.lengths.context);
@@ -305,6 +313,9 @@ impl Arguments {
             }
             measurements.push(measured);
         }
+        if let Some(path) = &self.trace {
+            write_aside(path, &serde_json::to_vec(&traced)?)?;
+        }
         let mut environment = Provenance::probe().pairs();
         for ((decoder, rows), rates) in &ceilings {
             environment.push((
@@ -322,7 +333,7 @@ impl Arguments {
     }
 
     /// Measures one configuration in a process of its own: what a runtime's allocator once took it keeps.
-    fn measure_apart(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Measurement> {
+    fn measure_apart(&self, case: &Case<'_>, traced: &mut Vec<Value>, output: &Output) -> anyhow::Result<Measurement> {
         let number = |n: usize| n.to_string();
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("profile").arg(case.bundle.dir()).args(["--in-process", "--methods", case.compression.method()]);
@@ -342,14 +353,22 @@ impl Arguments {
         if let Some(text) = &self.text {
             command.arg("--text").arg(text);
         }
+        let trace = self.trace.as_ref().map(|_| tempfile::NamedTempFile::new()).transpose()?;
+        if let Some(file) = &trace {
+            command.arg("--trace").arg(file.path());
+        }
         command.args(self.engine.flags()).args(output.is_quiet().then_some("--quiet"));
         let (name, context) = (case.compression.method(), case.lengths.context);
         let ended = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).output()?;
         if !ended.status.success() {
             bail!("{name} at {context} context tokens could not be measured ({})", ended.status);
         }
-        serde_json::from_slice(&ended.stdout)
-            .with_context(|| format!("{name} at {context} context tokens: the measurement could not be read"))
+        let unreadable = || format!("{name} at {context} context tokens: the measurement could not be read");
+        if let Some(file) = trace {
+            let events: Vec<Value> = serde_json::from_slice(&std::fs::read(file.path())?).with_context(unreadable)?;
+            add_process(traced, &format!("{name} at {context}"), events);
+        }
+        serde_json::from_slice(&ended.stdout).with_context(unreadable)
     }
 
     fn measure_here(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Measurement> {
@@ -382,8 +401,16 @@ impl Arguments {
             }
         };
         let engine = (engine.as_str(), threads(output));
-        let measured = measure(&mut engines, &case.compression, &prompt, &effort, engine, &mut on_step)?;
+        let mut measured = measure(&mut engines, &case.compression, &prompt, &effort, engine, &mut on_step)?;
         bar.finish_and_clear();
+        if let Some(path) = &self.trace {
+            drop(engines);
+            let folder = tempfile::tempdir()?;
+            let loader = self.engine.loader(bundle, output)?.tracing(folder.path().to_owned());
+            let trace = record(Engines::new(bundle, Box::new(loader)), &case.compression, &prompt, folder.path())?;
+            write_aside(path, &serde_json::to_vec(&trace.events)?)?;
+            measured.operators = trace.operators;
+        }
         Ok(measured)
     }
 
@@ -394,6 +421,18 @@ impl Arguments {
         let tokenizer = Tokenizer::open(bundle.dir(), vocab_size)?;
         let ids = encode_context(&tokenizer, &read_text(path)?).with_context(|| format!("--text {path}"))?;
         Ok(ids.into_iter().cycle().take(lengths.total()).collect())
+    }
+}
+
+/// Adds the events of one measurement to `all`, whose processes are numbered through.
+fn add_process(all: &mut Vec<Value>, name: &str, events: Vec<Value>) {
+    let first = all.iter().filter_map(|event| event["pid"].as_u64()).max().map_or(0, |last| last + 1);
+    for mut event in events {
+        event["pid"] = (first + event["pid"].as_u64().unwrap_or(0)).into();
+        if let Some(graph) = event["args"]["name"].as_str().filter(|_| event["ph"] == "M") {
+            event["args"]["name"] = format!("{name}: {graph}").into();
+        }
+        all.push(event);
     }
 }
 
@@ -444,5 +483,29 @@ fn rows(profile: &ProfileReport) -> String {
             measured.floor_fraction.map_or_else(none, |share| format!("{:.0} %", share * 100.0)),
         ]
     };
-    table(header, &profile.rows.iter().map(row).collect::<Vec<_>>())
+    let mut text = table(header, &profile.rows.iter().map(row).collect::<Vec<_>>());
+    for row in profile.rows.iter().filter(|row| !row.measured.operators.is_empty()) {
+        text.push_str(&operators(&row.measured));
+    }
+    text
+}
+
+/// The operators that a traced run spent most of its time in.
+fn operators(measured: &Measurement) -> String {
+    const SHOWN: usize = 12;
+    let total: f64 = measured.operators.iter().map(|operator| operator.total_ms).sum();
+    let row = |time: &OperatorTime| {
+        [
+            format!("  {}", time.graph),
+            time.module.clone(),
+            time.operator.clone(),
+            grouped(time.calls as u64),
+            format!("{:.1}", time.total_ms),
+            format!("{:.1} %", time.total_ms / total * 100.0),
+        ]
+    };
+    let rows: Vec<_> = measured.operators.iter().take(SHOWN).map(row).collect();
+    let header = ["  GRAPH", "MODULE", "OPERATOR", ">CALLS", ">MS", ">SHARE"];
+    let (method, context) = (&measured.configuration.method, grouped(measured.prompt.context as u64));
+    format!("\n{method} at {context}, one traced run, {total:.0} ms in nodes:\n{}", table(header, &rows))
 }

@@ -6,6 +6,7 @@
 use super::ProfileError;
 use super::schema::{Configuration, Measurement, decoder_in_words, describe};
 use super::stats::{self, LatencyStats, Protocol, monotonic};
+use super::trace::Trace;
 use crate::bundle::Bundle;
 use crate::environment::{peak_resident_bytes, reset_peak_resident};
 use crate::pipeline::compress::Compression;
@@ -15,12 +16,16 @@ use crate::pipeline::{ContextState, Engines, plain};
 use accordion_graphs::plan::{OperationCount, PromptLengths};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use std::path::Path;
 use std::time::Duration;
 
 /// Tokens that are decoded before those that are counted.
 const WARM_UP_TOKENS: usize = 2;
 /// How often the first token is timed, after once that is not counted.
 const FIRST_TOKENS: usize = 5;
+
+/// Tokens that a traced run decodes.
+const TRACED_TOKENS: usize = 4;
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,7 +151,31 @@ pub fn measure(
         plain_state_bytes: engines.bundle().architecture().kv_bytes_per_token() * lengths.total() as u64,
         operations: Some(operations.total()),
         floor_fraction: None,
+        operators: Vec::new(),
     })
+}
+
+/// Builds the state of `prompt` once and decodes a few tokens behind it, with `engines` whose loader records into
+/// `folder`, and reads the records.
+///
+/// # Errors
+///
+/// As [`measure`], or the records cannot be read.
+pub fn record(
+    mut engines: Engines<'_>,
+    compression: &Compression,
+    prompt: &PromptIds,
+    folder: &Path,
+) -> Result<Trace, ProfileError> {
+    let state = compression.compress(&mut engines, prompt, &mut |_, _| {})?;
+    let mut sequence = Sequence::continue_from(&engines, &state, TRACED_TOKENS, Continuation::Next)?;
+    let mut token = largest(&state.logits);
+    for _ in 0..TRACED_TOKENS {
+        token = largest(&sequence.forward(&mut engines, &[token], 1)?.to_f32());
+    }
+    // The runtime writes its records when a session ends.
+    drop(engines);
+    Trace::read(folder)
 }
 
 fn settings(compression: &Compression) -> Vec<(String, String)> {

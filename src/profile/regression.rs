@@ -88,6 +88,7 @@ mod tests {
             plain_state_bytes: 0,
             operations: None,
             floor_fraction: None,
+            operators: Vec::new(),
         };
         ProfileReport::new(String::new(), Vec::new(), &[measured], Vec::new())
     }

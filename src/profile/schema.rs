@@ -1,6 +1,7 @@
 //! What `accordion profile` reports: one row per method and context length.
 
 use super::stats::{LatencyStats, UNSTABLE_ABOVE};
+use super::trace::OperatorTime;
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::HomerSettings;
@@ -55,6 +56,9 @@ pub struct Measurement {
     /// The shortest time those operations can take on this machine, by its measured rates, over the median prefix
     /// time: 1 is the limit.
     pub floor_fraction: Option<f64>,
+    /// Where the time of one more, traced run went, the longest first; empty where none was asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub operators: Vec<OperatorTime>,
 }
 
 /// A measurement and what follows from it.
@@ -200,6 +204,7 @@ mod tests {
             plain_state_bytes: 1 << 22,
             operations: None,
             floor_fraction: None,
+            operators: Vec::new(),
         }
     }
 

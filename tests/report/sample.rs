@@ -121,6 +121,7 @@ fn profile() -> ProfileReport {
                 plain_state_bytes: 46_080 * (context as u64 + 22),
                 operations: Some((if plain { plain_s } else { homer_s } * 9e10) as u64),
                 floor_fraction: (!plain).then_some(0.87),
+                operators: Vec::new(),
             });
         }
     }
