@@ -23,6 +23,9 @@ pub struct RccSettings {
 /// A prompt takes at most this many times the ratio of tokens.
 const PROMPT_RATIOS: usize = 600;
 
+/// Most tokens of a window; far above any that was trained.
+const MAX_WINDOW: usize = 1 << 20;
+
 /// Most slots a plan may have; keeps a mistyped length from asking for more than fits into any memory.
 const MAX_SLOTS: usize = 1 << 24;
 
@@ -31,10 +34,10 @@ impl RccSettings {
     ///
     /// # Errors
     ///
-    /// The ratio is 0 or does not divide the window.
+    /// The window is empty or longer than any, or the ratio is 0 or does not divide it.
     pub fn check(&self) -> Result<(), PlanError> {
-        if self.window == 0 {
-            return Err(out_of_range("window", 0, "at least 1 token"));
+        if !(1..=MAX_WINDOW).contains(&self.window) {
+            return Err(out_of_range("window", self.window, format!("1 to {MAX_WINDOW} tokens")));
         }
         if self.ratio == 0 || !self.window.is_multiple_of(self.ratio) {
             return Err(out_of_range("ratio", self.ratio, format!("a divisor of the window, {}", self.window)));
@@ -207,6 +210,10 @@ mod tests {
     fn refusals_name_what_was_found() {
         assert_eq!(plan(0, 8, 2).unwrap_err().to_string(), "context length is 0, expected at least 1 token");
         assert_eq!(plan(9, 8, 3).unwrap_err().to_string(), "ratio is 3, expected a divisor of the window, 8");
+        assert_eq!(
+            plan(9, 1 << 40, 2).unwrap_err().to_string(),
+            "window is 1099511627776, expected 1 to 1048576 tokens"
+        );
         let settings = RccSettings { window: 8, ratio: 2, pairs: false, first_state_is_embedding: true };
         let long = PromptLengths { prefix: 0, context: 1, suffix: 1201 };
         let found = RccPlan::new(long, settings).unwrap_err().to_string();

@@ -88,6 +88,8 @@ pub struct SharedLlmPlan {
 
 /// Most levels a tree may have.
 const MAX_DEPTH: usize = 32;
+/// Most tokens of a chunk; far above any that was trained.
+const MAX_CHUNK_LEN: usize = 1 << 20;
 /// Most chunks a plan may have.
 const MAX_CHUNKS: usize = 1 << 20;
 
@@ -96,11 +98,14 @@ impl SharedLlmSettings {
     ///
     /// # Errors
     ///
-    /// There is no level, a chunk cannot be halved that often (only the last halving may leave a token over), or more
-    /// tokens are to be kept than a node has.
+    /// There is no level, a chunk is longer than any or cannot be halved that often (only the last halving may leave a
+    /// token over), or more tokens are to be kept than a node has.
     pub fn levels(&self) -> Result<Vec<Level>, PlanError> {
         if !(1..=MAX_DEPTH).contains(&self.tree_depth) {
             return Err(out_of_range("tree depth", self.tree_depth, format!("1 to {MAX_DEPTH}")));
+        }
+        if self.chunk_len > MAX_CHUNK_LEN {
+            return Err(out_of_range("chunk length", self.chunk_len, format!("at most {MAX_CHUNK_LEN} tokens")));
         }
         let last = self.tree_depth - 1;
         if self.chunk_len == 0 || !self.chunk_len.is_multiple_of(1 << last) || self.chunk_len >> last < 2 {
@@ -231,6 +236,7 @@ mod tests {
     fn refusals_name_what_was_found() {
         let refusal = |chunk_len, depth, keep| settings(chunk_len, depth, keep).levels().unwrap_err().to_string();
         assert!(refusal(62, 3, Keep::All).starts_with("chunk length is 62, expected a multiple of 4"));
+        assert!(refusal(1 << 40, 3, Keep::All).ends_with("expected at most 1048576 tokens"));
         assert!(refusal(64, 0, Keep::All).starts_with("tree depth is 0"));
         assert!(refusal(64, 3, Keep::Tokens(9)).starts_with("number of kept tokens is 9, expected 1 to 8"));
         assert!(refusal(64, 3, Keep::Fraction(0.01)).contains("which is 0 tokens of a node"));
