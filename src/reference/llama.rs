@@ -32,13 +32,13 @@ struct Layer {
 }
 
 /// `x W^T + b`, `W [out, in]`.
-struct Linear {
+pub(super) struct Linear {
     weight: Array2<f32>,
     bias: Option<Array1<f32>>,
 }
 
 impl Linear {
-    fn apply(&self, x: &Array2<f32>) -> Array2<f32> {
+    pub(super) fn apply(&self, x: &Array2<f32>) -> Array2<f32> {
         let y = x.dot(&self.weight.t());
         match &self.bias {
             Some(bias) => y + bias,
@@ -48,8 +48,8 @@ impl Linear {
 }
 
 /// Weights by name, checked against the shapes that the architecture gives them.
-struct Weights<F> {
-    source: F,
+pub(super) struct Weights<F> {
+    pub(super) source: F,
 }
 
 impl<F, E> Weights<F>
@@ -57,7 +57,7 @@ where
     F: Fn(&str) -> std::result::Result<Tensor, E>,
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    fn array<D: IntoDimension>(&self, name: &str, shape: D) -> Result<Array<f32, D::Dim>> {
+    pub(super) fn array<D: IntoDimension>(&self, name: &str, shape: D) -> Result<Array<f32, D::Dim>> {
         let shape = shape.into_dimension();
         let tensor =
             (self.source)(name).map_err(|e| ReferenceError::Weight { name: name.to_owned(), source: e.into() })?;
@@ -72,7 +72,7 @@ where
         Array::from_shape_vec(shape, tensor.to_f32()).map_err(|_| mismatch)
     }
 
-    fn linear(&self, name: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
+    pub(super) fn linear(&self, name: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
         Ok(Linear {
             weight: self.array(&format!("{name}.weight"), [rows, columns])?,
             bias: if bias { Some(self.array(&format!("{name}.bias"), [rows])?) } else { None },
@@ -173,8 +173,12 @@ impl Llama {
 
     /// Logits `[L, vocab]` of the hidden rows that leave the last layer, `[L, D]`: final norm and output projection.
     pub fn logits(&self, hidden: &Array2<f32>) -> Array2<f32> {
-        let normed = self.rms_norm(hidden, &self.norm);
-        normed.dot(&self.lm_head.as_ref().unwrap_or(&self.embed_tokens).t())
+        self.final_norm(hidden).dot(&self.lm_head.as_ref().unwrap_or(&self.embed_tokens).t())
+    }
+
+    /// The final norm of the hidden rows that leave the last layer, `[L, D]`.
+    pub(super) fn final_norm(&self, hidden: &Array2<f32>) -> Array2<f32> {
+        self.rms_norm(hidden, &self.norm)
     }
 
     /// The rotation of rows at `positions`.
@@ -195,23 +199,47 @@ impl Llama {
         if let Some(window) = self.architecture.sliding_window.filter(|&window| rows > window) {
             return Err(ReferenceError::SlidingWindow { rows, window });
         }
-        let weights = &self.layers[layer];
-        let normed = self.rms_norm(x, &weights.input_layernorm);
-        let heads = |projection: &Linear| split_heads(&projection.apply(&normed), self.architecture.head_dim);
-        let q = rotary.apply(&heads(&weights.q_proj));
-        let mut kv = KeyValue { k: rotary.apply(&heads(&weights.k_proj)), v: heads(&weights.v_proj) };
-        taps.tap_rows("attn.q", &q)?;
-        taps.tap_rows("attn.k", &kv.k)?;
-        taps.tap_rows("attn.v", &kv.v)?;
+        let (q, mut kv) = self.project(layer, x, rotary, taps)?;
         if let Some(past) = past {
             let new = std::mem::replace(&mut kv, past.clone());
             kv.append(&new);
         }
         let attended = causal_attention(&q, &kv.k, &kv.v);
-        taps.tap("attn.out", &attended)?;
-        let residual = x + &weights.o_proj.apply(&attended);
-        taps.tap("attn_residual", &residual)?;
+        let residual = self.add_attended(layer, x, &attended, taps)?;
         Ok(Attended { residual, q, kv })
+    }
+
+    /// Rotated queries `[H, L, d]`, rotated keys and values of `x [L, D]`.
+    pub(super) fn project(
+        &self,
+        layer: usize,
+        x: &Array2<f32>,
+        rotary: &Rotary,
+        taps: &mut Scope<'_>,
+    ) -> Result<(Array3<f32>, KeyValue)> {
+        let weights = &self.layers[layer];
+        let normed = self.rms_norm(x, &weights.input_layernorm);
+        let heads = |projection: &Linear| split_heads(&projection.apply(&normed), self.architecture.head_dim);
+        let q = rotary.apply(&heads(&weights.q_proj));
+        let kv = KeyValue { k: rotary.apply(&heads(&weights.k_proj)), v: heads(&weights.v_proj) };
+        taps.tap_rows("attn.q", &q)?;
+        taps.tap_rows("attn.k", &kv.k)?;
+        taps.tap_rows("attn.v", &kv.v)?;
+        Ok((q, kv))
+    }
+
+    /// `x [L, D]` with what its rows found, `attended [L, H * d]`, added to it.
+    pub(super) fn add_attended(
+        &self,
+        layer: usize,
+        x: &Array2<f32>,
+        attended: &Array2<f32>,
+        taps: &mut Scope<'_>,
+    ) -> Result<Array2<f32>> {
+        taps.tap("attn.out", attended)?;
+        let residual = x + &self.layers[layer].o_proj.apply(attended);
+        taps.tap("attn_residual", &residual)?;
+        Ok(residual)
     }
 
     /// The MLP half of a layer: what `x [L, D]` becomes after the gated MLP has been added to it.
@@ -227,7 +255,7 @@ impl Llama {
     }
 
     /// `x / sqrt(mean(x^2) + eps) * weight`, row by row.
-    fn rms_norm(&self, x: &Array2<f32>, weight: &Array1<f32>) -> Array2<f32> {
+    pub(super) fn rms_norm(&self, x: &Array2<f32>, weight: &Array1<f32>) -> Array2<f32> {
         let eps = self.architecture.rms_norm_eps as f32;
         let mut normed = x.clone();
         for mut row in normed.rows_mut() {
@@ -239,7 +267,7 @@ impl Llama {
 }
 
 /// `[L, heads * d]` as `[heads, L, d]`.
-fn split_heads(x: &Array2<f32>, head_dim: usize) -> Array3<f32> {
+pub(super) fn split_heads(x: &Array2<f32>, head_dim: usize) -> Array3<f32> {
     let (rows, width) = x.dim();
     Array3::from_shape_fn((width / head_dim, rows, head_dim), |(head, row, i)| x[[row, head * head_dim + i]])
 }

@@ -8,6 +8,7 @@
 //! - [`rope`]: rotary positions under every scaling an architecture can name.
 //! - [`plain`]: a forward pass over a growing cache.
 //! - [`homer`]: hierarchical context merging, node by node.
+//! - [`sharedllm`]: keys and values of a context tree, and a model whose bottom layers attend to them.
 //! - [`decode`]: what follows a context state, at the positions the authors' two code paths use.
 //!
 //! Matrix products go through `ndarray`'s `dot`, which uses up to four threads (one per physical core, or as many as
@@ -21,6 +22,7 @@ pub mod homer;
 pub mod llama;
 pub mod plain;
 pub mod rope;
+pub mod sharedllm;
 
 pub use array::to_tensor;
 
@@ -99,6 +101,25 @@ pub enum ReferenceError {
         rows: usize,
         /// The architecture's window.
         window: usize,
+    },
+    /// The row that stands for the running text is not part of it.
+    #[error("the query is row {row} of a running text of {running} tokens")]
+    Query {
+        /// The row.
+        row: usize,
+        /// Tokens of the running text.
+        running: usize,
+    },
+    /// The released code of SharedLLM rotates the query of a single token by the angle that it finds at the index of the
+    /// query's position in a table as long as a head is wide; there is none for this position.
+    #[error(
+        "a single token after {chunks} chunks has no rotation in the released code, which needs less than {most} chunks"
+    )]
+    SingleTokenRotation {
+        /// Chunks of the context.
+        chunks: usize,
+        /// One more than it can do.
+        most: usize,
     },
     /// A tensor could not be made.
     #[error(transparent)]
