@@ -1,7 +1,7 @@
 //! The reference as a row of the table.
 
-use super::Implementation;
-use accordion::goldens::HomerCase;
+use super::{Implementation, sharedllm};
+use accordion::goldens::{HomerCase, SharedLlmCase};
 use accordion::reference::decode::{Continuation, ContinuationOffset};
 use accordion::reference::homer::{ContextState, Prompt, compress};
 use accordion::reference::llama::Llama;
@@ -10,6 +10,7 @@ use accordion::reference::{plain, to_tensor};
 use accordion::taps::NoTaps;
 use accordion::tensor::Tensor;
 use accordion_graphs::plan::homer::HomerPlan;
+use accordion_graphs::plan::sharedllm::Quirks;
 use anyhow::Result;
 use ndarray::{Array2, Axis, Slice, concatenate};
 use std::collections::BTreeMap;
@@ -40,6 +41,10 @@ impl Implementation for Reference {
         generate(case, &model, &context, &logits, &mut found)?;
         without_homer(case, &model, &mut found)?;
         Ok(found)
+    }
+
+    fn sharedllm(&mut self, case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
+        sharedllm::reference::run(case, quirks)
     }
 }
 

@@ -46,7 +46,7 @@ impl CrossAttention {
         let rows = injected.rows(layer);
         let queries = query_rotation(upper, injected.chunks(), x.nrows(), injected.quirks)?;
         // On top of the rotation inside the node that the keys have already.
-        let keys = upper.rotary(&key_positions(injected.chunks(), injected.kept_per_chunk(), injected.quirks));
+        let keys = upper.rotary(&injected.key_positions());
         let q = self.q_proj.apply(&upper.rms_norm(x, &self.layernorm));
         let q = queries.apply(&split_heads(&q, head_dim));
         let k = keys.apply(&rows.k);

@@ -5,6 +5,7 @@ use super::super::attention::causal_attention;
 use super::super::cache::KeyValue;
 use super::super::llama::Llama;
 use super::super::{ReferenceError, Result, expect_length};
+use super::cross::{key_positions, query_position};
 use super::tree::{Node, grow};
 use super::{Prompt, SharedLlm};
 use crate::taps::{NoTaps, TapSink};
@@ -29,6 +30,16 @@ impl Injected {
     /// Tokens kept per chunk \[C\].
     pub fn kept_per_chunk(&self) -> usize {
         self.layers.first().and_then(|chunks| chunks.first()).map_or(0, KeyValue::rows)
+    }
+
+    /// The position from which every token of the running text looks at the context.
+    pub fn query_position(&self) -> i64 {
+        query_position(self.chunks())
+    }
+
+    /// The positions of the kept tokens, chunk after chunk, as they are looked at.
+    pub fn key_positions(&self) -> Vec<i64> {
+        key_positions(self.chunks(), self.kept_per_chunk(), self.quirks)
     }
 
     /// All chunks of a layer, one after the other, `[G, n * C, d]`.

@@ -131,5 +131,5 @@ fn after_layer_zero(model: &Llama, ids: &[u32]) -> Result<Array2<f32>> {
 
 /// `x` divided by its length, or by 1e-6 if it is shorter.
 fn unit(x: &Array1<f32>) -> Array1<f32> {
-    x / x.dot(&x).sqrt().max(1e-6)
+    x / x.dot(x).sqrt().max(1e-6)
 }
