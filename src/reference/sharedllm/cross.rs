@@ -1,9 +1,10 @@
 //! Attention of the running text to the context, between a layer's attention and its MLP.
 
-use super::super::array::Scope;
+use super::super::array::{Scope, split_heads};
 use super::super::attention::full_attention;
-use super::super::llama::{Linear, Llama, Weights, split_heads};
+use super::super::llama::Llama;
 use super::super::rope::{Frequencies, Rotary};
+use super::super::weights::{Linear, Weights, rms_norm};
 use super::super::{ReferenceError, Result};
 use super::Injected;
 use crate::tensor::Tensor;
@@ -42,12 +43,12 @@ impl CrossAttention {
         layer: usize,
         taps: &mut Scope<'_>,
     ) -> Result<Array2<f32>> {
-        let head_dim = upper.architecture().head_dim;
+        let &architecture::Llama { head_dim, rms_norm_eps, .. } = upper.architecture();
         let rows = injected.rows(layer);
         let queries = query_rotation(upper, injected.chunks(), x.nrows(), injected.quirks)?;
         // On top of the rotation inside the node that the keys have already.
         let keys = upper.rotary(&injected.key_positions());
-        let q = self.q_proj.apply(&upper.rms_norm(x, &self.layernorm));
+        let q = self.q_proj.apply(&rms_norm(x, &self.layernorm, rms_norm_eps as f32));
         let q = queries.apply(&split_heads(&q, head_dim));
         let k = keys.apply(&rows.k);
         let out = full_attention(&q, &k, &rows.v);
@@ -86,7 +87,7 @@ fn query_rotation(upper: &Llama, chunks: usize, rows: usize, quirks: Quirks) -> 
         return Ok(upper.rotary(&vec![position; rows]));
     }
     if chunks + 1 >= head_dim {
-        return Err(ReferenceError::SingleTokenRotation { chunks, most: head_dim - 1 });
+        return Err(ReferenceError::SingleTokenRotation { chunks, most: head_dim.saturating_sub(2) });
     }
     let Frequencies { inv_freq, .. } = Frequencies::new(rope, head_dim, position);
     let angle = position as f32 * inv_freq[(chunks + 1) % inv_freq.len()];

@@ -1,7 +1,7 @@
 //! The lower model over the nodes of a tree, and what is kept of them.
 
 use super::super::array::Scope;
-use super::super::attention::causal_attention;
+use super::super::attention::attend_among;
 use super::super::cache::KeyValue;
 use super::super::llama::Llama;
 use super::super::{ReferenceError, Result, expect_length};
@@ -10,7 +10,7 @@ use super::tree::{Node, grow};
 use super::{Prompt, SharedLlm};
 use crate::taps::{NoTaps, TapSink};
 use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
-use ndarray::{Array2, Array3, Array4, Axis};
+use ndarray::{Array3, Array4};
 
 /// What the upper model's bottom layers attend to.
 #[derive(Debug, Clone)]
@@ -101,14 +101,8 @@ fn encode(lower: &Llama, node: &Node) -> Result<Vec<KeyValue>> {
     let mut hidden = lower.embed(&node.ids)?;
     let mut layers = Vec::new();
     for layer in 0..lower.architecture().num_layers {
-        let (q, kv) = lower.project(layer, &hidden, &rotary, &mut taps)?;
-        // Padding neither sees nor is seen: what it attends to is zero.
-        let seen = kv.select(&tokens);
-        let among_tokens = causal_attention(&q.select(Axis(1), &tokens), &seen.k, &seen.v);
-        let mut attended = Array2::zeros((node.ids.len(), among_tokens.ncols()));
-        for (&row, found) in tokens.iter().zip(among_tokens.rows()) {
-            attended.row_mut(row).assign(&found);
-        }
+        let [q, k, v] = lower.project(layer, &hidden);
+        let (attended, kv) = attend_among(&tokens, &q, &k, v, &rotary, &mut taps)?;
         let residual = lower.add_attended(layer, &hidden, &attended, &mut taps)?;
         hidden = lower.mlp_half(layer, &residual, &mut taps)?;
         layers.push(kv);

@@ -14,7 +14,8 @@ use self::cross::CrossAttention;
 use super::array::Scope;
 use super::cache::Cache;
 use super::decode::argmax;
-use super::llama::{Llama, Weights};
+use super::llama::Llama;
+use super::weights::Weights;
 use super::{ReferenceError, Result};
 use crate::taps::TapSink;
 use crate::tensor::Tensor;
@@ -63,7 +64,7 @@ impl SharedLlm {
         let upper = Llama::load(architecture, &source)?;
         let lower =
             Llama::load(&lower, |name| source(&format!("encoder.{}", name.strip_prefix("model.").unwrap_or(name))))?;
-        let weights = Weights { source };
+        let weights = Weights::new(source);
         let cross = (0..model.injected_layers).map(|layer| CrossAttention::load(architecture, layer, &weights));
         Ok(Self { cross: cross.collect::<Result<_>>()?, upper, lower })
     }

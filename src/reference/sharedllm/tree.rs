@@ -7,7 +7,7 @@ use super::super::{Result, expect_length};
 use super::{Prompt, SharedLlm};
 use crate::taps::NoTaps;
 use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
-use ndarray::{Array1, Array2, ArrayView, Axis};
+use ndarray::{Array1, Array2, ArrayView};
 
 /// A part of a chunk.
 #[derive(Debug, Clone)]
@@ -34,6 +34,8 @@ pub(super) fn grow(
     prompt: Prompt<'_>,
     taps: &mut Scope<'_>,
 ) -> Result<Vec<Vec<Node>>> {
+    let searches = plan.settings.retrieval && plan.levels.len() > 1;
+    let query = if searches { Some(query(model, prompt, taps)?) } else { None };
     let len = plan.settings.chunk_len;
     let mut nodes: Vec<Node> = prompt
         .context
@@ -48,10 +50,9 @@ pub(super) fn grow(
         let encoded = if w + 1 == plan.levels.len() {
             leaves(halves, plan.settings.quirks)
         } else {
-            let chosen = if plan.settings.retrieval {
-                most_similar(model, prompt, &halves, plan.settings.quirks, &mut taps)?
-            } else {
-                vec![1; halves.len()] // the right one is nearer to the running text
+            let chosen = match &query {
+                Some(query) => most_similar(model, query, &halves, plan.settings.quirks, &mut taps)?,
+                None => vec![1; halves.len()], // the right one is nearer to the running text
             };
             nodes = halves.iter().zip(&chosen).map(|(halves, &chosen)| halves[chosen].clone()).collect();
             let rejected = halves.iter().zip(&chosen).map(|(halves, &chosen)| match plan.settings.quirks {
@@ -81,17 +82,23 @@ fn leaves(halves: Vec<[Node; 2]>, quirks: Quirks) -> Vec<Node> {
     leaves
 }
 
-/// For every node the half, 0 or 1, that is more similar to the running text; the left one of equals.
+/// What halves are compared with, `[D]`: the query's row of the running text.
+fn query(model: &SharedLlm, prompt: Prompt<'_>, taps: &mut Scope<'_>) -> Result<Array1<f32>> {
+    let widths = [&model.lower, &model.upper].map(|model| model.architecture().hidden_size);
+    expect_length("width of the lower model that is compared with the upper one", widths[0], widths[1])?;
+    let query = after_layer_zero(&model.upper, prompt.running)?.row(prompt.query_index).to_owned();
+    taps.tap("query.vector", &query)?;
+    Ok(query)
+}
+
+/// For every node the half, 0 or 1, that is more similar to `query [D]`; the left one of equals.
 fn most_similar(
     model: &SharedLlm,
-    prompt: Prompt<'_>,
+    query: &Array1<f32>,
     halves: &[[Node; 2]],
     quirks: Quirks,
     taps: &mut Scope<'_>,
 ) -> Result<Vec<usize>> {
-    let widths = [&model.lower, &model.upper].map(|model| model.architecture().hidden_size);
-    expect_length("width of the lower model that is compared with the upper one", widths[0], widths[1])?;
-    let query = after_layer_zero(&model.upper, prompt.running)?.row(prompt.query_index).to_owned();
     // All left halves, then all right ones.
     let candidates: Vec<&[u32]> =
         [0, 1].iter().flat_map(|&side| halves.iter().map(move |halves| &halves[side].ids[..])).collect();
@@ -99,7 +106,7 @@ fn most_similar(
         .iter()
         .map(|ids| Ok(after_layer_zero(&model.lower, ids)?.row(ids.len() - 1).to_owned()))
         .collect::<Result<Vec<Array1<f32>>>>()?;
-    let similarity: Vec<f32> = vectors.iter().map(|vector| unit(&query).dot(&unit(vector))).collect();
+    let similarity: Vec<f32> = vectors.iter().map(|vector| unit(query).dot(&unit(vector))).collect();
 
     let count = halves.len();
     let pair = |node: usize| match quirks {
@@ -112,8 +119,7 @@ fn most_similar(
 
     taps.tap_ids("candidates", &candidates)?;
     let by_row = Array2::from_shape_fn((vectors.len(), query.len()), |(row, i)| vectors[row][i]);
-    taps.tap("candidate_vectors", &by_row)?;
-    taps.tap("query_vector", &query.view().insert_axis(Axis(0)))?;
+    taps.tap("vectors", &by_row)?;
     taps.tap("similarity", &ArrayView::from(&similarity))?;
     taps.tap_integers("chosen", chosen.iter().map(|&half| half as i64))?;
     Ok(chosen)

@@ -1,7 +1,7 @@
-//! The reference's row: its taps under the golden names, which carry a batch axis.
+//! SharedLLM: the reference's taps under the golden names, which carry a batch axis.
 
-use super::super::compare::Tensors;
-use super::plan;
+use super::Tensors;
+use crate::sharedllm::plan;
 use accordion::goldens::SharedLlmCase;
 use accordion::reference::cache::Cache;
 use accordion::reference::decode::argmax;
@@ -12,7 +12,7 @@ use accordion::tensor::Tensor;
 use accordion_graphs::plan::sharedllm::Quirks;
 use anyhow::{Context, Result};
 
-pub(crate) fn run(case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
+pub(super) fn everything(case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
     let model = load(case)?;
     let mut taps = Tensors::new();
     let injected = compressed(case, &model, quirks, case.query_index, &mut taps)?;
@@ -85,7 +85,7 @@ fn context(case: &SharedLlmCase, taps: &Tensors, injected: &Injected) -> Result<
         let parts: Vec<&str> = name.split('.').collect();
         let names = match parts[..] {
             ["tree", w, "candidates"] => vec![format!("tree.d{w}.cand_ids")],
-            ["tree", w, "candidate_vectors"] => {
+            ["tree", w, "vectors"] => {
                 vec![format!("tree.d{w}.cand_hidden_last"), format!("tree.d{w}.enc_vectors")]
             }
             ["tree", w, "similarity"] => vec![format!("tree.d{w}.sim")],
@@ -95,6 +95,11 @@ fn context(case: &SharedLlmCase, taps: &Tensors, injected: &Injected) -> Result<
             _ => vec![],
         };
         found.extend(names.into_iter().map(|name| (name, tensor.clone())));
+    }
+    if case.retrieval {
+        // The authors' code computes it anew at every level.
+        let query = batched(tap(taps, "query.vector")?)?;
+        found.extend((0..case.tree_depth - 1).map(|w| (format!("tree.d{w}.query_vector"), query.clone())));
     }
     let positions = injected.key_positions();
     found.insert("pos.cross_key_effective".into(), Tensor::from_i64([1, positions.len()], positions)?);

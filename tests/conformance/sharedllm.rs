@@ -1,8 +1,6 @@
 //! SharedLLM's rows: the plan against the lengths and positions of the authors' code, then everything that it computed and,
 //! in rows of their own, everything that is known of the repaired variant.
 
-pub(crate) mod reference;
-
 use super::compare::{Comparison, SINGLE, Tensors, integers};
 use super::table::Table;
 use super::{Implementation, implementations};
