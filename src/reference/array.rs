@@ -62,6 +62,14 @@ impl<'a> Scope<'a> {
         })
     }
 
+    /// Taps rows of the same length as `[rows, length]`.
+    pub(super) fn tap_ids(&mut self, name: &str, rows: &[&[u32]]) -> Result<()> {
+        let length = rows.first().map_or(0, |row| row.len());
+        self.tap_with(name, || {
+            Tensor::from_i64([rows.len(), length], rows.iter().copied().flatten().map(|&id| i64::from(id)).collect())
+        })
+    }
+
     fn tap_with(&mut self, name: &str, value: impl FnOnce() -> Result<Tensor, TensorError>) -> Result<()> {
         let name = format!("{}{name}", self.path);
         if self.sink.wants(&name) {

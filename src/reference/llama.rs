@@ -146,14 +146,30 @@ impl Llama {
         if let Some(window) = self.architecture.sliding_window.filter(|&window| rows > window) {
             return Err(ReferenceError::SlidingWindow { rows, window });
         }
+        let [q, k, v] = self.project(layer, x);
+        let (attended, q, kv) = attend(&q, &k, v, rotary, past, taps)?;
+        Ok(Attended { residual: self.add_attended(layer, x, &attended, taps)?, q, kv })
+    }
+
+    /// Queries `[H, L, d]`, keys and values `[G, L, d]` of `x [L, D]`, not rotated.
+    pub(super) fn project(&self, layer: usize, x: &Array2<f32>) -> [Array3<f32>; 3] {
         let weights = &self.layers[layer];
         let normed = self.rms_norm(x, &weights.input_layernorm);
         let heads = |projection: &Linear| split_heads(&projection.apply(&normed), self.architecture.head_dim);
-        let [q, k, v] = [&weights.q_proj, &weights.k_proj, &weights.v_proj].map(heads);
-        let (attended, q, kv) = attend(&q, &k, v, rotary, past, taps)?;
-        let residual = x + &weights.o_proj.apply(&attended);
+        [&weights.q_proj, &weights.k_proj, &weights.v_proj].map(heads)
+    }
+
+    /// `x [L, D]` with what its rows attended to, `[L, H * d]`, added to it.
+    pub(super) fn add_attended(
+        &self,
+        layer: usize,
+        x: &Array2<f32>,
+        attended: &Array2<f32>,
+        taps: &mut Scope<'_>,
+    ) -> Result<Array2<f32>> {
+        let residual = x + &self.layers[layer].o_proj.apply(attended);
         taps.tap("attn_residual", &residual)?;
-        Ok(Attended { residual, q, kv })
+        Ok(residual)
     }
 
     /// The MLP half of a layer: what `x [L, D]` becomes after the gated MLP has been added to it.

@@ -11,6 +11,7 @@
 //! - [`plain`]: a forward pass over a growing cache.
 //! - [`homer`]: hierarchical context merging, node by node.
 //! - [`rcc`]: recurrent context compression, segment by segment.
+//! - [`sharedllm`]: keys and values of a context tree, and a model whose bottom layers attend to them.
 //! - [`decode`]: what follows a context state, at the positions the authors' two code paths use.
 //! - [`training`]: the loss that the models were trained with.
 //!
@@ -28,6 +29,7 @@ pub mod neox;
 pub mod plain;
 pub mod rcc;
 pub mod rope;
+pub mod sharedllm;
 pub mod training;
 pub mod transformer;
 mod weights;
@@ -116,6 +118,23 @@ pub enum ReferenceError {
         rows: usize,
         /// The architecture's window.
         window: usize,
+    },
+    /// The row that stands for the running text is not part of it.
+    #[error("the query is row {row} of a running text of {running} tokens")]
+    Query {
+        /// The row.
+        row: usize,
+        /// Tokens of the running text.
+        running: usize,
+    },
+    /// The released code of SharedLLM looks the rotation of a single token up at an index that grows with the number of
+    /// chunks, in a table as long as a head is wide.
+    #[error("the released code has no rotation for a single token after {chunks} chunks, only for up to {most}")]
+    SingleTokenRotation {
+        /// Chunks of the context.
+        chunks: usize,
+        /// Most chunks that there is a rotation for.
+        most: usize,
     },
     /// A method's settings contradict each other or the architecture.
     #[error(transparent)]

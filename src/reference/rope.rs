@@ -84,6 +84,11 @@ impl Rotary {
         Self { cos: of_angles(f32::cos), sin: of_angles(f32::sin) }
     }
 
+    /// The rotation of `rows` rows by `angle` in all of their `pairs` pairs of dimensions.
+    pub(super) fn of_angle(angle: f32, rows: usize, pairs: usize) -> Self {
+        Self { cos: Array2::from_elem((rows, pairs), angle.cos()), sin: Array2::from_elem((rows, pairs), angle.sin()) }
+    }
+
     /// Rotates `x [heads, L, d]`, where dimension `i` pairs with dimension `i + r / 2` of the `r` dimensions that the rotation
     /// was made for. The rest of a wider head stays.
     pub fn apply(&self, x: &Array3<f32>) -> Array3<f32> {

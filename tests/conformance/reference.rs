@@ -1,9 +1,10 @@
 //! The reference as a row of the table.
 
 mod rcc;
+mod sharedllm;
 
 use super::Implementation;
-use accordion::goldens::{HomerCase, RccCase};
+use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
 use accordion::reference::decode::{Continuation, ContinuationOffset, EndOfText};
 use accordion::reference::homer::{ContextState, Prompt, compress};
 use accordion::reference::llama::Llama;
@@ -12,6 +13,7 @@ use accordion::reference::{plain, to_tensor};
 use accordion::taps::NoTaps;
 use accordion::tensor::Tensor;
 use accordion_graphs::plan::homer::HomerPlan;
+use accordion_graphs::plan::sharedllm::Quirks;
 use anyhow::Result;
 use ndarray::{Array2, Axis, Slice, concatenate};
 use std::collections::BTreeMap;
@@ -46,6 +48,10 @@ impl Implementation for Reference {
 
     fn rcc(&mut self, case: &RccCase) -> Result<Tensors> {
         rcc::everything(case)
+    }
+
+    fn sharedllm(&mut self, case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
+        sharedllm::everything(case, quirks)
     }
 }
 
