@@ -173,8 +173,8 @@ pub fn record(
     for _ in 0..TRACED_TOKENS {
         token = largest(&sequence.forward(&mut engines, &[token], 1)?.to_f32());
     }
-    // The runtime writes its records when a session ends.
-    drop(engines);
+    // The runtime writes its records when a session ends, and tensors that it allocated keep theirs alive.
+    drop((sequence, state, engines));
     Trace::read(folder)
 }
 

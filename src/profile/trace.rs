@@ -88,10 +88,10 @@ impl Trace {
     }
 }
 
-/// Start and graph of a file that the runtime named `<micros>-<graph>_<date>_<time>.json`.
+/// Start and graph of a file that the runtime named `<micros>-<graph>_<date>_<time>_<milliseconds>.json`.
 fn parse_name(name: &str) -> Option<(f64, &str)> {
     let (start, rest) = name.split_once('-')?;
-    let graph = rest.rsplitn(3, '_').nth(2)?;
+    let graph = rest.rsplitn(4, '_').nth(3)?;
     Some((start.parse().ok()?, graph))
 }
 
@@ -123,8 +123,8 @@ mod tests {
         let layer = |l: u32, ts| kernel(&format!("model.layers.{l}.mlp.up_proj.Linear/node"), "Linear", ts, 2000);
         let events = json!([layer(0, 5), layer(11, 9), kernel("rows.Cos/node", "Cos", 20, 500),
             {"cat": "Session", "ph": "X", "name": "model_run", "ts": 1, "dur": 9000}]);
-        write("100-decoder_2026-01-02_03-04-05.json", events);
-        write("0-leaf.0-14_2026-01-02_03-04-05.json", json!([kernel("rows.Cos/node", "Cos", 1, 100)]));
+        write("100-decoder_2026-01-02_03-04-05_678.json", events);
+        write("0-leaf.0-14_2026-01-02_03-04-05_678.json", json!([kernel("rows.Cos/node", "Cos", 1, 100)]));
         let trace = Trace::read(folder.path()).unwrap();
         let found: Vec<_> =
             trace.operators.iter().map(|o| (o.graph.as_str(), o.module.as_str(), o.calls, o.total_ms)).collect();
@@ -136,15 +136,15 @@ mod tests {
 
     #[test]
     fn names_of_files_come_back() {
-        let name = format!("{}_2026-11-20_17-00-00.json", crate::runtime::ort_cpu::trace_prefix(12, "merge_x.0-1"));
+        let name = format!("{}_2026-11-20_17-00-00_123.json", crate::runtime::ort_cpu::trace_prefix(12, "merge_x.0-1"));
         assert_eq!(parse_name(&name), Some((12.0, "merge_x.0-1")));
     }
 
     #[test]
     fn what_is_no_trace_is_named() {
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("0-g_a_b.json"), "[").unwrap();
+        fs::write(folder.path().join("0-g_a_b_c.json"), "[").unwrap();
         let error = Trace::read(folder.path()).unwrap_err().to_string();
-        assert!(error.contains("0-g_a_b.json"), "{error}");
+        assert!(error.contains("0-g_a_b_c.json"), "{error}");
     }
 }
