@@ -20,6 +20,7 @@ pub mod profile;
 pub mod reference;
 pub mod report;
 pub mod runtime;
+pub mod staging;
 pub mod taps;
 pub mod tensor;
 pub mod verify;

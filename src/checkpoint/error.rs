@@ -2,6 +2,7 @@
 
 use crate::tensor::TensorError;
 use accordion_graphs::dtype::DType;
+use accordion_graphs::weights::AliasError;
 use std::path::{Path, PathBuf};
 
 /// Why a checkpoint cannot be opened, read or imported. Every message names the file and what in it is wrong.
@@ -97,6 +98,18 @@ pub enum CheckpointError {
         shard: String,
         /// What is wrong with it.
         problem: &'static str,
+    },
+    /// A further name that a tensor cannot have.
+    #[error("{} calls tensor {target} '{alias}': {problem}", path.display())]
+    Alias {
+        /// The file of aliases.
+        path: PathBuf,
+        /// The further name.
+        alias: String,
+        /// The tensor.
+        target: String,
+        /// What is wrong.
+        problem: AliasError,
     },
     /// The folder holds no weights.
     #[error("{} has neither model.safetensors nor model.safetensors.index.json", path.display())]

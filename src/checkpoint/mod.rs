@@ -3,6 +3,7 @@
 //! Nothing in such a folder is trusted: sizes are bounded before anything is allocated, arithmetic is checked, and
 //! what is not understood is refused by name.
 
+mod aliases;
 mod chat;
 pub(crate) mod clock;
 mod config;
@@ -20,6 +21,7 @@ mod safetensors;
 mod tokenizer;
 mod vocabulary;
 
+pub(crate) use aliases::{ALIASES, add as add_aliases, to_json as aliases_json};
 pub use chat::{ChatMessage, PromptAffixes};
 pub use config::{config_json, from_config_json};
 pub use error::{CheckpointError, GgufError, HeaderError};
@@ -44,6 +46,15 @@ use std::path::{Path, PathBuf};
 pub(crate) const CONFIG: &str = "config.json";
 /// The file that overrides the end-of-text ids.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
+/// Files that say how to use a model and its texts: whatever is made from a checkpoint takes along those that are there.
+pub(crate) const SIDE_FILES: [&str; 6] = [
+    CONFIG,
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
 const MAX_CONFIG: u64 = 4 << 20;
 
 /// An open checkpoint. Clones share its file mappings.

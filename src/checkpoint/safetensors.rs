@@ -4,6 +4,7 @@
 //! and the range of its bytes in the data; the ranges must cover the data without overlap and without holes
 //! (<https://huggingface.co/docs/safetensors>).
 
+use super::aliases;
 use super::error::{CheckpointError, HeaderError, io_error};
 use super::files;
 use accordion_graphs::dtype::DType;
@@ -24,8 +25,19 @@ const LENGTH_BYTES: u64 = 8;
 const MAX_HEADER: u64 = 100_000_000;
 const MAX_INDEX: u64 = 64 << 20;
 
-/// The weights of the checkpoint in `dir`, and a digest over the headers of its files.
+/// The weights of the checkpoint in `dir` under all of their names, and a digest over the headers of its files and its
+/// aliases.
 pub(crate) fn index(dir: &Path) -> Result<(WeightIndex, Sha256), CheckpointError> {
+    let (mut weights, digest) = stored(dir)?;
+    let path = dir.join(aliases::ALIASES);
+    if !files::exists(&path)? {
+        return Ok((weights, digest));
+    }
+    let text = aliases::add(&path, &mut weights)?;
+    Ok((weights, digest.chain_update(text)))
+}
+
+fn stored(dir: &Path) -> Result<(WeightIndex, Sha256), CheckpointError> {
     let mut digest = Sha256::new();
     let single = dir.join(SINGLE);
     if files::exists(&single)? {
@@ -192,7 +204,7 @@ fn dtype_of(name: &str) -> Option<DType> {
 }
 
 /// A JSON object by tensor name. A name that appears twice is an error: which one counts would depend on the parser.
-struct Entries<V>(BTreeMap<String, V>);
+pub(super) struct Entries<V>(pub(super) BTreeMap<String, V>);
 
 impl<'de, V: Deserialize<'de>> Deserialize<'de> for Entries<V> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
