@@ -11,6 +11,7 @@
 
 pub mod bundle;
 pub mod checkpoint;
+pub mod convert;
 pub mod environment;
 pub mod fetch;
 pub mod goldens;

@@ -8,6 +8,7 @@
 //!
 //! A killed command leaves at most the folder that begins with a dot.
 
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
@@ -89,10 +90,7 @@ impl Staging {
     pub(crate) fn create(goal: &Path, kind: Kind, replace: bool) -> Result<Self, StagingError> {
         check_goal(goal, kind, replace)?;
         let parent = goal.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let temporary = tempfile::Builder::new()
-            .prefix(kind.prefix)
-            .tempdir_in(parent)
-            .map_err(io_error(parent))?;
+        let temporary = tempfile::Builder::new().prefix(kind.prefix).tempdir_in(parent).map_err(io_error(parent))?;
         // A folder of its own inside: temporary folders are private to the user, what becomes of this one need not be.
         let content = temporary.path().join("content");
         fs::create_dir(&content).map_err(io_error(&content))?;
@@ -120,6 +118,21 @@ impl Staging {
         file.write_all(bytes).map_err(io_error(&self.goal.join(name)))?;
         self.bytes_written += bytes.len() as u64;
         Ok(())
+    }
+
+    /// Writes a new file that goes on with `zeros` bytes of 0, which take no room where the file system knows holes.
+    pub(crate) fn write_and_zeros(&mut self, name: &str, bytes: &[u8], zeros: u64) -> Result<(), StagingError> {
+        let goal = self.goal.join(name);
+        let mut file = self.create_new(name)?;
+        file.write_all(bytes).map_err(io_error(&goal))?;
+        file.set_len(bytes.len() as u64 + zeros).map_err(io_error(&goal))?;
+        self.bytes_written += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Writes a new JSON file.
+    pub(crate) fn write_json(&mut self, name: &str, value: &Value) -> Result<(), StagingError> {
+        self.write(name, format!("{value:#}\n").as_bytes())
     }
 
     /// Puts the file `from` into the folder as `name`: a hard link if it may be one and can be, else a copy that keeps

@@ -33,6 +33,7 @@ pub use maps::WeightMaps;
 pub use required::{check_tensors, required_tensors};
 pub use rope::parse_rope_scaling;
 pub use safetensors::read_index;
+pub(crate) use safetensors::{INDEX, SINGLE, header as safetensors_header, index_json};
 pub use tokenizer::{TextStream, Tokenizer};
 
 use crate::tensor::Tensor;
@@ -105,6 +106,15 @@ impl Checkpoint {
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// What config.json says, word for word.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read any more.
+    pub(crate) fn config(&self) -> Result<serde_json::Value, CheckpointError> {
+        files::read_json(&self.dir.join(CONFIG), MAX_CONFIG)
     }
 
     /// What config.json says of the decoder.
