@@ -11,7 +11,7 @@
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -42,6 +42,16 @@ pub enum StagingError {
         noun: &'static str,
         /// The file that such a folder has.
         marker: &'static str,
+    },
+    /// The disk has too little room.
+    #[error("{}: {needed} bytes are to be written there, and {available} are free", path.display())]
+    NoRoom {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes to be written.
+        needed: u64,
+        /// Bytes there are.
+        available: u64,
     },
     /// Two files would have the same name.
     #[error("{}: two files of the folder would be called '{name}'", path.display())]
@@ -112,22 +122,39 @@ impl Staging {
         self.link_failure.as_deref()
     }
 
+    /// Refuses to begin what the disk has no room for. Where the system does not say how much there is, writing finds out.
+    pub(crate) fn check_room(&self, needed: u64) -> Result<(), StagingError> {
+        match free_bytes(&self.content) {
+            Some(available) if available < needed => {
+                Err(StagingError::NoRoom { path: self.goal.clone(), needed, available })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes a new file by way of `write`, which leaves the file's position at the end of what it wrote.
+    pub(crate) fn write_with(
+        &mut self,
+        name: &str,
+        write: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> Result<(), StagingError> {
+        let mut file = self.create_new(name)?;
+        let written = write(&mut file).and_then(|()| file.stream_position());
+        self.bytes_written += written.map_err(io_error(&self.goal.join(name)))?;
+        Ok(())
+    }
+
     /// Writes a new file.
     pub(crate) fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), StagingError> {
-        let mut file = self.create_new(name)?;
-        file.write_all(bytes).map_err(io_error(&self.goal.join(name)))?;
-        self.bytes_written += bytes.len() as u64;
-        Ok(())
+        self.write_with(name, |file| file.write_all(bytes))
     }
 
     /// Writes a new file that goes on with `zeros` bytes of 0, which take no room where the file system knows holes.
     pub(crate) fn write_and_zeros(&mut self, name: &str, bytes: &[u8], zeros: u64) -> Result<(), StagingError> {
-        let goal = self.goal.join(name);
-        let mut file = self.create_new(name)?;
-        file.write_all(bytes).map_err(io_error(&goal))?;
-        file.set_len(bytes.len() as u64 + zeros).map_err(io_error(&goal))?;
-        self.bytes_written += bytes.len() as u64;
-        Ok(())
+        self.write_with(name, |file| {
+            file.write_all(bytes)?;
+            file.set_len(bytes.len() as u64 + zeros)
+        })
     }
 
     /// Writes a new JSON file.
@@ -217,6 +244,28 @@ fn check_goal(goal: &Path, kind: Kind, replace: bool) -> Result<(), StagingError
         return Ok(());
     }
     Err(StagingError::NotReplaceable { path: goal.to_owned(), noun, marker })
+}
+
+/// Bytes that this user may still write into the file system of `path`.
+#[cfg(unix)]
+fn free_bytes(path: &Path) -> Option<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).ok()?;
+    // SAFETY: the structure is integers, for which zeros are a value; the call reads a string that ends with 0 and only
+    // writes into the structure.
+    let found = unsafe {
+        let mut found: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &raw mut found) == 0).then_some(found)
+    }?;
+    // Their widths differ between systems.
+    #[allow(clippy::unnecessary_cast)]
+    let [blocks, size] = [found.f_bavail as u64, found.f_frsize as u64];
+    blocks.checked_mul(size)
+}
+
+#[cfg(not(unix))]
+fn free_bytes(_: &Path) -> Option<u64> {
+    None
 }
 
 fn taken(path: &Path, name: &str) -> StagingError {
