@@ -23,13 +23,13 @@ pub struct Converted {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConvertError {
-    /// The method's authors define it for another family.
-    #[error("{}: sharedllm is made of models of the Llama family, and this is {found}", path.display())]
+    /// The method's authors define it for another model.
+    #[error("{}: sharedllm is made of a plain Llama, and this is {found}", path.display())]
     Family {
         /// The checkpoint.
         path: PathBuf,
         /// What it is.
-        found: &'static str,
+        found: String,
     },
     /// The method has no such tensors.
     #[error("{} has a tensor {tensor}, but the layers of sharedllm have no biases", path.display())]

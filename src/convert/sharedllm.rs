@@ -14,11 +14,11 @@
 use super::{ConvertError, Converted};
 use crate::checkpoint::{
     ALIASES, CONFIG, Checkpoint, CheckpointError, INDEX, SIDE_FILES, SINGLE, aliases_json, config_json, index_json,
-    required_tensors, safetensors_header,
+    required_tensors, safetensors_header, sharedllm_json,
 };
 use crate::staging::{Kind, Placement, Staging};
-use accordion_graphs::architecture::{Architecture, Llama};
-use accordion_graphs::plan::sharedllm::Keep;
+use accordion_graphs::architecture::{Architecture, Compressor, Llama, RopeScaling, SharedLlmModel};
+use accordion_graphs::plan::sharedllm::{Keep, Quirks, SharedLlmSettings};
 use accordion_graphs::weights::{WeightIndex, WeightRef};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -65,7 +65,8 @@ pub struct SharedLlmOptions {
 /// The source is no Llama, is SharedLLM already, has biases or fewer layers than asked for; a setting is out of range; or
 /// something cannot be written. Nothing is left behind then.
 pub fn to_sharedllm(source: &Checkpoint, out: &Path, options: &SharedLlmOptions) -> Result<Converted, ConvertError> {
-    let model = check(source, options)?;
+    let plain = source.config().map_err(Box::new)?;
+    let model = check(source, &plain, options)?;
     let mut staging = Staging::create(out, CONVERTED, options.force)?;
 
     let mut parts = Parts::of(source)?;
@@ -84,7 +85,7 @@ pub fn to_sharedllm(source: &Checkpoint, out: &Path, options: &SharedLlmOptions)
         staging.write_json(INDEX, &index_json(tensors, index.byte_count()))?;
     }
     staging.write_json(ALIASES, &aliases_json(index.aliases()))?;
-    staging.write_json(CONFIG, &config(source.config().map_err(Box::new)?, model, options))?;
+    staging.write_json(CONFIG, &config(plain, model, options))?;
     for file in SIDE_FILES.into_iter().filter(|file| *file != CONFIG) {
         let from = source.dir().join(file);
         if from.is_file() {
@@ -101,14 +102,22 @@ pub fn to_sharedllm(source: &Checkpoint, out: &Path, options: &SharedLlmOptions)
 }
 
 /// The source's model, if it can be converted with these options.
-fn check<'a>(source: &'a Checkpoint, options: &SharedLlmOptions) -> Result<&'a Llama, ConvertError> {
+fn check<'a>(source: &'a Checkpoint, config: &Value, options: &SharedLlmOptions) -> Result<&'a Llama, ConvertError> {
     let path = || source.dir().to_owned();
-    if source.compressor().is_some() {
-        return Err(ConvertError::Family { path: path(), found: "a checkpoint of rcc or sharedllm already" });
+    let refuse = |found: &str| Err(ConvertError::Family { path: path(), found: found.to_owned() });
+    match source.compressor() {
+        None => {}
+        Some(Compressor::SharedLlm(_)) => return refuse("sharedllm already"),
+        Some(_) => return refuse("a checkpoint of another method"),
     }
-    let Architecture::Llama(model) = source.architecture() else {
-        return Err(ConvertError::Family { path: path(), found: "GPT-NeoX" });
+    let family = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    let (Architecture::Llama(model), "llama") = (source.architecture(), family) else {
+        return refuse(&format!("'{family}'"));
     };
+    match model.rope.scaling {
+        RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Dynamic { .. } => {}
+        _ => return refuse("one with another rotary scaling than linear or dynamic"),
+    }
     let is_bias = |name: &String| Path::new(name).extension().is_some_and(|extension| extension == "bias");
     if let Some(tensor) = required_tensors(model).map(|(name, _)| name).find(is_bias) {
         return Err(ConvertError::Bias { path: path(), tensor });
@@ -220,33 +229,20 @@ fn cross_attention(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.cross_attn.{name}.weight")
 }
 
-/// The source's configuration with the fields that the authors' code reads.
+/// The source's configuration with the fields that the authors' code reads besides.
 fn config(mut config: Value, model: &Llama, options: &SharedLlmOptions) -> Value {
-    let last_p = match options.keep {
-        Keep::All => "-1".to_owned(),
-        Keep::Tokens(count) => count.to_string(),
-        // With its point: a whole number would be tokens.
-        Keep::Fraction(part) => format!("{part:?}"),
-    };
     let lower = Llama { num_layers: options.layers, ..model.clone() };
-    let fields = json!({
-        "architectures": ["SharedLLMForCausalLM"],
-        // Negative: from the bottom.
-        "num_cross_attn_layers": -(options.layers as i64),
-        "do_cross_attention": true,
-        "num_cross_attn_hidden_states": 1,
-        "encoder_is_model": false,
-        "encoder_config": config_json(&lower),
-        "encoder_hidden_size": model.hidden_size,
-        "last_p": last_p,
-        "segment_tree_depth": options.tree_depth,
-        "do_retrieval": options.retrieval,
-        "add_noise": false,
-        "is_decoder": true,
-        "_flash_attn_2_enabled": true,
-    });
-    if let (Value::Object(config), Value::Object(fields)) = (&mut config, fields) {
-        config.extend(fields);
+    let shared = SharedLlmModel { lower, injected_layers: options.layers };
+    // The chunk length has no place in the file.
+    let SharedLlmOptions { keep, tree_depth, retrieval, .. } = *options;
+    let settings = SharedLlmSettings { chunk_len: 0, tree_depth, keep, retrieval, quirks: Quirks::default() };
+    let plain = config_json(model);
+    if let (Value::Object(config), Value::Object(fields)) = (&mut config, sharedllm_json(model, &shared, &settings)) {
+        config.extend(fields.into_iter().filter(|(name, _)| plain.get(name).is_none()));
     }
+    config["architectures"] = json!(["SharedLLMForCausalLM"]);
+    config["add_noise"] = json!(false);
+    config["is_decoder"] = json!(true);
+    config["_flash_attn_2_enabled"] = json!(true);
     config
 }

@@ -7,7 +7,8 @@ use crate::sparse;
 use crate::tiny::Tiny;
 use accordion::bundle::Bundle;
 use accordion::checkpoint::{Checkpoint, config_json};
-use accordion_graphs::architecture::Llama;
+use accordion_graphs::architecture::{Compressor, Llama};
+use accordion_graphs::plan::sharedllm::Keep;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -63,6 +64,13 @@ fn the_lower_model_and_the_cross_attention_are_parts_of_the_source() {
             let norm = format!("model.layers.{layer}.post_attention_layernorm.weight");
             assert_eq!(place(&made, &format!("{new}.layernorm.weight")), place(&made, &norm));
         }
+        let Some(Compressor::SharedLlm(shared)) = made.compressor() else { panic!("{:?}", made.compressor()) };
+        assert_eq!(shared.injected_layers, 2);
+        assert_eq!(shared.lower, Llama { num_layers: 2, ..model.clone() });
+        assert_eq!(made.architecture(), plain.architecture());
+        let settings = made.sharedllm_settings().unwrap();
+        assert_eq!((settings.keep, settings.tree_depth, settings.retrieval), (Keep::Tokens(32), 3, true));
+
         // Nine tensors a layer, the embedding and the norm; three of the cross attention a layer.
         assert_eq!((&found["aliases"], made.weights().aliases().len()), (&json!(26), 26));
         for (alias, target) in made.weights().aliases().iter().filter(|(alias, _)| alias.starts_with("encoder.")) {
@@ -144,6 +152,8 @@ fn the_configuration_says_what_the_authors_code_reads() {
     }
     assert_eq!(made["encoder_config"]["num_hidden_layers"], 3);
     assert_eq!(made["encoder_config"]["hidden_size"], config["hidden_size"]);
+    let read = Checkpoint::open(workspace.path("out")).unwrap().sharedllm_settings().unwrap();
+    assert_eq!((read.keep, read.tree_depth, read.retrieval), (Keep::Fraction(0.5), 2, false));
     let defaults = write("all", &[]);
     assert_eq!((&defaults["last_p"], &defaults["do_retrieval"]), (&json!("-1"), &json!(true)));
     assert_eq!(write("16", &[])["last_p"], "16");
@@ -168,9 +178,21 @@ fn what_cannot_be_converted_is_refused_and_leaves_nothing() {
     refuse(&["--layers", "2", "--tree-depth", "0"], &["--tree-depth is 0"]);
     assert!(!workspace.path("out").exists());
 
-    let biased = Llama { qkv_bias: true, ..sparse::tiny_model() };
+    let biased = Llama { qkv_bias: true, o_bias: true, ..sparse::tiny_model() };
     source(&workspace, &biased, "F32", 1);
     refuse(&["--layers", "2"], &["model.layers.0.self_attn.q_proj.bias", "no biases"]);
+
+    for (qkv_bias, found) in [(true, "'qwen2'"), (false, "'mistral'")] {
+        source(&workspace, &Llama { qkv_bias, sliding_window: Some(64), ..sparse::tiny_model() }, "F32", 1);
+        refuse(&["--layers", "2"], &[found]);
+    }
+    let yarn = json!({"type": "yarn", "factor": 2.0});
+    source(&workspace, &sparse::tiny_model(), "F32", 1);
+    let path = workspace.path("checkpoint").join("config.json");
+    let mut config = json_file(&path);
+    config["rope_scaling"] = yarn;
+    fs::write(path, config.to_string()).unwrap();
+    refuse(&["--layers", "2"], &["rotary scaling"]);
 
     source(&workspace, &sparse::tiny_model(), "F32", 1);
     fs::create_dir(workspace.path("out")).unwrap();
@@ -180,6 +202,12 @@ fn what_cannot_be_converted_is_refused_and_leaves_nothing() {
     fs::remove_dir(workspace.path("out")).unwrap();
     convert(&workspace, &["--layers", "2"]).output();
     convert(&workspace, &["--layers", "3", "--force"]).output();
+    let again = Run::of(
+        command()
+            .args(["convert", "sharedllm", "--layers", "2", "--from"])
+            .args(["out", "twice"].map(|n| workspace.path(n))),
+    );
+    assert!(again.error().contains("sharedllm already"));
     assert_eq!(json_file(&workspace.path("out").join("config.json"))["num_cross_attn_layers"], -3);
 }
 
