@@ -22,6 +22,7 @@ pub mod reference;
 pub mod report;
 pub mod runtime;
 pub mod staging;
+pub mod synthetic;
 pub mod taps;
 pub mod tensor;
 pub mod verify;

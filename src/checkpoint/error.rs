@@ -185,6 +185,12 @@ pub enum CheckpointError {
         /// Size of the file.
         available: u64,
     },
+    /// There is a model, and nothing that turns texts into its tokens.
+    #[error("there is no {}, and texts need one; a checkpoint of random numbers has none", path.display())]
+    NoTokenizer {
+        /// tokenizer.json.
+        path: PathBuf,
+    },
     /// The tokenizer refused: its file, a text or an id.
     #[error("{}: {source}", path.display())]
     Tokenizer {

@@ -32,6 +32,7 @@ pub(crate) use identity::identity_of;
 pub use identity::{model_identity, rope_text};
 pub use llama2c::import_llama2c;
 pub use maps::WeightMaps;
+pub(crate) use required::encoder_tensors;
 pub use required::{NamedShape, check_tensors, decoder_tensors, rcc_tensors, required_tensors, sharedllm_tensors};
 pub use rope::parse_rope_scaling;
 pub use safetensors::read_index;
