@@ -102,7 +102,7 @@ mod tests {
             (with(r#"{"y":"a","x":"y"}"#), "calls tensor y 'x'"),
             (with(r#"{"x":"a","x":"b"}"#), "tensor x appears twice"),
             (with(r#"{"x":1}"#), "invalid type"),
-            (with(r#"[]"#), "an object by tensor name"),
+            (with("[]"), "an object by tensor name"),
             (r#"{"schema":"accordion.aliases/2","tensors":{}}"#.to_owned(), "schema 'accordion.aliases/2'"),
             (r#"{"tensors":{}}"#.to_owned(), "missing field `schema`"),
             (format!(r#"{{"schema":"{SCHEMA}","tensors":{{}},"prefixes":{{}}}}"#), "unknown field `prefixes`"),
