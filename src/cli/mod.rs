@@ -4,6 +4,7 @@
 
 mod calibrate;
 mod common;
+mod convert;
 mod demo;
 mod doctor;
 mod export;
@@ -64,6 +65,7 @@ enum Command {
     Demo(demo::Arguments),
     Fetch(fetch::Arguments),
     Import(import::Arguments),
+    Convert(convert::Arguments),
     Inspect(inspect::Arguments),
     Export(export::Arguments),
     Calibrate(calibrate::Arguments),
@@ -95,6 +97,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(&arguments, &output),
         Command::Fetch(arguments) => fetch::run(&arguments, &output),
         Command::Import(arguments) => import::run(&arguments, &output),
+        Command::Convert(arguments) => convert::run(&arguments, &output),
         Command::Inspect(arguments) => inspect::run(&arguments, &output),
         Command::Export(arguments) => export::run(&arguments, &output),
         Command::Calibrate(arguments) => calibrate::run(&arguments, &output),
