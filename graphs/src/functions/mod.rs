@@ -6,6 +6,7 @@
 mod attention;
 mod linear;
 mod merge_cache;
+mod strided_compress;
 mod swiglu;
 mod topk_prune;
 
@@ -13,6 +14,8 @@ pub use attention::{CACHED_ATTENTION, CAUSAL_ATTENTION};
 pub use linear::LINEAR;
 pub use merge_cache::MERGE_CACHE;
 pub(crate) use merge_cache::merge_rows;
+pub(crate) use strided_compress::select_rows;
+pub use strided_compress::{STRIDED_COMPRESS, STRIDED_COMPRESS_MEAN};
 pub use swiglu::SWIGLU;
 pub use topk_prune::TOPK_PRUNE;
 pub(crate) use topk_prune::last_row_logits;

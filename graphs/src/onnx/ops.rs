@@ -415,6 +415,14 @@ impl Scope {
         self.node("Range", &[Some(&zero), Some(count), Some(&one)], vec![], vec![(DType::I64, vec![extent])]).remove(0)
     }
 
+    /// In a function body: the caller's integer attribute `name`, `[1]`.
+    pub fn integer_attribute(&self, name: &'static str) -> Value {
+        let scalar = self
+            .node("Constant", &[], vec![("value_int", Attribute::IntOf(name))], vec![(DType::I64, vec![])])
+            .remove(0);
+        scalar.reshape(&[1.into()])
+    }
+
     /// In a function body: the caller's real attribute `name`, without dimensions.
     pub fn attribute(&self, name: &'static str) -> Value {
         self.node("Constant", &[], vec![("value_float", Attribute::FloatOf(name))], vec![(DType::F32, vec![])])
