@@ -1,6 +1,7 @@
 //! Host code that walks a plan over engines: token ids -> context state -> decoded tokens. The same functions run
 //! whichever runtime is behind the engines.
 
+mod cache;
 pub mod compress;
 pub mod decode;
 mod engines;
