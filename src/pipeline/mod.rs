@@ -16,6 +16,7 @@ pub mod sampling;
 pub mod sharedllm;
 pub mod significance;
 mod state;
+pub mod state_file;
 pub mod stop;
 
 pub use engines::Engines;
