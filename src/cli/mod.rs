@@ -4,10 +4,13 @@
 
 mod calibrate;
 mod common;
+mod compress;
+mod compression;
 mod demo;
 mod doctor;
 mod export;
 mod fetch;
+mod framing;
 mod import;
 mod inspect;
 mod method;
@@ -69,6 +72,7 @@ enum Command {
     Calibrate(calibrate::Arguments),
     Verify(verify::Arguments),
     Profile(profile::Arguments),
+    Compress(Box<compress::Arguments>),
     Run(Box<run::Arguments>),
     Report(report::Arguments),
     Doctor(doctor::Arguments),
@@ -100,6 +104,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Calibrate(arguments) => calibrate::run(&arguments, &output),
         Command::Verify(arguments) => verify::run(&arguments, &output),
         Command::Profile(arguments) => profile::run(&arguments, &output),
+        Command::Compress(arguments) => compress::run(&arguments, &output),
         Command::Run(arguments) => run::run(&arguments, &output),
         Command::Report(arguments) => report::run(&arguments, &output),
         Command::Doctor(arguments) => doctor::run(&arguments, &output),

@@ -8,6 +8,7 @@ mod engines;
 mod error;
 pub mod generate;
 pub mod homer;
+pub mod instruction;
 pub mod plain;
 pub mod prompt;
 pub mod question;

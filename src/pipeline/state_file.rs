@@ -8,6 +8,7 @@
 //!
 //! A file is mapped, not read: as long as the state is in use it must not be truncated.
 
+use super::compress::Compression;
 use super::{ContextState, Injected, InjectedLayer};
 use crate::bundle::{Bundle, Method};
 use crate::checkpoint::{CheckpointError, WeightMaps, read_index};
@@ -157,6 +158,17 @@ impl From<&Method> for StateMethod {
             Method::Homer { settings, .. } => Self::Homer(*settings),
             Method::Rcc { settings } => Self::Rcc(*settings),
             Method::SharedLlm { settings } => Self::SharedLlm(*settings),
+        }
+    }
+}
+
+impl From<&Compression> for StateMethod {
+    fn from(compression: &Compression) -> Self {
+        match compression {
+            Compression::Plain { .. } => Self::Plain,
+            Compression::Homer(homer) => Self::Homer(homer.settings),
+            Compression::Rcc(rcc) => Self::Rcc(rcc.settings),
+            Compression::SharedLlm(shared) => Self::SharedLlm(shared.settings),
         }
     }
 }
