@@ -1,11 +1,14 @@
 //! Golden cases: what the papers' own code computed, on small random models, written to files.
 //!
-//! One module per method, because each method has its own inputs and results: [`homer`].
+//! One module per method, because each method has its own inputs and results: [`homer`], [`rcc`].
 
+mod config;
 mod files;
 pub mod homer;
+pub mod rcc;
 
 pub use homer::HomerCase;
+pub use rcc::RccCase;
 
 use std::path::PathBuf;
 
