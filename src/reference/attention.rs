@@ -1,10 +1,38 @@
 //! Causal attention by row index.
 
+use super::Result;
+use super::array::Scope;
+use super::cache::KeyValue;
+use super::rope::Rotary;
 use ndarray::{Array2, Array3, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::thread;
 
 /// Query rows whose scores exist at one time: bounds the memory of a head to this many rows of the score matrix.
 const ROWS_AT_ONCE: usize = 256;
+
+/// Rotates new rows `q [H, L, d]` and `k [G, L, d]`, puts `k` and `v` behind `past` and attends. Returns what is attended
+/// to, `[L, H * d]`, the rotated queries, and keys and values of all rows.
+pub(super) fn attend(
+    q: &Array3<f32>,
+    k: &Array3<f32>,
+    v: Array3<f32>,
+    rotary: &Rotary,
+    past: Option<&KeyValue>,
+    taps: &mut Scope<'_>,
+) -> Result<(Array2<f32>, Array3<f32>, KeyValue)> {
+    let q = rotary.apply(q);
+    let mut kv = KeyValue { k: rotary.apply(k), v };
+    taps.tap_rows("attn.q", &q)?;
+    taps.tap_rows("attn.k", &kv.k)?;
+    taps.tap_rows("attn.v", &kv.v)?;
+    if let Some(past) = past {
+        let new = std::mem::replace(&mut kv, past.clone());
+        kv.append(&new);
+    }
+    let attended = causal_attention(&q, &kv.k, &kv.v);
+    taps.tap("attn.out", &attended)?;
+    Ok((attended, q, kv))
+}
 
 /// Attention of `q [H, L, d]` over `k, v [G, R, d]`, `R >= L`; returns `[L, H * d]`.
 ///

@@ -4,11 +4,15 @@
 //! From the workspace this module uses the [architecture](accordion_graphs::architecture), the
 //! [plan](accordion_graphs::plan), [`crate::tensor`] and [`crate::taps`], and nothing else; a test holds it to that.
 //!
-//! - [`llama`]: the model, loaded by weight name; one decoder layer in its two halves.
+//! - [`transformer`]: what causal transformers have in common, and loading one by weight name: [`llama`], whose layers come
+//!   in two halves, or [`neox`].
+//! - [`mamba`]: the other kind of encoder.
 //! - [`rope`]: rotary positions under every scaling an architecture can name.
 //! - [`plain`]: a forward pass over a growing cache.
 //! - [`homer`]: hierarchical context merging, node by node.
+//! - [`rcc`]: recurrent context compression, segment by segment.
 //! - [`decode`]: what follows a context state, at the positions the authors' two code paths use.
+//! - [`training`]: the loss that the models were trained with.
 //!
 //! Matrix products go through `ndarray`'s `dot`, which uses up to four threads (one per physical core, or as many as
 //! the environment variable `MATMUL_NUM_THREADS` says).
@@ -19,12 +23,19 @@ pub mod cache;
 pub mod decode;
 pub mod homer;
 pub mod llama;
+pub mod mamba;
+pub mod neox;
 pub mod plain;
+pub mod rcc;
 pub mod rope;
+pub mod training;
+pub mod transformer;
+mod weights;
 
 pub use array::to_tensor;
 
 use crate::tensor::TensorError;
+use accordion_graphs::plan::PlanError;
 
 /// Why the reference could not compute something.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +69,12 @@ pub enum ReferenceError {
         found: usize,
         /// What it has to be.
         expected: String,
+    },
+    /// The architecture is of a family that has no reference.
+    #[error("the reference has no {what} of this family")]
+    Family {
+        /// What has a family.
+        what: &'static str,
     },
     /// A token id lies outside the vocabulary.
     #[error("token id {id} is outside the vocabulary of {vocab_size} tokens")]
@@ -100,6 +117,9 @@ pub enum ReferenceError {
         /// The architecture's window.
         window: usize,
     },
+    /// A method's settings contradict each other or the architecture.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     /// A tensor could not be made.
     #[error(transparent)]
     Tensor(#[from] TensorError),
