@@ -2,11 +2,13 @@
 
 mod attention;
 mod linear;
+mod mamba;
 pub mod rope;
 mod transformer;
 mod unflatten;
 
 pub use attention::{Attended, CachedRows, Rows};
+pub use mamba::Mamba;
 pub use transformer::{Residual, Transformer};
 pub use unflatten::unflatten;
 

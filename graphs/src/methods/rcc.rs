@@ -5,7 +5,7 @@
 
 use super::{Graphs, Source, plain};
 use crate::architecture::{Encoder, RccModel};
-use crate::blocks::{Rows, Transformer, unflatten};
+use crate::blocks::{Mamba, Rows, Transformer, unflatten};
 use crate::dtype::DType;
 use crate::functions::{self, select_rows};
 use crate::onnx::{Dim, Scope, Value};
@@ -48,7 +48,7 @@ pub fn encoder(source: &Source, model: &RccModel, settings: RccSettings) -> Scop
 /// The encoder's states that reach the decoder, each `[segments * W, He]`.
 fn states(g: &Scope, source: &Source, model: &RccModel, settings: RccSettings, ids: &Value) -> Vec<Value> {
     let live = settings.live_states(source.arch.num_layers());
-    let (blocks, _) = settings.encoder_states(&model.encoder, live);
+    let (blocks, embedding_first) = settings.encoder_states(&model.encoder, live);
     match &model.encoder {
         Encoder::Transformer(arch) => {
             let path = format!("{}.{}", model.encoder_path, Transformer::body_of(arch));
@@ -63,9 +63,16 @@ fn states(g: &Scope, source: &Source, model: &RccModel, settings: RccSettings, i
             }
             states
         }
-        Encoder::Mamba(_) => {
-            g.fail("no graph of a Mamba encoder");
-            Vec::new()
+        Encoder::Mamba(arch) => {
+            let encoder = Mamba::at(arch, source.target, &model.encoder_path, "encoder");
+            let mut x = encoder.embed(g, ids);
+            g.scope("encoder").tap("embed", &x);
+            let mut states = if embedding_first { vec![x.clone()] } else { Vec::new() };
+            for l in 0..blocks {
+                x = encoder.block(g, l, &x, ids);
+                states.push(x.clone());
+            }
+            states
         }
     }
 }

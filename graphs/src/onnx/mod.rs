@@ -11,12 +11,14 @@ mod ops;
 mod scope;
 mod serialize;
 mod shape;
+mod subgraph;
 
 pub use attribute::Attribute;
 pub use function::Operator;
 pub use scope::{Scope, Value};
 pub use serialize::{GraphSignature, Model, ValueInfo, tap_outputs};
 pub use shape::Dim;
+pub use subgraph::{Step, Subgraph};
 
 /// Opset of the default ONNX domain that all graphs use.
 pub const OPSET: i64 = 23;
