@@ -7,4 +7,5 @@ mod gguf;
 #[path = "../cli/sparse.rs"]
 #[allow(dead_code, reason = "each target that shares the file uses its part")]
 mod sparse;
+mod state;
 mod tokenizer;

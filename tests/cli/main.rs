@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod calibrate;
+mod compress;
 mod demo;
 mod doctor;
 mod export;
