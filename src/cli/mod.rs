@@ -4,11 +4,14 @@
 
 mod calibrate;
 mod common;
+mod compress;
+mod compression;
 mod convert;
 mod demo;
 mod doctor;
 mod export;
 mod fetch;
+mod framing;
 mod import;
 mod inspect;
 mod method;
@@ -71,6 +74,7 @@ enum Command {
     Calibrate(calibrate::Arguments),
     Verify(verify::Arguments),
     Profile(profile::Arguments),
+    Compress(Box<compress::Arguments>),
     Run(Box<run::Arguments>),
     Report(report::Arguments),
     Doctor(doctor::Arguments),
@@ -103,6 +107,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Calibrate(arguments) => calibrate::run(&arguments, &output),
         Command::Verify(arguments) => verify::run(&arguments, &output),
         Command::Profile(arguments) => profile::run(&arguments, &output),
+        Command::Compress(arguments) => compress::run(&arguments, &output),
         Command::Run(arguments) => run::run(&arguments, &output),
         Command::Report(arguments) => report::run(&arguments, &output),
         Command::Doctor(arguments) => doctor::run(&arguments, &output),

@@ -1,9 +1,9 @@
 //! The exported graphs as rows of the table: a bundle is written, opened and run, as the command does it.
 
-use super::Implementation;
+use super::{Implementation, rcc_graphs};
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
 use accordion::checkpoint::{Checkpoint, config_json};
-use accordion::goldens::HomerCase;
+use accordion::goldens::{HomerCase, RccCase};
 use accordion::pipeline::decode::{Continuation, Sequence};
 use accordion::pipeline::homer::{Prompt, compress};
 use accordion::pipeline::{ContextState, Engines};
@@ -14,6 +14,7 @@ use accordion_graphs::blocks::{Target, rope};
 use accordion_graphs::plan::homer::HomerPlan;
 use anyhow::Result;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Graphs of one target, with or without our kernels, at one batch width.
 pub(crate) struct Graphs {
@@ -38,6 +39,21 @@ impl Graphs {
             row("ort-cpu fused, width max", Target::OrtCpu, true, usize::MAX),
         ]
     }
+
+    /// The checkpoint exported beside itself.
+    fn bundle(&self, checkpoint: &Path, method: MethodSettings) -> Result<Bundle> {
+        let out = checkpoint.with_file_name("bundle");
+        let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
+        export(&Checkpoint::open(checkpoint)?, &out, &options)?;
+        Ok(Bundle::open(out)?)
+    }
+
+    fn engines<'b>(&self, bundle: &'b Bundle) -> Result<Engines<'b>> {
+        let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
+        let options = OrtOptions { fused_operators: self.fused_operators };
+        let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options)?;
+        Ok(Engines::new(bundle, Box::new(loader)))
+    }
 }
 
 impl Implementation for Graphs {
@@ -51,17 +67,10 @@ impl Implementation for Graphs {
         std::fs::create_dir(&checkpoint)?;
         std::fs::copy(case.weights_path(), checkpoint.join("model.safetensors"))?;
         std::fs::write(checkpoint.join("config.json"), config_json(&case.architecture).to_string())?;
-        let out = folder.path().join("bundle");
         let tree_heights = vec![plan.tree_height];
         let method = MethodSettings::Homer { settings: case.settings, tree_heights, significance: None };
-        let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
-        export(&Checkpoint::open(&checkpoint)?, &out, &options)?;
-        let bundle = Bundle::open(&out)?;
-
-        let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
-        let options = OrtOptions { fused_operators: self.fused_operators };
-        let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options)?;
-        let mut engines = Engines::new(&bundle, Box::new(loader));
+        let bundle = self.bundle(&checkpoint, method)?;
+        let mut engines = self.engines(&bundle)?;
 
         let mut found = Tensors::new();
         let (frequencies, _) = rope::frequencies(&case.architecture.rope, case.architecture.head_dim);
@@ -77,6 +86,13 @@ impl Implementation for Graphs {
         Ok(found)
     }
 
+    fn rcc(&mut self, case: &RccCase) -> Result<Tensors> {
+        let folder = tempfile::tempdir()?;
+        let checkpoint = rcc_graphs::checkpoint(case, folder.path())?;
+        let bundle = self.bundle(&checkpoint, MethodSettings::Rcc(case.settings))?;
+        rcc_graphs::run(case, &mut self.engines(&bundle)?, self.width)
+    }
+
     /// ONNX Runtime's attention for CPU takes heads of a multiple of 8; the export refuses others.
     fn supports(&self, case: &HomerCase) -> bool {
         self.target == Target::Portable || case.architecture.head_dim.is_multiple_of(8)
@@ -84,7 +100,7 @@ impl Implementation for Graphs {
 
     fn omits(&self, name: &str) -> bool {
         // The graphs mark affixes by their number, and gather what is kept.
-        name.ends_with(".in_reduction_mask") || name.ends_with(".prune.remove_idx")
+        name.ends_with(".in_reduction_mask") || name.ends_with(".prune.remove_idx") || rcc_graphs::omits(name)
     }
 }
 

@@ -11,6 +11,7 @@ mod graphs;
 mod homer;
 mod part;
 mod rcc;
+mod rcc_graphs;
 mod reference;
 mod sharedllm;
 mod table;
