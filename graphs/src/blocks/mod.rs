@@ -1,12 +1,15 @@
 //! The pieces of a model, each one a formula: rotary angles, attention, the two halves of a layer.
 
 mod attention;
+mod cross_attention;
 mod linear;
+mod nodes;
 pub mod rope;
 mod transformer;
 mod unflatten;
 
 pub use attention::{Attended, CachedRows, Rows};
+pub use nodes::{AttendedNodes, Group, Nodes};
 pub use transformer::{Residual, Transformer};
 pub use unflatten::unflatten;
 

@@ -7,7 +7,7 @@ use crate::onnx::{Dim, Scope, Value};
 
 /// The graphs of the method.
 pub fn graphs(source: &Source) -> Graphs {
-    Graphs::from([("decoder".to_owned(), decoder(source))])
+    Graphs::from([("decoder".to_owned(), decoder(source, 0))])
 }
 
 /// The decoder with past, under the names the ecosystem uses.
@@ -18,7 +18,10 @@ pub fn graphs(source: &Source) -> Graphs {
 ///
 /// The portable cache is `[batch, G, past, d]` and grows by `sequence`. For ONNX Runtime on CPU it is
 /// `[batch, G, capacity, d]` with an input `past_length [1]`, and past and present may be one buffer.
-pub fn decoder(source: &Source) -> Scope {
+///
+/// The bottom `injected_layers` attend to a compressed context between attention and MLP, if there are any: inputs
+/// `injected.<l>.key` and `.value [batch, G, injected, d]`, as [`crate::blocks::Transformer::cross_attend`] takes them.
+pub fn decoder(source: &Source, injected_layers: usize) -> Scope {
     let g = source.graph("decoder");
     let (arch, model) = (&source.arch, source.decoder());
     let [batch, sequence] = [Dim::from("batch"), Dim::from("sequence")];
@@ -33,6 +36,10 @@ pub fn decoder(source: &Source) -> Scope {
     let past: Vec<[Value; 2]> = (0..arch.num_layers())
         .map(|l| ["key", "value"].map(|part| g.input(&format!("past_key_values.{l}.{part}"), DType::F32, &cache_shape)))
         .collect();
+    let injected_shape = [batch.clone(), arch.num_kv_heads().into(), "injected".into(), arch.head_dim().into()];
+    let injected: Vec<[Value; 2]> = (0..injected_layers)
+        .map(|l| ["key", "value"].map(|part| g.input(&format!("injected.{l}.{part}"), DType::F32, &injected_shape)))
+        .collect();
 
     let cache = cached.map_or_else(
         || past.first().map(|[key, _]| CachedRows::Growing { visible: visible_rows(&g, key, &positions) }),
@@ -44,12 +51,13 @@ pub fn decoder(source: &Source) -> Scope {
     for (l, [past_key, past_value]) in past.iter().enumerate() {
         let layer = model.layer(&g, l);
         let attended = rows.attend(&layer, &x, Some([past_key, past_value]));
-        // Only the last layer's cache needs all rows; its MLP is run for the rows whose logits are asked for.
-        let residual = if l + 1 == arch.num_layers() {
-            attended.residual.pick(|x| last_rows(x, &positions, &keep))
-        } else {
-            attended.residual
+        let residual = match injected.get(l) {
+            Some(context) => model.cross_attend(&layer, &attended.residual, &positions, context.each_ref()),
+            None => attended.residual,
         };
+        // Only the last layer's cache needs all rows; its MLP is run for the rows whose logits are asked for.
+        let residual =
+            if l + 1 == arch.num_layers() { residual.pick(|x| last_rows(x, &positions, &keep)) } else { residual };
         x = model.mlp_residual(&layer, &residual);
         g.output(&format!("present.{l}.key"), &attended.key);
         g.output(&format!("present.{l}.value"), &attended.value);

@@ -1,7 +1,7 @@
 //! Symbolic shapes.
 
 use std::fmt;
-use std::ops::Add;
+use std::ops::{Add, Mul};
 use std::rc::Rc;
 
 /// One dimension: a number, or a name for a number known at run time.
@@ -43,6 +43,14 @@ impl Add for &Dim {
             (Dim::Known(0), d) | (d, Dim::Known(0)) => d.clone(),
             (a, b) => Dim::Symbol(format!("{a} + {b}").into()),
         }
+    }
+}
+
+impl Mul for &Dim {
+    type Output = Dim;
+
+    fn mul(self, other: &Dim) -> Dim {
+        product(&[self.clone(), other.clone()])
     }
 }
 

@@ -1,0 +1,91 @@
+//! SharedLLM: the lower model over a tree of each context chunk, and the upper model's decoder, whose bottom layers attend
+//! to the keys and values that were kept.
+//!
+//! `compress` takes `context_ids [batch, n, L]`, `first_chunk [1]` and `num_chunks [1]` (the place of these chunks among
+//! all of the context) and, where similarity decides, the running text `running_ids [batch, T]` and `query_index [1]`, the
+//! row of it that is compared with. It gives `injected.<l>.key` and `.value [batch, G, n * C, d]` for every injected layer
+//! and, as released, `injected.<l>.single_key` for calls of one token. `compress_masked` also takes `context_mask
+//! [batch, n, L]`, 1 for tokens and 0 for padding. Entries of the batch are contexts of their own.
+
+mod pack;
+mod tree;
+
+use self::pack::Packing;
+use self::tree::{Similarity, Tree};
+use super::{Graphs, Source, plain};
+use crate::architecture::{Architecture, SharedLlmModel};
+use crate::blocks::{Group, Nodes, Rows, Transformer, unflatten};
+use crate::dtype::DType;
+use crate::onnx::{Dim, Scope, Value};
+use crate::plan::PlanError;
+use crate::plan::sharedllm::{Level, SharedLlmSettings};
+
+/// The graphs of the method: `compress`, `compress_masked` and `decoder`.
+///
+/// # Errors
+///
+/// As [`SharedLlmSettings::levels`].
+pub fn graphs(source: &Source, model: &SharedLlmModel, settings: SharedLlmSettings) -> Result<Graphs, PlanError> {
+    let levels = settings.levels()?;
+    let compress = |name, masked| compress(&source.graph(name), source, model, settings, &levels, masked);
+    Ok(Graphs::from([
+        ("compress".to_owned(), compress("compress", false)),
+        ("compress_masked".to_owned(), compress("compress_masked", true)),
+        ("decoder".to_owned(), plain::decoder(source, model.injected_layers)),
+    ]))
+}
+
+fn compress(
+    g: &Scope,
+    source: &Source,
+    model: &SharedLlmModel,
+    settings: SharedLlmSettings,
+    levels: &[Level],
+    masked: bool,
+) -> Scope {
+    let lower_arch = Architecture::from(model.lower.clone());
+    let lower = Transformer::at(&lower_arch, source.target, "encoder", "lower");
+    let shape = [Dim::from("batch"), "chunks".into(), settings.chunk_len.into()];
+    let ids = g.input("context_ids", DType::I64, &shape);
+    let mask = masked.then(|| g.input("context_mask", DType::F32, &shape));
+    let packing = Packing::new(g, &source.arch, settings, levels, &ids);
+    let similarity =
+        settings.retrieval.then(|| Similarity { lower: &lower, query: query(g, source), quirks: settings.quirks });
+
+    let tree = Tree::new(g, &ids, mask.as_ref(), levels, similarity.as_ref(), settings.quirks);
+    let groups = levels
+        .iter()
+        .zip(tree.masks)
+        .map(|(level, mask)| Group { count: level.nodes, length: level.node_len, mask })
+        .collect();
+    let nodes = Nodes::new(g, &lower, groups, &tree.ids);
+    let mut x = lower.embed(g, &tree.ids);
+    for l in 0..model.injected_layers {
+        let layer = lower.layer(g, l);
+        let attended = nodes.attend(&layer, &x);
+        packing.output(g, l, [&attended.key, &attended.value]);
+        if l + 1 < model.injected_layers {
+            x = lower.mlp_residual(&layer, &attended.residual);
+        }
+    }
+    g.clone()
+}
+
+/// What the halves of a node are compared with, `[batch, D]`: row `query_index` of the running text after the upper model's
+/// first layer and final norm.
+fn query(g: &Scope, source: &Source) -> Value {
+    let ids = g.input("running_ids", DType::I64, &["batch".into(), "running".into()]);
+    let index = g.input("query_index", DType::I64, &[1.into()]);
+    let upper = source.decoder().tapped_as("query");
+    let layer = upper.layer(g, 0);
+    let (root, g) = (g, g.scope("query"));
+    let count = ids.within(&g).shape_at_run_time(1, 2).to_scalar();
+    let positions = g.range(&count, ids.dim(1)).expand(&ids.within(&g).shape_at_run_time(0, 2), ids.shape());
+    let rows = Rows::new(&g, &upper, &positions, None);
+    let attended = rows.attend(&layer, &upper.embed(root, &ids), None);
+    let hidden = upper.final_norm(root, &upper.mlp_residual(&layer, &attended.residual)).within(&g);
+    let width = hidden.dim(1);
+    let vector = unflatten(&hidden, &positions).gather_along(1, &index).reshape(&[ids.dim(0), width]);
+    g.tap("vector", &vector);
+    vector
+}
