@@ -65,3 +65,9 @@ pub(super) fn read_tensors(path: &Path) -> Result<(Tensors, Metadata)> {
 fn numbers<T, const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> T) -> Vec<T> {
     bytes.as_chunks::<N>().0.iter().map(|&chunk| number(chunk)).collect()
 }
+
+/// The token ids in `tensor`, whatever its shape.
+pub(super) fn token_ids(path: &Path, key: &str, tensor: &Tensor) -> Result<Vec<u32>> {
+    let ids = tensor.as_i64().map_err(|_| invalid(path, key, &format!("{tensor:?}"), &"int64"))?;
+    ids.iter().map(|&id| u32::try_from(id).map_err(|_| invalid(path, key, &id, &"a token id"))).collect()
+}

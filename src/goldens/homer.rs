@@ -5,7 +5,7 @@
 //! `homer_A_main.safetensors` (inputs, significance table, results) and `homer_A_trace.safetensors` (what entered and
 //! left every node of the tree).
 
-use super::files::{invalid, missing, parse_json, read, read_tensors};
+use super::files::{invalid, missing, parse_json, read, read_tensors, token_ids};
 use super::{GoldenError, Result};
 use crate::tensor::Tensor;
 use accordion_graphs::architecture::{Llama, Rope, RopeScaling};
@@ -298,11 +298,6 @@ fn rounded(path: &Path, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
         kind: "safetensors",
         source: source.into(),
     })
-}
-
-fn token_ids(path: &Path, key: &str, tensor: &Tensor) -> Result<Vec<u32>> {
-    let ids = tensor.as_i64().map_err(|_| invalid(path, key, &format!("{tensor:?}"), &"int64"))?;
-    ids.iter().map(|&id| u32::try_from(id).map_err(|_| invalid(path, key, &id, &"a token id"))).collect()
 }
 
 fn bias_rows(path: &Path, table: &Tensor, layers: usize) -> Result<Vec<Vec<f32>>> {

@@ -1,11 +1,13 @@
 //! Golden cases: what the papers' own code computed, on small random models, written to files.
 //!
-//! One module per method, because each method has its own inputs and results: [`homer`].
+//! One module per method, because each method has its own inputs and results: [`homer`], [`sharedllm`].
 
 mod files;
 pub mod homer;
+pub mod sharedllm;
 
 pub use homer::HomerCase;
+pub use sharedllm::SharedLlmCase;
 
 use std::path::PathBuf;
 
