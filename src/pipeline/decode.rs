@@ -80,6 +80,15 @@ impl Sequence {
         })
     }
 
+    /// An empty sequence whose bottom layers attend to `injected`, with room for `capacity` rows.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`].
+    pub fn over(engines: &Engines<'_>, injected: Injected, capacity: usize) -> Result<Self, PipelineError> {
+        Ok(Self { injected: Some(injected), ..Self::new(engines, capacity)? })
+    }
+
     /// A continuation of `state` with room for `extra` more rows. The state is copied, not changed.
     ///
     /// # Errors
