@@ -1,7 +1,10 @@
 //! `bundle.json`: what a bundle holds and what it was made from.
 
 use super::BundleError;
-use crate::checkpoint::{Checkpoint, config_json, from_config_json, identity_of};
+use crate::checkpoint::{
+    Checkpoint, Disagreement, NamedShape, architecture_json, decoder_tensors, disagreement, encoder_from_json,
+    encoder_json, from_config_json, identity_of, rcc_tensors, sharedllm_tensors,
+};
 use accordion_calibration::significance::ModelIdentity;
 use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
@@ -178,16 +181,67 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The architecture must be one that a config.json could have brought in: what follows relies on its numbers.
+    /// The architectures must be ones that a config.json could have brought in: what follows relies on their numbers.
     fn check_architecture(&self, path: &Path) -> Result<(), BundleError> {
-        let Architecture::Llama(model) = &self.architecture else {
-            return Err(BundleError::invalid(path, "only Llama-family models are supported"));
-        };
-        let checked = from_config_json(&config_json(model), path).map_err(Box::new)?;
-        if checked != self.architecture {
-            return Err(BundleError::invalid(path, "the architecture contradicts itself"));
+        let contradiction = |what: &str| Err(BundleError::invalid(path, format!("{what} contradicts itself")));
+        let read_back = |model: &Architecture| from_config_json(&architecture_json(model), path).map_err(Box::new);
+        if read_back(&self.architecture)? != self.architecture {
+            return contradiction("the architecture");
         }
-        Ok(())
+        match &self.compressor {
+            None => {}
+            Some(Compressor::Rcc(model)) => {
+                let encoder = encoder_from_json(&encoder_json(&model.encoder), path).map_err(Box::new)?;
+                if encoder != model.encoder {
+                    return contradiction("the encoder");
+                }
+            }
+            Some(Compressor::SharedLlm(model)) => {
+                let Architecture::Llama(upper) = &self.architecture else {
+                    return Err(BundleError::invalid(path, "only a Llama can have SharedLLM's lower model"));
+                };
+                let lower = Architecture::Llama(model.lower.clone());
+                if read_back(&lower)? != lower {
+                    return contradiction("the lower model");
+                }
+                if let Some(Disagreement { field, found, expected }) = disagreement(upper, model) {
+                    return Err(BundleError::invalid(path, format!("{field} is {found}, expected {expected}")));
+                }
+            }
+            Some(_) => return Err(BundleError::invalid(path, "the compressor is not known")),
+        }
+        self.check_settings(path)
+    }
+
+    /// Settings and compressor must fit the method.
+    fn check_settings(&self, path: &Path) -> Result<(), BundleError> {
+        let checked = match (&self.method, &self.compressor) {
+            (Method::Plain | Method::Homer { .. }, _) => Ok(()),
+            (Method::Rcc { settings }, Some(Compressor::Rcc(model))) => {
+                settings.check().and_then(|()| settings.check_encoder(&model.encoder, self.architecture.num_layers()))
+            }
+            (Method::SharedLlm { settings }, Some(Compressor::SharedLlm(_))) => settings.levels().map(drop),
+            (method, _) => {
+                let problem = format!("method {} needs a compressor of its own, and there is none", method.name());
+                return Err(BundleError::invalid(path, problem));
+            }
+        };
+        checked.map_err(|problem| BundleError::invalid(path, problem.to_string()))
+    }
+
+    /// Every tensor that the bundle's graphs may need, with its shape.
+    pub(super) fn required_tensors(&self) -> Vec<NamedShape> {
+        let mut tensors = decoder_tensors(&self.architecture);
+        match (&self.method, &self.compressor, &self.architecture) {
+            (Method::Rcc { settings }, Some(Compressor::Rcc(model)), decoder) => {
+                tensors.extend(rcc_tensors(model, decoder, *settings));
+            }
+            (Method::SharedLlm { .. }, Some(Compressor::SharedLlm(model)), Architecture::Llama(upper)) => {
+                tensors.extend(sharedllm_tensors(model, upper));
+            }
+            _ => {}
+        }
+        tensors
     }
 }
 

@@ -46,9 +46,7 @@ impl Bundle {
             files.push(path);
         }
         let index = read_index(&files).map_err(Box::new)?;
-        if let Architecture::Llama(model) = &manifest.architecture {
-            check_tensors(model, &index, &dir).map_err(Box::new)?;
-        }
+        check_tensors(manifest.required_tensors(), &index, &dir, MANIFEST_FILE).map_err(Box::new)?;
         let weights = WeightMaps::open(index).map_err(Box::new)?;
         Ok(Self { dir, manifest, weights })
     }

@@ -2,6 +2,7 @@
 
 use crate::tensor::TensorError;
 use accordion_graphs::dtype::DType;
+use accordion_graphs::plan::PlanError;
 use std::path::{Path, PathBuf};
 
 /// Why a checkpoint cannot be opened, read or imported. Every message names the file and what in it is wrong.
@@ -112,8 +113,8 @@ pub enum CheckpointError {
         /// The tensor.
         name: String,
     },
-    /// A tensor's shape does not follow from config.json.
-    #[error("tensor {name} in {} has shape {found:?}, config.json asks for {expected:?}", path.display())]
+    /// A tensor's shape does not follow from the model's description.
+    #[error("tensor {name} in {} has shape {found:?}, {description} asks for {expected:?}", path.display())]
     Shape {
         /// The file.
         path: PathBuf,
@@ -123,6 +124,26 @@ pub enum CheckpointError {
         found: Vec<usize>,
         /// The shape the architecture needs.
         expected: Vec<usize>,
+        /// The file that describes the architecture.
+        description: &'static str,
+    },
+    /// Settings that contradict each other or the model.
+    #[error("{}: {problem}", path.display())]
+    Settings {
+        /// The file that has them.
+        path: PathBuf,
+        /// What is wrong with them.
+        problem: PlanError,
+    },
+    /// Tensors of two encoders, of which one must be the right one.
+    #[error("{} has both {first} and {second}, expected the tensors of one encoder", path.display())]
+    TwoEncoders {
+        /// The folder.
+        path: PathBuf,
+        /// A tensor.
+        first: String,
+        /// A tensor.
+        second: String,
     },
     /// A weight that is not a floating-point number.
     #[error("tensor {name} in {} is {found}, expected fp32, fp16 or bf16", path.display())]

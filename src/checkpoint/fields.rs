@@ -34,6 +34,11 @@ impl<'a> Fields<'a> {
         self.path
     }
 
+    /// What precedes the names of fields in messages.
+    pub(crate) fn scope(&self) -> &'a str {
+        self.scope
+    }
+
     /// Names of all fields.
     pub(crate) fn names(&self) -> impl Iterator<Item = &'a str> {
         self.object.keys().map(String::as_str)
@@ -64,6 +69,16 @@ impl<'a> Fields<'a> {
             field: format!("{}{name}", self.scope),
             found: self.object.get(name).map_or_else(|| "absent".to_owned(), shown),
             expected: expected.into(),
+        }
+    }
+
+    /// The error for a value that may be right but is not known; `what` begins with the field's name.
+    pub(crate) fn unsupported(&self, what: &str, found: &str, supported: &str) -> CheckpointError {
+        CheckpointError::Unsupported {
+            what: format!("{}{what}", self.scope),
+            found: found.to_owned(),
+            path: self.path.to_owned(),
+            supported: supported.to_owned(),
         }
     }
 

@@ -11,10 +11,9 @@ pub fn model_identity(checkpoint: &Checkpoint) -> ModelIdentity {
 
 /// The identity of a model whose fingerprint is known.
 pub(crate) fn identity_of(fingerprint: String, architecture: &Architecture) -> ModelIdentity {
-    let rope = match architecture {
-        Architecture::Llama(model) => rope_text(&model.rope),
-        other => format!("{other:?}"),
-    };
+    let [rotated, head_dim] = [architecture.rotary_dims(), architecture.head_dim()];
+    let partly = if rotated == head_dim { String::new() } else { format!(" rotated {rotated} of {head_dim}") };
+    let rope = rope_text(architecture.rope()) + &partly;
     ModelIdentity { fingerprint, rope }
 }
 

@@ -7,6 +7,7 @@
 
 use super::config::{self, config_json};
 use super::error::{CheckpointError, io_error};
+use super::fields::Fields;
 use super::files;
 use super::import::{Folder, RowOrder};
 use super::required::required_tensors;
@@ -106,7 +107,7 @@ fn architecture(header: &[u8], path: &Path) -> Result<Llama, CheckpointError> {
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
     });
-    config::llama(&config, path)
+    config::llama(Fields::of(&config, "", path)?)
 }
 
 /// Where each tensor begins, and where the model ends. Sizes are bounded by the checks on the configuration, so that

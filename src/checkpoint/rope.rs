@@ -10,27 +10,76 @@ use std::path::Path;
 const DEFAULT_THETA: f64 = 10_000.0;
 const MAX_POSITIONS: usize = super::config::MAX_POSITIONS;
 
-/// The rotary embedding of a model trained for `max_positions`.
-pub(crate) fn read(config: Fields<'_>, max_positions: usize) -> Result<Rope, CheckpointError> {
-    let (old, new) = (config.get("rope_scaling"), config.get("rope_parameters"));
-    let (name, value) = match (old, new) {
-        (Some(_), Some(new)) if old != Some(new) => {
-            return Err(config.wrong("rope_scaling", format!("the same as `rope_parameters`, {}", shown(new))));
-        }
-        (_, Some(value)) => ("rope_parameters", value),
-        (Some(value), None) => ("rope_scaling", value),
-        (None, None) => {
-            let theta = config.positive("rope_theta")?.unwrap_or(DEFAULT_THETA);
-            return Ok(Rope { theta, scaling: RopeScaling::None });
-        }
+/// The rotary embedding of a model trained for `max_positions`. The base of the frequencies is the rotary object's, or
+/// the config's under one of `theta_names`.
+pub(crate) fn read(config: Fields<'_>, theta_names: &[&str], max_positions: usize) -> Result<Rope, CheckpointError> {
+    let outside = agreed(config, theta_names, |name| config.positive(name))?.map_or(DEFAULT_THETA, |(_, theta)| theta);
+    let Some((name, value)) = object(config)? else {
+        return Ok(Rope { theta: outside, scaling: RopeScaling::None });
     };
-    let scope = format!("{name}.");
+    let scope = scope(config, name);
     let fields = Fields::of(value, &scope, config.path())?;
-    let theta = match fields.positive("rope_theta")? {
-        Some(theta) => theta,
-        None => config.positive("rope_theta")?.unwrap_or(DEFAULT_THETA),
-    };
+    let theta = fields.positive("rope_theta")?.unwrap_or(outside);
     Ok(Rope { theta, scaling: scaling(fields, name, max_positions)? })
+}
+
+/// The part of a head that is rotated, where the config tells it: in the rotary object or under one of `names`, which
+/// have to agree. The number must be one that is `accept`ed; `expected` describes those.
+pub(crate) fn rotated_fraction(
+    config: Fields<'_>,
+    names: &[&str],
+    expected: &str,
+    accept: impl Fn(f64) -> bool,
+) -> Result<Option<f64>, CheckpointError> {
+    const NAME: &str = "partial_rotary_factor";
+    let number = |fields: &Fields<'_>, name: &str| fields.number(name, expected, &accept);
+    let outside = agreed(config, names, |name| number(&config, name))?;
+    let Some((object, value)) = object(config)? else {
+        return Ok(outside.map(|(_, fraction)| fraction));
+    };
+    let scope = scope(config, object);
+    let inside = number(&Fields::of(value, &scope, config.path())?, NAME)?;
+    if let (Some(inside), Some((name, outside))) = (inside, outside)
+        && inside.to_bits() != outside.to_bits()
+    {
+        return Err(config.wrong(name, format!("the same as `{scope}{NAME}`, {inside}")));
+    }
+    Ok(inside.or(outside.map(|(_, fraction)| fraction)))
+}
+
+/// The number that all of `names` that are there agree on, and the first of these.
+fn agreed<'n>(
+    config: Fields<'_>,
+    names: &[&'n str],
+    read: impl Fn(&str) -> Result<Option<f64>, CheckpointError>,
+) -> Result<Option<(&'n str, f64)>, CheckpointError> {
+    let mut known: Option<(&str, f64)> = None;
+    for &name in names {
+        match (read(name)?, known) {
+            (Some(found), Some((first, number))) if found.to_bits() != number.to_bits() => {
+                return Err(config.wrong(name, format!("the same as `{first}`, {number}")));
+            }
+            (Some(found), None) => known = Some((name, found)),
+            _ => {}
+        }
+    }
+    Ok(known)
+}
+
+/// The object that holds the scaling, and its name.
+fn object(config: Fields<'_>) -> Result<Option<(&'static str, &Value)>, CheckpointError> {
+    match (config.get("rope_scaling"), config.get("rope_parameters")) {
+        (Some(old), Some(new)) if old != new => {
+            Err(config.wrong("rope_scaling", format!("the same as `rope_parameters`, {}", shown(new))))
+        }
+        (_, Some(value)) => Ok(Some(("rope_parameters", value))),
+        (Some(value), None) => Ok(Some(("rope_scaling", value))),
+        (None, None) => Ok(None),
+    }
+}
+
+fn scope(config: Fields<'_>, object: &str) -> String {
+    format!("{}{object}.", config.scope())
 }
 
 fn scaling(fields: Fields<'_>, name: &str, max_positions: usize) -> Result<RopeScaling, CheckpointError> {
@@ -39,7 +88,7 @@ fn scaling(fields: Fields<'_>, name: &str, max_positions: usize) -> Result<RopeS
         None => fields.required("type", Fields::text)?,
     };
     let only = |known: &[&str]| {
-        let common = ["type", "rope_type", "rope_theta"];
+        let common = ["type", "rope_type", "rope_theta", "partial_rotary_factor"];
         match fields.names().find(|field| !known.contains(field) && !common.contains(field)) {
             None => Ok(()),
             Some(unknown) => Err(CheckpointError::Unsupported {

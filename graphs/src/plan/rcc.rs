@@ -23,6 +23,9 @@ pub struct RccSettings {
 /// A prompt takes at most this many times the ratio of tokens.
 const PROMPT_RATIOS: usize = 600;
 
+/// Most tokens of a window; far above any that was trained.
+const MAX_WINDOW: usize = 1 << 20;
+
 /// Most slots a plan may have; keeps a mistyped length from asking for more than fits into any memory.
 const MAX_SLOTS: usize = 1 << 24;
 
@@ -31,10 +34,10 @@ impl RccSettings {
     ///
     /// # Errors
     ///
-    /// The ratio is 0 or does not divide the window.
+    /// The window is empty or longer than any, or the ratio is 0 or does not divide it.
     pub fn check(&self) -> Result<(), PlanError> {
-        if self.window == 0 {
-            return Err(out_of_range("window", 0, "at least 1 token"));
+        if !(1..=MAX_WINDOW).contains(&self.window) {
+            return Err(out_of_range("window", self.window, format!("1 to {MAX_WINDOW} tokens")));
         }
         if self.ratio == 0 || !self.window.is_multiple_of(self.ratio) {
             return Err(out_of_range("ratio", self.ratio, format!("a divisor of the window, {}", self.window)));

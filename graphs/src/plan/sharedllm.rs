@@ -88,6 +88,8 @@ pub struct SharedLlmPlan {
 
 /// Most levels a tree may have.
 const MAX_DEPTH: usize = 32;
+/// Most tokens of a chunk; far above any that was trained.
+const MAX_CHUNK_LEN: usize = 1 << 20;
 /// Most chunks a plan may have.
 const MAX_CHUNKS: usize = 1 << 20;
 
@@ -96,11 +98,14 @@ impl SharedLlmSettings {
     ///
     /// # Errors
     ///
-    /// There is no level, a chunk cannot be halved that often (only the last halving may leave a token over), or more
-    /// tokens are to be kept than a node has.
+    /// There is no level, a chunk is longer than any or cannot be halved that often (only the last halving may leave a
+    /// token over), or more tokens are to be kept than a node has.
     pub fn levels(&self) -> Result<Vec<Level>, PlanError> {
         if !(1..=MAX_DEPTH).contains(&self.tree_depth) {
             return Err(out_of_range("tree depth", self.tree_depth, format!("1 to {MAX_DEPTH}")));
+        }
+        if self.chunk_len > MAX_CHUNK_LEN {
+            return Err(out_of_range("chunk length", self.chunk_len, format!("at most {MAX_CHUNK_LEN} tokens")));
         }
         let last = self.tree_depth - 1;
         if self.chunk_len == 0 || !self.chunk_len.is_multiple_of(1 << last) || self.chunk_len >> last < 2 {

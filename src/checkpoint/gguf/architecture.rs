@@ -66,7 +66,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Imported, CheckpointError> {
     let mut ends: Vec<&Value> = END_IDS.iter().filter_map(|key| fields.get(key)).collect();
     ends.dedup();
     config.insert("eos_token_id".to_owned(), json!(ends));
-    let model = config::llama(&Value::Object(config), gguf.path())?;
+    let model = config::llama(Fields::of(&Value::Object(config), "", gguf.path())?)?;
     Ok(Imported { model, row_order })
 }
 

@@ -85,7 +85,8 @@ fn check_tensors(gguf: &Gguf, model: &Llama) -> Result<(), CheckpointError> {
         let found: Vec<usize> = stored_tensor(gguf, &name)?.shape.iter().rev().map(|&dim| dim as usize).collect();
         let stored = stored_name(&name);
         if found != expected {
-            return Err(CheckpointError::Shape { path: gguf.path().to_owned(), name: stored, found, expected });
+            let (path, description) = (gguf.path().to_owned(), super::CONFIG);
+            return Err(CheckpointError::Shape { path, name: stored, found, expected, description });
         }
         needed.insert(stored);
     }

@@ -1,63 +1,26 @@
-//! config.json to an [`Architecture`], and back.
-//!
-//! What is absent takes the value that Hugging Face's model class gives it where that is a fact about the family
-//! (`rope_theta`, biases, tying); everything else must be there. Unknown values are refused by name.
+//! The config.json of Llama and its relatives.
 
-use super::error::CheckpointError;
-use super::fields::Fields;
-use super::rope;
-use accordion_graphs::architecture::{Architecture, Llama};
+use super::super::error::CheckpointError;
+use super::super::fields::Fields;
+use super::super::rope;
+use super::{DECODERS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH};
+use super::{check_common, eos_json, eos_token_ids, epsilon, token_id};
+use accordion_graphs::architecture::Llama;
 use serde_json::{Value, json};
-use std::path::Path;
-
-// Bounds far above any real model, so that products of sizes cannot overflow and a lying file cannot ask for work.
-const MAX_LAYERS: usize = 1 << 10;
-const MAX_WIDTH: usize = 1 << 20;
-const MAX_HEADS: usize = 1 << 14;
-const MAX_HEAD_DIM: usize = 1 << 12;
-const MAX_VOCAB: usize = 1 << 24;
-pub(crate) const MAX_POSITIONS: usize = 1 << 30;
-const MAX_EOS: usize = 1 << 10;
 
 /// What Mistral's first release used and its configs leave out.
 const MISTRAL_WINDOW: usize = 4096;
 
-/// The architecture that `config`, the content of the file `origin`, describes.
-///
-/// # Errors
-///
-/// A field is missing, has a value that cannot be meant, or asks for something that is not supported.
-pub fn from_config_json(config: &Value, origin: &Path) -> Result<Architecture, CheckpointError> {
-    llama(config, origin).map(Architecture::Llama)
-}
-
-pub(crate) fn llama(config: &Value, origin: &Path) -> Result<Llama, CheckpointError> {
-    let fields = Fields::of(config, "", origin)?;
-    let unsupported = |what: &str, found: &str, supported: &str| CheckpointError::Unsupported {
-        what: what.to_owned(),
-        found: found.to_owned(),
-        path: origin.to_owned(),
-        supported: supported.to_owned(),
-    };
+pub(crate) fn read(fields: Fields<'_>) -> Result<Llama, CheckpointError> {
     let family = match fields.required("model_type", Fields::text)? {
         "llama" => Family::Llama,
         "mistral" => Family::Mistral,
         "qwen2" => Family::Qwen2,
-        other => return Err(unsupported("model_type", other, "llama, mistral, qwen2")),
+        other => return Err(fields.unsupported("model_type", other, DECODERS)),
     };
-    match fields.text("hidden_act")? {
-        None | Some("silu") => {}
-        Some(other) => return Err(unsupported("hidden_act", other, "silu")),
-    }
-    if let Some(quantization) = fields.get("quantization_config") {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        return Err(unsupported("quantization_config of method", method, "none: weights must be fp32, fp16 or bf16"));
-    }
-    if let Some(rotated) = fields.number("partial_rotary_factor", "", |_| true)?
-        && (rotated - 1.0).abs() > f64::EPSILON
-    {
-        return Err(fields.wrong("partial_rotary_factor", "1"));
-    }
+    check_common(fields, "silu")?;
+    let whole = |fraction: f64| (fraction - 1.0).abs() <= f64::EPSILON;
+    rope::rotated_fraction(fields, &["partial_rotary_factor"], "equal to 1", whole)?;
 
     let count = |name, most| fields.required(name, |f, n| f.count(n, most));
     let hidden_size = count("hidden_size", MAX_WIDTH)?;
@@ -78,9 +41,8 @@ pub(crate) fn llama(config: &Value, origin: &Path) -> Result<Llama, CheckpointEr
         head_dim: head_dim(fields, hidden_size, num_heads)?,
         vocab_size,
         max_positions,
-        rms_norm_eps: fields
-            .required("rms_norm_eps", |f, n| f.number(n, "above 0, below 1", |x| x > 0.0 && x < 1.0))?,
-        rope: rope::read(fields, max_positions)?,
+        rms_norm_eps: epsilon(fields, "rms_norm_eps")?,
+        rope: rope::read(fields, &["rope_theta"], max_positions)?,
         tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
         qkv_bias: family == Family::Qwen2 || attention_bias,
         o_bias: attention_bias,
@@ -126,42 +88,13 @@ fn sliding_window(fields: Fields<'_>, family: Family) -> Result<Option<usize>, C
     })
 }
 
-fn token_id(fields: Fields<'_>, name: &str, vocab_size: usize) -> Result<Option<u32>, CheckpointError> {
-    let read = |value: &Value| {
-        valid_token_id(value, vocab_size).ok_or_else(|| fields.wrong(name, format!("a token id below {vocab_size}")))
-    };
-    fields.get(name).map(read).transpose()
-}
-
-/// The ids that end a generation, given as one number or as a list; `None` when the file does not say.
-pub(crate) fn eos_token_ids(fields: Fields<'_>, vocab_size: usize) -> Result<Option<Vec<u32>>, CheckpointError> {
-    const NAME: &str = "eos_token_id";
-    let Some(list) = fields.get(NAME).and_then(Value::as_array) else {
-        return Ok(token_id(fields, NAME, vocab_size)?.map(|id| vec![id]));
-    };
-    let ids: Option<Vec<u32>> = list.iter().take(MAX_EOS + 1).map(|value| valid_token_id(value, vocab_size)).collect();
-    match ids {
-        Some(ids) if ids.len() <= MAX_EOS => Ok(Some(ids)),
-        _ => Err(fields.wrong(NAME, format!("at most {MAX_EOS} token ids below {vocab_size}"))),
-    }
-}
-
-fn valid_token_id(value: &Value, vocab_size: usize) -> Option<u32> {
-    value.as_u64().filter(|&id| id < vocab_size as u64).map(|id| id as u32)
-}
-
-/// The config.json of `model`. Where [`from_config_json`] can produce `model`, it reads this back to an equal value.
+/// The config.json of `model`. Where [`from_config_json`](super::from_config_json) can produce `model`, it reads this back to an equal value.
 pub fn config_json(model: &Llama) -> Value {
     let qwen2 = model.qkv_bias && !model.o_bias;
     let (model_type, class) = match (qwen2, model.sliding_window) {
         (true, _) => ("qwen2", "Qwen2ForCausalLM"),
         (false, Some(_)) => ("mistral", "MistralForCausalLM"),
         (false, None) => ("llama", "LlamaForCausalLM"),
-    };
-    let eos = match model.eos_token_ids.as_slice() {
-        [] => Value::Null,
-        [only] => json!(only),
-        several => json!(several),
     };
     let mut config = json!({
         "architectures": [class],
@@ -181,7 +114,7 @@ pub fn config_json(model: &Llama) -> Value {
         "rope_scaling": rope::scaling_json(&model.rope.scaling),
         "tie_word_embeddings": model.tie_word_embeddings,
         "bos_token_id": model.bos_token_id,
-        "eos_token_id": eos,
+        "eos_token_id": eos_json(&model.eos_token_ids),
         "sliding_window": model.sliding_window,
     });
     if qwen2 {
@@ -198,6 +131,7 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::float_cmp)]
     use super::*;
     use accordion_graphs::architecture::RopeScaling;
+    use std::path::Path;
 
     fn base() -> Value {
         json!({
@@ -219,7 +153,12 @@ mod tests {
     }
 
     fn read(changes: &Value) -> Result<Llama, String> {
-        llama(&with(changes), Path::new("m/config.json")).map_err(|e| e.to_string())
+        read_config(&with(changes))
+    }
+
+    fn read_config(config: &Value) -> Result<Llama, String> {
+        let fields = Fields::of(config, "", Path::new("m/config.json")).unwrap();
+        super::read(fields).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -242,7 +181,7 @@ mod tests {
         assert!(biased.qkv_bias && biased.o_bias && biased.mlp_bias);
         let mut released = with(&json!({"model_type": "mistral"}));
         released["sliding_window"] = Value::Null;
-        assert_eq!(llama(&released, Path::new("")).unwrap().sliding_window, None);
+        assert_eq!(read_config(&released).unwrap().sliding_window, None);
     }
 
     #[test]
@@ -301,7 +240,7 @@ mod tests {
             json!({"model_type": "mistral"}),
         ] {
             let model = read(&changes).unwrap();
-            assert_eq!(llama(&config_json(&model), Path::new("")).unwrap(), model);
+            assert_eq!(read_config(&config_json(&model)).unwrap(), model);
         }
     }
 
@@ -312,11 +251,14 @@ mod tests {
             (json!({"model_type": null}), "`model_type` is missing in m/config.json"),
             (
                 json!({"model_type": "gemma"}),
-                "model_type 'gemma' in m/config.json is not supported (supported: llama, mistral, qwen2)",
+                "model_type 'gemma' in m/config.json is not supported (supported: llama, mistral, qwen2, gpt_neox; mamba",
             ),
             (json!({"hidden_act": "gelu"}), "hidden_act 'gelu' in m/config.json is not supported (supported: silu)"),
             (json!({"quantization_config": {"quant_method": "awq"}}), "quantization_config of method 'awq'"),
-            (json!({"partial_rotary_factor": 0.5}), "`partial_rotary_factor` in m/config.json is 0.5, expected 1"),
+            (
+                json!({"partial_rotary_factor": 0.5}),
+                "`partial_rotary_factor` in m/config.json is 0.5, expected a finite number equal to 1",
+            ),
             (json!({"num_hidden_layers": null}), "`num_hidden_layers` is missing in m/config.json"),
             (
                 json!({"num_hidden_layers": huge}),
