@@ -66,7 +66,22 @@ fn numbers<T, const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> T) -> Ve
     bytes.as_chunks::<N>().0.iter().map(|&chunk| number(chunk)).collect()
 }
 
-/// The token ids in `tensor`, whatever its shape.
+/// `tensor` after a round trip through `dtype`, as `f32`.
+pub(super) fn rounded(path: &Path, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    let mut values = tensor.to_f32();
+    match dtype {
+        DType::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+        DType::Bf16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+        _ => {}
+    }
+    Tensor::from_f32(tensor.shape(), values).map_err(|source| GoldenError::Format {
+        path: path.to_owned(),
+        kind: "safetensors",
+        source: source.into(),
+    })
+}
+
+/// The token ids that the tensor `key` holds, in row-major order.
 pub(super) fn token_ids(path: &Path, key: &str, tensor: &Tensor) -> Result<Vec<u32>> {
     let ids = tensor.as_i64().map_err(|_| invalid(path, key, &format!("{tensor:?}"), &"int64"))?;
     ids.iter().map(|&id| u32::try_from(id).map_err(|_| invalid(path, key, &id, &"a token id"))).collect()

@@ -5,14 +5,14 @@
 //! `homer_A_main.safetensors` (inputs, significance table, results) and `homer_A_trace.safetensors` (what entered and
 //! left every node of the tree).
 
-use super::files::{invalid, missing, parse_json, read, read_tensors, token_ids};
+use super::config::{LlamaConfig, RopeScalingConfig};
+use super::files::{invalid, missing, parse_json, read, read_tensors, rounded, token_ids};
 use super::{GoldenError, Result};
 use crate::tensor::Tensor;
 use accordion_graphs::architecture::{Llama, Rope, RopeScaling};
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::HomerSettings;
-use half::{bf16, f16};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -96,34 +96,6 @@ struct CaseYarn {
     orig: usize,
 }
 
-/// The keys of a Hugging Face `config.json` that the goldens' models vary.
-#[derive(Deserialize)]
-struct HuggingFaceConfig {
-    num_hidden_layers: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: usize,
-    head_dim: Option<usize>,
-    vocab_size: usize,
-    max_position_embeddings: usize,
-    rms_norm_eps: f64,
-    rope_scaling: Option<HuggingFaceRopeScaling>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-}
-
-#[derive(Deserialize)]
-struct HuggingFaceRopeScaling {
-    #[serde(alias = "rope_type")]
-    r#type: String,
-    factor: f64,
-}
-
 impl HomerCase {
     /// The cases in `folder`, as paths for [`HomerCase::open`]. A case counts as soon as one of its files is there.
     ///
@@ -160,7 +132,7 @@ impl HomerCase {
         let weights_path = sibling("weights");
         let (mut weights, metadata) = read_tensors(&weights_path)?;
         let hf_config = metadata.get("config").ok_or_else(|| missing(&weights_path, "config"))?;
-        let hf_config: HuggingFaceConfig = parse_json(&weights_path, hf_config.as_bytes())?;
+        let hf_config: LlamaConfig = parse_json(&weights_path, hf_config.as_bytes())?;
         let architecture = architecture(&weights_path, &hf_config, rope_theta_used, config.yarn.as_ref())?;
         if architecture.num_layers != config.layers {
             return Err(invalid(json, "config.layers", &config.layers, &architecture.num_layers));
@@ -237,7 +209,7 @@ impl HomerCase {
 
 /// The Llama of `config`. The authors' code takes neither frequencies nor `YaRN` from the config alone, so the case says
 /// which base was used and, with `yarn`, how it was stretched (their defaults are the paper's: 32, 1, `0.1 ln s + 1`).
-fn architecture(path: &Path, config: &HuggingFaceConfig, theta: f64, yarn: Option<&CaseYarn>) -> Result<Llama> {
+fn architecture(path: &Path, config: &LlamaConfig, theta: f64, yarn: Option<&CaseYarn>) -> Result<Llama> {
     let scaling = match (yarn, &config.rope_scaling) {
         (Some(&CaseYarn { scale, orig }), _) => RopeScaling::Yarn {
             factor: scale,
@@ -247,7 +219,7 @@ fn architecture(path: &Path, config: &HuggingFaceConfig, theta: f64, yarn: Optio
             attention_factor: 0.1 * scale.ln() + 1.0,
         },
         (None, None) => RopeScaling::None,
-        (None, Some(HuggingFaceRopeScaling { r#type, factor })) => match r#type.as_str() {
+        (None, Some(RopeScalingConfig { r#type, factor })) => match r#type.as_str() {
             "default" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: *factor },
             "dynamic" => {
@@ -256,48 +228,7 @@ fn architecture(path: &Path, config: &HuggingFaceConfig, theta: f64, yarn: Optio
             other => return Err(invalid(path, "config.rope_scaling.type", &other, &"default, linear or dynamic")),
         },
     };
-    let heads = config.num_attention_heads;
-    let head_dim = match config.head_dim {
-        Some(head_dim) => head_dim,
-        None => config
-            .hidden_size
-            .checked_div(heads)
-            .ok_or_else(|| invalid(path, "config.num_attention_heads", &0, &"at least 1"))?,
-    };
-    Ok(Llama {
-        num_layers: config.num_hidden_layers,
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        num_heads: heads,
-        num_kv_heads: config.num_key_value_heads,
-        head_dim,
-        vocab_size: config.vocab_size,
-        max_positions: config.max_position_embeddings,
-        rms_norm_eps: config.rms_norm_eps,
-        rope: Rope { theta, scaling },
-        tie_word_embeddings: config.tie_word_embeddings,
-        qkv_bias: config.attention_bias,
-        o_bias: config.attention_bias,
-        mlp_bias: config.mlp_bias,
-        sliding_window: None,
-        eos_token_ids: Vec::new(),
-        bos_token_id: None,
-    })
-}
-
-/// `tensor` after a round trip through `dtype`, as `f32`.
-fn rounded(path: &Path, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
-    let mut values = tensor.to_f32();
-    match dtype {
-        DType::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
-        DType::Bf16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
-        _ => {}
-    }
-    Tensor::from_f32(tensor.shape(), values).map_err(|source| GoldenError::Format {
-        path: path.to_owned(),
-        kind: "safetensors",
-        source: source.into(),
-    })
+    config.llama(path, Rope { theta, scaling })
 }
 
 fn bias_rows(path: &Path, table: &Tensor, layers: usize) -> Result<Vec<Vec<f32>>> {
@@ -314,6 +245,7 @@ fn bias_rows(path: &Path, table: &Tensor, layers: usize) -> Result<Vec<Vec<f32>>
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
+    use half::f16;
 
     fn folder() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/homer")

@@ -1,12 +1,15 @@
 //! Golden cases: what the papers' own code computed, on small random models, written to files.
 //!
-//! One module per method, because each method has its own inputs and results: [`homer`], [`sharedllm`].
+//! One module per method, because each method has its own inputs and results: [`homer`], [`rcc`], [`sharedllm`].
 
+mod config;
 mod files;
 pub mod homer;
+pub mod rcc;
 pub mod sharedllm;
 
 pub use homer::HomerCase;
+pub use rcc::RccCase;
 pub use sharedllm::SharedLlmCase;
 
 use std::path::PathBuf;

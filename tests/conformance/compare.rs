@@ -1,13 +1,12 @@
 //! What counts as equal, and how a comparison is told.
 
-use accordion::goldens::homer::{GoldenNode, HomerCase};
+use super::part;
 use accordion::tensor::Tensor;
 use accordion_graphs::dtype::DType;
-use accordion_graphs::plan::homer::HomerPlan;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 
-type Tensors = BTreeMap<String, Tensor>;
+pub(crate) type Tensors = BTreeMap<String, Tensor>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -19,49 +18,27 @@ pub(crate) enum Verdict {
 }
 
 /// A distance: absolute, plus a part of the largest finite magnitude in the tensor.
-struct Bound {
-    absolute: f32,
-    relative: f32,
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bound {
+    pub(crate) absolute: f32,
+    pub(crate) relative: f32,
 }
 
+/// The project's bound for single precision.
+pub(crate) const SINGLE: Bound = Bound { absolute: 1e-4, relative: 0.0 };
+
 impl Bound {
-    fn of(&self, tensor: &[f32]) -> f32 {
+    pub(crate) fn of(self, tensor: &[f32]) -> f32 {
         let magnitude = tensor.iter().filter(|v| v.is_finite()).fold(0.0_f32, |m, v| m.max(v.abs()));
         self.absolute + self.relative * magnitude
     }
 }
 
-/// For `rope.inv_freq`: one rounding of the largest frequency, three digits of the smallest.
-const FREQUENCIES: Bound = Bound { absolute: 1e-7, relative: 0.0 };
-
-struct Bounds {
-    /// How far a float may be off.
-    float: Bound,
-    /// Scores closer than this are a tie: noise can exchange them.
-    tie: Bound,
-}
-
-impl Bounds {
-    /// Single precision: the project's bound, and twice the noise that is seen. Narrower types: an `f32` computation
-    /// from rounded weights differs from the golden by up to 6.6 of the type's rounding steps at the tensor's largest
-    /// magnitude (case G); three times that is allowed, and scores are a tie within twice their own noise of 5.7 steps.
-    fn of(dtype: DType) -> Self {
-        let narrow = |step: f32| Self {
-            float: Bound { absolute: 0.0, relative: 20.0 * step },
-            tie: Bound { absolute: 0.0, relative: 11.4 * step },
-        };
-        match dtype {
-            DType::F16 => narrow(f32::exp2(-11.0)),
-            DType::Bf16 => narrow(f32::exp2(-8.0)),
-            _ => Self { float: Bound { absolute: 1e-4, relative: 0.0 }, tie: Bound { absolute: 2e-5, relative: 0.0 } },
-        }
-    }
-}
-
 /// The outcome of one case on one implementation.
 pub(crate) struct Comparison {
-    dtype: DType,
+    note: &'static str,
     compared: usize,
+    in_part: usize,
     worst: f32,
     worst_tensor: String,
     skipped: usize,
@@ -70,6 +47,52 @@ pub(crate) struct Comparison {
 }
 
 impl Comparison {
+    /// A comparison without a finding; `note` is for the row.
+    pub(crate) fn new(note: &'static str) -> Self {
+        Self {
+            note,
+            compared: 0,
+            in_part: 0,
+            worst: 0.0,
+            worst_tensor: "none".into(),
+            skipped: 0,
+            ambiguities: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    /// Holds what was found of the golden tensor `name`, or of parts of it, against `expected`.
+    pub(crate) fn compare(&mut self, name: &str, expected: &Tensor, found: &Tensors, bound: Bound) {
+        self.compared += 1;
+        let whole = found.get(name).map(|found| (name, difference(expected, found, bound)));
+        let parts = part::of(name, found).map(|(key, ranges, found)| {
+            (key, part::slice(expected, &ranges).and_then(|expected| difference(&expected, found, bound)))
+        });
+        let mut seen = 0;
+        for (key, compared) in whole.into_iter().chain(parts) {
+            seen += 1;
+            match compared {
+                Ok(error) if error > self.worst => (self.worst, self.worst_tensor) = (error, key.to_owned()),
+                Ok(_) => {}
+                Err(difference) => self.failures.push(format!("{key}: {difference}")),
+            }
+        }
+        self.in_part += usize::from(seen > 0 && !found.contains_key(name));
+        if seen == 0 {
+            self.failures.push(format!("{name}: was not computed"));
+        }
+    }
+
+    /// Leaves a tensor out because it follows from an ambiguous choice.
+    pub(crate) fn skip(&mut self) {
+        self.skipped += 1;
+    }
+
+    /// Notes a choice that fell the other way among equals.
+    pub(crate) fn ambiguous(&mut self, finding: String) {
+        self.ambiguities.push(finding);
+    }
+
     pub(crate) fn verdict(&self) -> Verdict {
         match (self.failures.is_empty(), self.ambiguities.is_empty()) {
             (false, _) => Verdict::Fail,
@@ -87,12 +110,13 @@ impl Comparison {
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:>4} tensors, worst error {:.1e} ({})", self.compared, self.worst, self.worst_tensor)?;
+        if self.in_part > 0 {
+            write!(f, ", {} of them in part", self.in_part)?;
+        }
         if self.skipped > 0 {
             write!(f, ", {} not comparable", self.skipped)?;
         }
-        if self.dtype != DType::F32 {
-            write!(f, ", informative: {} golden", self.dtype)?;
-        }
+        f.write_str(self.note)?;
         match self.verdict() {
             Verdict::Pass => f.write_str(": PASS"),
             Verdict::Ambiguous => f.write_str(": AMBIGUOUS"),
@@ -101,74 +125,8 @@ impl fmt::Display for Comparison {
     }
 }
 
-/// The plan of the case, if it is what the authors' code ran.
-pub(crate) fn plan(case: &HomerCase) -> Result<HomerPlan, String> {
-    let plan =
-        HomerPlan::new(case.architecture.num_layers, case.lengths(), case.settings).map_err(|e| e.to_string())?;
-    let planned: Vec<GoldenNode> = plan
-        .nodes
-        .iter()
-        .enumerate()
-        .map(|(order, node)| GoldenNode {
-            key: node.tap_scope(),
-            height: node.height,
-            index: node.index,
-            order,
-            layers: node.layers.clone().collect(),
-            in_len: node.in_len,
-            target_len: node.target_len,
-            removed: node.removed(),
-            out_len: node.out_len,
-        })
-        .collect();
-    for (planned, expected) in planned.iter().zip(&case.nodes) {
-        if planned != expected {
-            return Err(format!("{planned:?}, expected {expected:?}"));
-        }
-    }
-    if planned.len() == case.nodes.len() {
-        Ok(plan)
-    } else {
-        Err(format!("{} nodes, expected {}", planned.len(), case.nodes.len()))
-    }
-}
-
-/// Compares everything the case holds with what was found.
-pub(crate) fn homer(case: &HomerCase, found: &Tensors, omits: &dyn Fn(&str) -> bool) -> Comparison {
-    let bounds = Bounds::of(case.dtype);
-    let mut result = Comparison {
-        dtype: case.dtype,
-        compared: 0,
-        worst: 0.0,
-        worst_tensor: "none".into(),
-        skipped: 0,
-        ambiguities: Vec::new(),
-        failures: Vec::new(),
-    };
-    let after_ties = after_ties(case, found, &bounds, &mut result.ambiguities);
-    for (name, expected) in case.expected.iter().filter(|(name, _)| !omits(name)) {
-        if after_ties.contains(name) {
-            result.skipped += 1;
-            continue;
-        }
-        result.compared += 1;
-        let compared = match found.get(name) {
-            // The frequencies are inputs of everything else and span several orders of magnitude, in every precision.
-            Some(found) if name == "rope.inv_freq" => difference(expected, found, &FREQUENCIES),
-            Some(found) => difference(expected, found, &bounds.float),
-            None => Err("was not computed".to_owned()),
-        };
-        match compared {
-            Ok(error) if error > result.worst => (result.worst, result.worst_tensor) = (error, name.clone()),
-            Ok(_) => {}
-            Err(difference) => result.failures.push(format!("{name}: {difference}")),
-        }
-    }
-    result
-}
-
 /// The largest absolute error, if it is within bounds. Integers and flags have to be equal.
-fn difference(expected: &Tensor, found: &Tensor, bound: &Bound) -> Result<f32, String> {
+fn difference(expected: &Tensor, found: &Tensor, bound: Bound) -> Result<f32, String> {
     if expected.shape() != found.shape() {
         return Err(format!("shape {:?}, expected {:?}", found.shape(), expected.shape()));
     }
@@ -197,162 +155,11 @@ fn difference(expected: &Tensor, found: &Tensor, bound: &Bound) -> Result<f32, S
     }
 }
 
-fn integers(tensor: &Tensor) -> Option<Vec<i64>> {
+pub(crate) fn integers(tensor: &Tensor) -> Option<Vec<i64>> {
     match tensor.dtype() {
         DType::I64 => tensor.as_i64().ok().map(<[i64]>::to_vec),
         DType::I32 => tensor.as_i32().ok().map(|values| values.iter().copied().map(i64::from).collect()),
         DType::Bool | DType::U8 => Some(tensor.bytes().iter().copied().map(i64::from).collect()),
         DType::F32 | DType::F16 | DType::Bf16 => None,
-    }
-}
-
-/// The tensors that cannot be compared because an earlier choice fell the other way among equals.
-fn after_ties(case: &HomerCase, found: &Tensors, bounds: &Bounds, ties: &mut Vec<String>) -> BTreeSet<String> {
-    let mut affected = BTreeSet::new();
-    for node in &case.nodes {
-        if affected.contains(&format!("{}.in_hidden", node.key)) {
-            continue;
-        }
-        if let Some(tie) = tied_selection(case, found, node, bounds) {
-            ties.push(tie);
-            affected.extend(case.expected.keys().filter(|name| depends_on_survivors(name, node)).cloned());
-        }
-    }
-    if !affected.contains("generate.tokens")
-        && let Some(tie) = tied_token(case, found, bounds)
-    {
-        ties.push(tie);
-        affected.extend(case.expected.keys().filter(|name| name.starts_with("generate.")).cloned());
-    }
-    affected
-}
-
-/// Says so if `node` kept other rows than expected, all of them within a tie.
-fn tied_selection(case: &HomerCase, found: &Tensors, node: &GoldenNode, bounds: &Bounds) -> Option<String> {
-    let name = format!("{}.prune.keep_idx", node.key);
-    let set = |tensor: &Tensor| integers(tensor).map(|rows| rows.into_iter().collect::<BTreeSet<_>>());
-    let (expected, found) = (set(case.expected.get(&name)?)?, set(found.get(&name)?)?);
-    let scores = case.expected.get(&format!("{}.prune.scores", node.key))?.to_f32();
-    let exchanged: Vec<i64> = expected.symmetric_difference(&found).copied().collect();
-    if exchanged.is_empty() || expected.len() != found.len() {
-        return None;
-    }
-    let tie = bounds.tie.of(&scores);
-    let scores: Vec<f32> = exchanged
-        .iter()
-        .map(|&row| usize::try_from(row).ok().and_then(|row| scores.get(row)).copied())
-        .collect::<Option<_>>()?;
-    let (low, high) = scores.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), &s| (l.min(s), h.max(s)));
-    (high - low <= tie)
-        .then(|| format!("{name}: rows {exchanged:?} change places, their scores lie within {:.2e}", high - low))
-}
-
-/// Whether `name` is computed from the rows that `node` keeps.
-fn depends_on_survivors(name: &str, node: &GoldenNode) -> bool {
-    let own = |part: &str| name.starts_with(&format!("{}.{part}", node.key));
-    if let Some(of_node) = name.strip_prefix("node.h") {
-        let ancestor =
-            of_node.split('.').next().and_then(|height| height.parse::<usize>().ok()).is_some_and(|height| {
-                height > node.height
-                    && name.starts_with(&format!("node.h{height}.i{}.", node.index >> (height - node.height)))
-            });
-        return ancestor || own("prune.keep_idx") || own("prune.remove_idx") || own("out_");
-    }
-    !name.starts_with("plain.") && !name.starts_with("rope.")
-}
-
-/// Says so if another token was generated than expected, with a logit within a tie.
-fn tied_token(case: &HomerCase, found: &Tensors, bounds: &Bounds) -> Option<String> {
-    let name = "generate.tokens";
-    let (expected, found) = (integers(case.expected.get(name)?)?, integers(found.get(name)?)?);
-    let step = expected.iter().zip(&found).position(|(e, f)| e != f)?;
-    let (logits, row) = match step {
-        0 => ("prefix.logits", case.expected.get("prefix.logits")?.shape()[0].checked_sub(1)?),
-        _ => ("generate.step_logits", step - 1),
-    };
-    let vocab = case.architecture.vocab_size;
-    let logits = case.expected.get(logits)?.to_f32();
-    let logit = |token: i64| logits.get(row * vocab + usize::try_from(token).ok()?).copied();
-    let gap = logit(expected[step])? - logit(found[step])?;
-    (gap.abs() <= bounds.tie.of(&logits))
-        .then(|| format!("{name}: {} instead of {} at step {step}, {gap:.2e} apart", found[step], expected[step]))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::path::Path;
-
-    fn case(name: &str) -> HomerCase {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/homer");
-        HomerCase::open(&folder.join(format!("homer_{name}.json"))).unwrap()
-    }
-
-    fn verdict_after(name: &str, damage: impl FnOnce(&mut Tensors)) -> Verdict {
-        let case = case(name);
-        let mut found = case.expected.clone();
-        damage(&mut found);
-        homer(&case, &found, &|_| false).verdict()
-    }
-
-    fn change(found: &mut Tensors, name: &str, change: impl FnOnce(&mut Vec<f32>)) {
-        let mut values = found[name].to_f32();
-        change(&mut values);
-        found.insert(name.into(), Tensor::from_f32(found[name].shape(), values).unwrap());
-    }
-
-    /// The kept row with the smallest score changes places with the dropped row with the largest.
-    fn exchange_closest(found: &mut Tensors, node: &str) {
-        let scores = found[&format!("{node}.prune.scores")].to_f32();
-        let rows = |part: &str| integers(&found[&format!("{node}.prune.{part}_idx")]).unwrap();
-        let (mut keep, drop) = (rows("keep"), rows("remove"));
-        let score = |row: &i64| scores[*row as usize];
-        let out = (0..keep.len()).min_by(|&a, &b| score(&keep[a]).total_cmp(&score(&keep[b]))).unwrap();
-        keep[out] = *drop.iter().max_by(|a, b| score(a).total_cmp(&score(b))).unwrap();
-        keep.sort_unstable();
-        found.insert(format!("{node}.prune.keep_idx"), Tensor::from_i64([keep.len()], keep).unwrap());
-    }
-
-    #[test]
-    fn what_the_golden_says_passes() {
-        assert_eq!(verdict_after("D", |_| {}), Verdict::Pass);
-    }
-
-    #[test]
-    fn missing_shifted_and_undefined_values_fail() {
-        let change_last = |f: fn(&mut f32)| {
-            move |found: &mut Tensors| change(found, "plain.logits", |values| f(values.last_mut().unwrap()))
-        };
-        assert_eq!(verdict_after("D", change_last(|v| *v += 5e-5)), Verdict::Pass);
-        assert_eq!(verdict_after("D", change_last(|v| *v += 2e-4)), Verdict::Fail);
-        assert_eq!(verdict_after("D", change_last(|v| *v = f32::NAN)), Verdict::Fail);
-        assert_eq!(verdict_after("D", |found| drop(found.remove("cache.v.3"))), Verdict::Fail);
-        assert_eq!(verdict_after("G", change_last(|v| *v += 0.1)), Verdict::Fail);
-        let faster = |values: &mut Vec<f32>| values[7] *= 1.001;
-        assert_eq!(verdict_after("D", |found| change(found, "rope.inv_freq", faster)), Verdict::Fail);
-    }
-
-    #[test]
-    fn other_survivors_are_a_tie_only_within_the_precision() {
-        // 0.019 apart in single precision; 0.023 in half, which is within the noise of the scores there.
-        assert_eq!(verdict_after("F", |found| exchange_closest(found, "node.h0.i3")), Verdict::Fail);
-        assert_eq!(verdict_after("G", |found| exchange_closest(found, "node.h1.i1")), Verdict::Ambiguous);
-        assert_eq!(verdict_after("G", |found| exchange_closest(found, "node.h0.i3")), Verdict::Fail);
-    }
-
-    #[test]
-    fn a_tie_excuses_what_follows_from_it_and_nothing_else() {
-        let damaged = |name: &'static str| {
-            verdict_after("G", move |found| {
-                exchange_closest(found, "node.h1.i1");
-                change(found, name, |values| values[0] += 1.0);
-            })
-        };
-        for excused in ["node.h1.i1.out_hidden", "node.h2.i0.in_k.0", "prefix.logits", "teacher.logits"] {
-            assert_eq!(damaged(excused), Verdict::Ambiguous, "{excused}");
-        }
-        for held in ["node.h1.i1.in_hidden", "node.h1.i1.prune.metric_last", "node.h1.i0.out_hidden", "plain.logits"] {
-            assert_eq!(damaged(held), Verdict::Fail, "{held}");
-        }
     }
 }

@@ -8,15 +8,29 @@
 
 mod compare;
 mod graphs;
+mod homer;
+mod part;
+mod rcc;
 mod reference;
+mod table;
 
-use accordion::goldens::HomerCase;
-use accordion::tensor::Tensor;
+use accordion::goldens::{HomerCase, RccCase};
 use accordion_graphs::plan::homer::HomerPlan;
-use compare::{Comparison, Verdict};
-use std::collections::BTreeMap;
-use std::io::Write;
+use compare::Tensors;
 use std::path::{Path, PathBuf};
+use table::{Table, line};
+
+/// Why an implementation has no result for a case, where that is not a failure.
+#[derive(Debug)]
+struct NotDefined(&'static str);
+
+impl std::fmt::Display for NotDefined {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for NotDefined {}
 
 /// Something that computes what the golden files hold. One row of the table per case.
 trait Implementation {
@@ -24,7 +38,13 @@ trait Implementation {
     fn name(&self) -> &'static str;
 
     /// Runs the whole case and returns everything it computed, by golden name.
-    fn homer(&mut self, case: &HomerCase, plan: &HomerPlan) -> anyhow::Result<BTreeMap<String, Tensor>>;
+    fn homer(&mut self, case: &HomerCase, plan: &HomerPlan) -> anyhow::Result<Tensors>;
+
+    /// Runs the whole case and returns everything it computed, by golden name. What it never materialises because it
+    /// reaches nothing may be missing from a tensor, see [`part`].
+    fn rcc(&mut self, _case: &RccCase) -> anyhow::Result<Tensors> {
+        Err(NotDefined("no implementation").into())
+    }
 
     /// Whether it is defined for the case; a row says where it is not.
     fn supports(&self, _case: &HomerCase) -> bool {
@@ -60,78 +80,11 @@ fn every_implementation_reproduces_the_goldens() {
         }
         for (method, folder) in methods.iter().filter(|(_, folder)| folder.is_dir()) {
             match *method {
-                "homer" => homer_cases(&mut table, folder),
+                "homer" => homer::cases(&mut table, folder),
+                "rcc" => rcc::cases(&mut table, folder),
                 _ => line(&format!("  {method}: no implementation yet")),
             }
         }
     }
     assert!(table.failures == 0, "{} of {} rows failed, see the table above", table.failures, table.rows);
-}
-
-fn homer_cases(table: &mut Table, folder: &Path) {
-    let cases = HomerCase::find(folder).unwrap_or_default();
-    if cases.is_empty() {
-        table.failure(&format!("no case in {}", folder.display()));
-    }
-    for path in cases {
-        match HomerCase::open(&path) {
-            Ok(case) => homer_case(table, &case),
-            Err(error) => table.failure(&format!("{:#}", anyhow::Error::from(error))),
-        }
-    }
-}
-
-fn homer_case(table: &mut Table, case: &HomerCase) {
-    let plan = match compare::plan(case) {
-        Ok(plan) => plan,
-        Err(difference) => return table.failure(&format!("homer {}: plan: {difference}", case.name)),
-    };
-    table.row(&case.name, "plan", &format!("{} nodes as the authors ran them: PASS", plan.nodes.len()));
-    for mut implementation in implementations() {
-        let name = implementation.name();
-        if !implementation.supports(case) {
-            table.row(&case.name, name, "not defined for this architecture");
-            continue;
-        }
-        match implementation.homer(case, &plan) {
-            Ok(found) => {
-                let comparison = compare::homer(case, &found, &|tensor| implementation.omits(tensor));
-                table.comparison(&case.name, name, &comparison);
-            }
-            Err(error) => table.failure(&format!("homer {} {name}: {error:#}", case.name)),
-        }
-    }
-}
-
-/// `eprintln!` would be captured by the harness; the handle is not.
-fn line(line: &str) {
-    writeln!(std::io::stderr().lock(), "{line}").unwrap();
-}
-
-/// Prints as it goes, so that a crash leaves the rows before it visible.
-#[derive(Default)]
-struct Table {
-    rows: usize,
-    failures: usize,
-}
-
-impl Table {
-    fn row(&mut self, case: &str, implementation: &str, result: &str) {
-        self.rows += 1;
-        line(&format!("  homer {case:<3} {implementation:<24} {result}"));
-    }
-
-    fn failure(&mut self, message: &str) {
-        self.rows += 1;
-        self.failures += 1;
-        line(&format!("  FAIL {message}"));
-    }
-
-    fn comparison(&mut self, case: &str, implementation: &str, comparison: &Comparison) {
-        self.row(case, implementation, &comparison.to_string());
-        self.failures += usize::from(comparison.verdict() == Verdict::Fail);
-        for finding in comparison.findings() {
-            line(&format!("      {finding}"));
-        }
-    }
 }
