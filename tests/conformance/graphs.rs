@@ -1,9 +1,9 @@
 //! The exported graphs as rows of the table: a bundle is written, opened and run, as the command does it.
 
-use super::Implementation;
+use super::{Implementation, graphs_sharedllm};
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
-use accordion::checkpoint::{Checkpoint, config_json};
-use accordion::goldens::HomerCase;
+use accordion::checkpoint::{Checkpoint, config_json, sharedllm_json};
+use accordion::goldens::{HomerCase, SharedLlmCase};
 use accordion::pipeline::decode::{Continuation, Sequence};
 use accordion::pipeline::homer::{Prompt, compress};
 use accordion::pipeline::{ContextState, Engines};
@@ -12,8 +12,11 @@ use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::tensor::Tensor;
 use accordion_graphs::blocks::{Target, rope};
 use accordion_graphs::plan::homer::HomerPlan;
+use accordion_graphs::plan::sharedllm::Quirks;
 use anyhow::Result;
 use std::collections::BTreeMap;
+use std::path::Path;
+use tempfile::TempDir;
 
 /// Graphs of one target, with or without our kernels, at one batch width.
 pub(crate) struct Graphs {
@@ -40,28 +43,47 @@ impl Graphs {
     }
 }
 
+/// A bundle in a folder of its own, and how its graphs are run.
+pub(crate) struct Opened {
+    bundle: Bundle,
+    fused_operators: bool,
+    _folder: TempDir,
+}
+
+impl Opened {
+    pub(crate) fn engines(&self) -> Result<Engines<'_>> {
+        let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
+        let options = OrtOptions { fused_operators: self.fused_operators };
+        let loader = OrtCpu::new(runtime, self.bundle.weights().clone(), &options)?;
+        Ok(Engines::new(&self.bundle, Box::new(loader)))
+    }
+}
+
+impl Graphs {
+    /// A checkpoint of `weights` and `config`, exported and opened.
+    fn open(&self, weights: &Path, config: &serde_json::Value, method: MethodSettings) -> Result<Opened> {
+        let folder = tempfile::tempdir()?;
+        let checkpoint = folder.path().join("checkpoint");
+        std::fs::create_dir(&checkpoint)?;
+        std::fs::copy(weights, checkpoint.join("model.safetensors"))?;
+        std::fs::write(checkpoint.join("config.json"), config.to_string())?;
+        let out = folder.path().join("bundle");
+        let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
+        export(&Checkpoint::open(&checkpoint)?, &out, &options)?;
+        Ok(Opened { bundle: Bundle::open(&out)?, fused_operators: self.fused_operators, _folder: folder })
+    }
+}
+
 impl Implementation for Graphs {
     fn name(&self) -> &'static str {
         self.name
     }
 
     fn homer(&mut self, case: &HomerCase, plan: &HomerPlan) -> Result<Tensors> {
-        let folder = tempfile::tempdir()?;
-        let checkpoint = folder.path().join("checkpoint");
-        std::fs::create_dir(&checkpoint)?;
-        std::fs::copy(case.weights_path(), checkpoint.join("model.safetensors"))?;
-        std::fs::write(checkpoint.join("config.json"), config_json(&case.architecture).to_string())?;
-        let out = folder.path().join("bundle");
         let tree_heights = vec![plan.tree_height];
         let method = MethodSettings::Homer { settings: case.settings, tree_heights, significance: None };
-        let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
-        export(&Checkpoint::open(&checkpoint)?, &out, &options)?;
-        let bundle = Bundle::open(&out)?;
-
-        let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
-        let options = OrtOptions { fused_operators: self.fused_operators };
-        let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options)?;
-        let mut engines = Engines::new(&bundle, Box::new(loader));
+        let opened = self.open(case.weights_path(), &config_json(&case.architecture), method)?;
+        let mut engines = opened.engines()?;
 
         let mut found = Tensors::new();
         let (frequencies, _) = rope::frequencies(&case.architecture.rope, case.architecture.head_dim);
@@ -77,6 +99,13 @@ impl Implementation for Graphs {
         Ok(found)
     }
 
+    fn sharedllm(&mut self, case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
+        let settings = case.settings(quirks);
+        let config = sharedllm_json(&case.architecture, &case.model, &settings);
+        let opened = self.open(case.weights_path(), &config, MethodSettings::SharedLlm(settings))?;
+        graphs_sharedllm::run(&opened, case, quirks, self.width)
+    }
+
     /// ONNX Runtime's attention for CPU takes heads of a multiple of 8; the export refuses others.
     fn supports(&self, case: &HomerCase) -> bool {
         self.target == Target::Portable || case.architecture.head_dim.is_multiple_of(8)
@@ -84,7 +113,7 @@ impl Implementation for Graphs {
 
     fn omits(&self, name: &str) -> bool {
         // The graphs mark affixes by their number, and gather what is kept.
-        name.ends_with(".in_reduction_mask") || name.ends_with(".prune.remove_idx")
+        name.ends_with(".in_reduction_mask") || name.ends_with(".prune.remove_idx") || graphs_sharedllm::omits(name)
     }
 }
 

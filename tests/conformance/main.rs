@@ -8,14 +8,17 @@
 
 mod compare;
 mod graphs;
+mod graphs_sharedllm;
 mod homer;
 mod part;
 mod rcc;
 mod reference;
+mod sharedllm;
 mod table;
 
-use accordion::goldens::{HomerCase, RccCase};
+use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
 use accordion_graphs::plan::homer::HomerPlan;
+use accordion_graphs::plan::sharedllm::Quirks;
 use compare::Tensors;
 use std::path::{Path, PathBuf};
 use table::{Table, line};
@@ -43,6 +46,11 @@ trait Implementation {
     /// Runs the whole case and returns everything it computed, by golden name. What it never materialises because it
     /// reaches nothing may be missing from a tensor, see [`part`].
     fn rcc(&mut self, _case: &RccCase) -> anyhow::Result<Tensors> {
+        Err(NotDefined("no implementation").into())
+    }
+
+    /// Runs the whole case in one of its variants and returns everything it computed, by golden name.
+    fn sharedllm(&mut self, _case: &SharedLlmCase, _quirks: Quirks) -> anyhow::Result<Tensors> {
         Err(NotDefined("no implementation").into())
     }
 
@@ -82,7 +90,7 @@ fn every_implementation_reproduces_the_goldens() {
             match *method {
                 "homer" => homer::cases(&mut table, folder),
                 "rcc" => rcc::cases(&mut table, folder),
-                _ => line(&format!("  {method}: no implementation yet")),
+                _ => sharedllm::cases(&mut table, folder),
             }
         }
     }
