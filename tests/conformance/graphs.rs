@@ -106,6 +106,10 @@ impl Implementation for Graphs {
         graphs_sharedllm::run(&opened, case, quirks, self.width)
     }
 
+    fn omits_sharedllm(&self, case: &SharedLlmCase, name: &str) -> bool {
+        graphs_sharedllm::omits(case, name)
+    }
+
     /// ONNX Runtime's attention for CPU takes heads of a multiple of 8; the export refuses others.
     fn supports(&self, case: &HomerCase) -> bool {
         self.target == Target::Portable || case.architecture.head_dim.is_multiple_of(8)
@@ -113,7 +117,7 @@ impl Implementation for Graphs {
 
     fn omits(&self, name: &str) -> bool {
         // The graphs mark affixes by their number, and gather what is kept.
-        name.ends_with(".in_reduction_mask") || name.ends_with(".prune.remove_idx") || graphs_sharedllm::omits(name)
+        name.ends_with(".in_reduction_mask") || name.ends_with(".prune.remove_idx")
     }
 }
 

@@ -37,11 +37,13 @@ pub(crate) fn run(opened: &Opened, case: &SharedLlmCase, quirks: Quirks, width: 
 }
 
 /// The name of a golden tensor that the graphs do not have.
-pub(crate) fn omits(name: &str) -> bool {
-    // Both rotations of cross attention are one, in the keys. The mask is an input, and the last hidden state comes
-    // normalised; the logits are made of it at once.
+pub(crate) fn omits(case: &SharedLlmCase, name: &str) -> bool {
+    // Both rotations of cross attention are one, in the keys. The mask is an input.
     let rotated = name.contains("cross.layer") && (name.ends_with(".q") || name.ends_with(".k"));
-    rotated || name.starts_with("pos.cross") || name.ends_with(".encoded_mask")
+    // Of the last layer, only what is kept is computed.
+    let last = format!("layer{}", case.model.injected_layers - 1);
+    let unused = name.starts_with("enc.") && name.split('.').any(|part| part == last);
+    rotated || unused || name.starts_with("pos.cross") || name.ends_with(".encoded_mask")
 }
 
 /// What the tree's nodes are.
@@ -64,7 +66,7 @@ fn tree(case: &SharedLlmCase, plan: &SharedLlmPlan, taps: &Tensors, found: &mut 
             found.insert(format!("tree.d{w}.{name}"), shaped);
         }
         if let Some(query) = taps.get("query.vector") {
-            found.insert(format!("tree.d{w}.query_vector"), query.clone());
+            found.insert(format!("tree.d{w}.query_vector"), query.reshaped([1, query.len()])?);
         }
     }
     for layer in 0..case.model.injected_layers {
@@ -125,7 +127,8 @@ fn running(
     let signature = engines.signature(DECODER)?;
     let value = |tap: String| signature.taps.get(&tap).map(|info| info.name.as_str()).context(tap);
     let hidden = (0..arch.num_layers - 1).map(|l| value(format!("layers.{l}.out")));
-    let hidden: Vec<&str> = std::iter::once(value("embed".to_owned())).chain(hidden).collect::<Result<_>>()?;
+    let [embed, norm] = ["embed", "final_norm"].map(|tap| value(tap.to_owned()));
+    let hidden: Vec<&str> = std::iter::once(embed).chain(hidden).chain([norm]).collect::<Result<_>>()?;
     let cross = (0..case.model.injected_layers).map(|l| value(format!("layers.{l}.cross.out")));
     let cross: Vec<&str> = cross.collect::<Result<_>>()?;
 

@@ -54,6 +54,11 @@ trait Implementation {
         Err(NotDefined("no implementation").into())
     }
 
+    /// As [`Self::omits`], of a SharedLLM case.
+    fn omits_sharedllm(&self, _case: &SharedLlmCase, _name: &str) -> bool {
+        false
+    }
+
     /// Whether it is defined for the case; a row says where it is not.
     fn supports(&self, _case: &HomerCase) -> bool {
         true

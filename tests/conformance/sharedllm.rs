@@ -73,7 +73,9 @@ fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation
     let mut result = Comparison::new("");
     let all = case.expected(quirks);
     let (choice, token) = (tied_choice(all, found), tied_token(case, quirks, found));
-    for (name, expected) in all.iter().filter(|(name, _)| !name.ends_with(".selected") && !implementation.omits(name)) {
+    for (name, expected) in
+        all.iter().filter(|(name, _)| !name.ends_with(".selected") && !implementation.omits_sharedllm(case, name))
+    {
         let level = choice.as_ref().map(|(level, _)| *level);
         if level.is_some_and(|level| follows_from_choice(name, level)) || (token.is_some() && name == "generate.tokens")
         {

@@ -97,6 +97,26 @@ impl<'a> Nodes<'a> {
         AttendedNodes { residual, key, value }
     }
 
+    /// The rows `rows` of every entry of `x`, `[entries * rows, width]` or `[entries, rows, width]`, one after the other:
+    /// `[entries * picked, width]`.
+    pub fn pick(&self, x: &Value, rows: &[i64]) -> Value {
+        let Some((width, _)) = x.shape().split_last() else { return x.clone() };
+        let by_entry = x.reshape(&[self.entries.clone(), self.rows.into(), width.clone()]);
+        by_entry.gather_along(1, &x.scope().ints(rows)).flatten_rows()
+    }
+
+    /// Only the keys and values of layer `layer`, and only of rows `rows` of every entry, whose input is `x [entries *
+    /// picked, D]`: `[entries * picked, G * d]` each, keys rotated.
+    pub fn keys_values(&self, layer: &Scope, x: &Value, rows: &[i64]) -> [Value; 2] {
+        let attn = self.model.attention_scope(layer);
+        let normed = self.model.attention_input(layer, x);
+        let [key, value] = self.model.keys_values(layer, &normed);
+        let key = key.within(&attn).reshape(&[self.entries.clone(), rows.len().into(), key.dim(1)]);
+        let rows = attn.ints(rows);
+        let [cos, sin] = [&self.angles.cos, &self.angles.sin].map(|x| x.within(&attn).gather_along(1, &rows));
+        [key.rotary(&cos, &sin, self.model.arch.num_kv_heads()).flatten_rows(), value]
+    }
+
     /// `flat [entries * rows, width]` as `[entries, rows, width]`.
     fn by_entry(&self, flat: &Value) -> Value {
         flat.reshape(&[self.entries.clone(), self.rows.into(), flat.dim(1)])

@@ -114,6 +114,7 @@ impl<'a> Transformer<'a> {
     /// Logits `[rows, V]` of `x [rows, D]`: final norm and output projection.
     pub fn head(&self, g: &Scope, x: &Value) -> Value {
         let normed = self.final_norm(g, x);
+        self.scope(g).tap("final_norm", &normed);
         let head = g.scope(match self.arch {
             Architecture::Llama(_) => "lm_head",
             Architecture::GptNeox(_) => "embed_out",

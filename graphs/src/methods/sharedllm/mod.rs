@@ -60,14 +60,20 @@ fn compress(
         .collect();
     let nodes = Nodes::new(g, &lower, groups, &tree.ids);
     let mut x = lower.embed(g, &tree.ids);
-    for l in 0..model.injected_layers {
+    let kept = |x: &Value| nodes.pick(x, &packing.kept);
+    let last = model.injected_layers - 1;
+    for l in 0..last {
         let layer = lower.layer(g, l);
         let attended = nodes.attend(&layer, &x);
-        packing.output(g, l, [&attended.key, &attended.value]);
-        if l + 1 < model.injected_layers {
-            x = lower.mlp_residual(&layer, &attended.residual);
-        }
+        packing.output(g, l, [&attended.key, &attended.value].map(kept));
+        // Of the last layer nothing but the kept rows' keys and values is used, and so of the one before it no other rows.
+        let residual = if l + 1 == last { attended.residual.pick(kept) } else { attended.residual };
+        x = lower.mlp_residual(&layer, &residual);
     }
+    if last == 0 {
+        x = kept(&x);
+    }
+    packing.output(g, last, nodes.keys_values(&lower.layer(g, last), &x, &packing.kept));
     g.clone()
 }
 

@@ -58,16 +58,13 @@ impl Packing {
         Self { heads: arch.num_kv_heads(), head_dim: arch.head_dim(), kept, ids: ids.clone(), angles, single }
     }
 
-    /// Declares the outputs of layer `layer` from its keys, rotated inside their nodes, and values, each `[batch * n, rows,
-    /// G * d]`.
-    pub(super) fn output(&self, g: &Scope, layer: usize, keys_values: [&Value; 2]) {
+    /// Declares the outputs of layer `layer` from the keys, rotated inside their nodes, and values of the kept rows, each
+    /// `[batch * n * C, G * d]`.
+    pub(super) fn output(&self, g: &Scope, layer: usize, keys_values: [Value; 2]) {
         let scope = g.scope("kv").scope(layer);
-        let kept = scope.ints(&self.kept);
-        let [key, value] = keys_values.map(|x| {
-            let kept = x.within(&scope).gather_along(1, &kept);
-            let by_head = kept.reshape(&[kept.dim(0), kept.dim(1), self.heads.into(), self.head_dim.into()]);
-            by_head.transpose(&[0, 2, 1, 3])
-        });
+        let entries = &self.ids.dim(0) * &self.ids.dim(1);
+        let by_head = [entries, self.kept.len().into(), self.heads.into(), self.head_dim.into()];
+        let [key, value] = keys_values.map(|kept| kept.within(&scope).reshape(&by_head).transpose(&[0, 2, 1, 3]));
         scope.tap("key", &key);
         scope.tap("value", &value);
         let placed = |angles: &Angles| self.flat(&key.rotary_heads(&angles.cos, &angles.sin));
