@@ -61,7 +61,7 @@ impl Opened {
 
 impl Graphs {
     /// A checkpoint of `weights` and `config`, exported and opened.
-    fn open(&self, weights: &Path, config: &serde_json::Value, method: MethodSettings) -> Result<Opened> {
+    pub(crate) fn open(&self, weights: &Path, config: &serde_json::Value, method: MethodSettings) -> Result<Opened> {
         let folder = tempfile::tempdir()?;
         let checkpoint = folder.path().join("checkpoint");
         std::fs::create_dir(&checkpoint)?;

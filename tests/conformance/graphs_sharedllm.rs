@@ -50,7 +50,7 @@ pub(crate) fn omits(case: &SharedLlmCase, name: &str) -> bool {
 fn tree(case: &SharedLlmCase, plan: &SharedLlmPlan, taps: &Tensors, found: &mut Tensors) -> Result<()> {
     let parts = [
         ("candidates", "cand_ids"),
-        ("lower.layers.0.out", "cand_hidden_last"),
+        ("vectors", "cand_hidden_last"),
         ("vectors", "enc_vectors"),
         ("similarity", "sim"),
         ("chosen", "chosen"),
@@ -159,9 +159,10 @@ fn running(
     }
     past(&sequence, "decode", found)?;
 
-    let ids = case.teacher_ids.iter().copied().map(i64::from).collect::<Vec<_>>();
-    found.insert("teacher_forced.input_ids".into(), Tensor::from_i64([1, ids.len()], ids)?);
-    let logits = over(engines)?.forward(engines, &case.teacher_ids, case.teacher_ids.len())?;
+    let ids = [case.running_ids.as_slice(), &case.decode_ids(quirks)].concat();
+    let at_once = ids.iter().copied().map(i64::from).collect();
+    found.insert("teacher_forced.input_ids".into(), Tensor::from_i64([1, ids.len()], at_once)?);
+    let logits = over(engines)?.forward(engines, &ids, ids.len())?;
     found.insert("teacher_forced.logits".into(), batch(logits)?);
     Ok(())
 }
@@ -202,4 +203,101 @@ fn rows_first(tensor: &Tensor) -> Result<Tensor> {
         |at: usize| (0..groups).flat_map(move |group| (group * rows + at) * width..(group * rows + at + 1) * width);
     let ordered = (0..rows).flat_map(row).map(|at| values[at]).collect();
     Ok(Tensor::from_f32([1, rows, groups, width], ordered)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::graphs::Graphs;
+    use super::*;
+    use accordion::bundle::MethodSettings;
+    use accordion::checkpoint::{config_json, sharedllm_json};
+    use safetensors::SafeTensors;
+    use safetensors::tensor::TensorView;
+    use std::path::Path;
+
+    fn case(name: &str) -> SharedLlmCase {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/sharedllm");
+        SharedLlmCase::open(&folder.join(format!("case_{name}.json"))).unwrap()
+    }
+
+    fn open(graphs: &Graphs, case: &SharedLlmCase, quirks: Quirks) -> Opened {
+        let settings = case.settings(quirks);
+        let config = sharedllm_json(&case.architecture, &case.model, &settings);
+        graphs.open(case.weights_path(), &config, MethodSettings::SharedLlm(settings)).unwrap()
+    }
+
+    /// Cross attention that adds nothing leaves the model what it was, to the last bit.
+    #[test]
+    fn a_context_without_output_projections_changes_nothing() {
+        let case = case("q4");
+        let bytes = std::fs::read(case.weights_path()).unwrap();
+        let weights = SafeTensors::deserialize(&bytes).unwrap();
+        let silent = |name: &str| name.ends_with("cross_attn.o_proj.weight");
+        let views = weights.tensors().into_iter().map(|(name, view)| {
+            let data = if silent(&name) { vec![0; view.data().len()] } else { view.data().to_vec() };
+            (name, view.dtype(), view.shape().to_vec(), data)
+        });
+        let views: Vec<_> = views.collect();
+        assert_eq!(views.iter().filter(|(name, ..)| silent(name)).count(), case.model.injected_layers);
+        let folder = tempfile::tempdir().unwrap();
+        let silenced = folder.path().join("silenced.safetensors");
+        let views = views
+            .iter()
+            .map(|(name, dtype, shape, data)| (name.as_str(), TensorView::new(*dtype, shape.clone(), data).unwrap()));
+        safetensors::serialize_to_file(views, None, &silenced).unwrap();
+
+        for graphs in Graphs::all() {
+            let settings = case.settings(Quirks::Faithful);
+            let config = sharedllm_json(&case.architecture, &case.model, &settings);
+            let shared = graphs.open(&silenced, &config, MethodSettings::SharedLlm(settings)).unwrap();
+            let plain = graphs.open(&silenced, &config_json(&case.architecture), MethodSettings::Plain).unwrap();
+            let mut engines = shared.engines().unwrap();
+            let (ids, running) = (&case.context_ids, &case.running_ids);
+            let context = Context { ids, mask: None, running, query_index: running.len() - 1 };
+            let plan = plan(&case, Quirks::Faithful).unwrap();
+            let injected = inject(&mut engines, &plan, context, 1, &mut NoTaps, &mut |_| {}).unwrap();
+            let mut sequence = Sequence::over(&engines, injected, running.len()).unwrap();
+            let with = sequence.forward(&mut engines, running, running.len()).unwrap();
+            let mut engines = plain.engines().unwrap();
+            let mut sequence = Sequence::new(&engines, running.len()).unwrap();
+            let without = sequence.forward(&mut engines, running, running.len()).unwrap();
+            assert_eq!(with.to_f32(), without.to_f32());
+        }
+    }
+
+    /// The halves that are compared and the leaves that are joined are those of one entry.
+    #[test]
+    fn entries_of_a_batch_are_contexts_of_their_own() {
+        let case = case("q4");
+        for graphs in Graphs::all() {
+            let opened = open(&graphs, &case, Quirks::Faithful);
+            let mut engines = opened.engines().unwrap();
+            let ids = |ids: &[u32]| ids.iter().copied().map(i64::from).collect::<Vec<_>>();
+            let contexts = [ids(&case.context_ids), ids(&case.context_ids).into_iter().rev().collect()];
+            let runnings = [ids(&case.running_ids), ids(&case.running_ids).into_iter().rev().collect()];
+            let mut run = |entries: std::ops::Range<usize>| {
+                let count = entries.len();
+                let [context, running] = [&contexts, &runnings].map(|all| all[entries.clone()].concat());
+                let one = |value: usize| Tensor::from_i64([1], vec![value as i64]).unwrap();
+                let tensor = |shape: &[usize], values| Tensor::from_i64(shape, values).unwrap();
+                let inputs = [
+                    ("context_ids", tensor(&[count, case.chunks(), case.chunk_len], context)),
+                    ("running_ids", tensor(&[count, case.running_ids.len()], running)),
+                    ("query_index", one(case.query_index)),
+                    ("first_chunk", one(0)),
+                    ("num_chunks", one(case.chunks())),
+                ];
+                let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
+                let outputs = ["injected.1.key", "injected.1.value", "injected.1.single_key"];
+                let results = engines.get("compress", &[]).unwrap().run(&inputs, &mut [], &outputs).unwrap();
+                results.iter().map(Tensor::to_f32).collect::<Vec<_>>()
+            };
+            let (both, alone) = (run(0..2), [run(0..1), run(1..2)]);
+            for (output, both) in both.iter().enumerate() {
+                let separate = [alone[0][output].as_slice(), &alone[1][output]].concat();
+                let worst = both.iter().zip(&separate).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(both.len() == separate.len() && worst <= 1e-5, "output {output} is off by {worst}");
+            }
+        }
+    }
 }

@@ -4,6 +4,7 @@ use super::compare::{Bound, Comparison, SINGLE, Tensors, integers};
 use super::table::Table;
 use super::{Implementation, implementations};
 use accordion::goldens::SharedLlmCase;
+use accordion::tensor::Tensor;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::sharedllm::{ChunkPolicy, Quirks, SharedLlmPlan};
 use std::path::Path;
@@ -84,8 +85,22 @@ fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation
             result.compare(name, expected, found, SINGLE);
         }
     }
+    if quirks == Quirks::Fixed {
+        steps_equal_one_call(case, found, &mut result);
+    }
     choice.map(|(_, finding)| finding).into_iter().chain(token).for_each(|finding| result.ambiguous(finding));
     result
+}
+
+/// Without the released code's rotation of single tokens, decoding step by step is what one call over all tokens is.
+fn steps_equal_one_call(case: &SharedLlmCase, found: &Tensors, result: &mut Comparison) {
+    let Some(at_once) = found.get("teacher_forced.logits") else { return };
+    let vocab = case.architecture.vocab_size;
+    let rows = at_once.to_f32();
+    for (step, row) in rows.chunks_exact(vocab).skip(case.running_ids.len()).enumerate() {
+        let row = Tensor::from_f32([1, 1, vocab], row.to_vec()).unwrap();
+        result.compare(&format!("decode.{step}.logits"), &row, found, SINGLE);
+    }
 }
 
 /// The first level where other halves were chosen than expected, all of them within a tie.

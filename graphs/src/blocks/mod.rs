@@ -2,6 +2,7 @@
 
 mod attention;
 mod cross_attention;
+mod last_row;
 mod linear;
 mod nodes;
 pub mod rope;

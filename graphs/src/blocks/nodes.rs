@@ -61,13 +61,19 @@ impl<'a> Nodes<'a> {
         Self { model, groups, entries: like.dim(0), rows, angles }
     }
 
-    /// The first half of layer `layer` over `x [entries * rows, D]`.
-    pub fn attend(&self, layer: &Scope, x: &Value) -> AttendedNodes {
+    /// The first half of layer `layer` over `x [entries * rows, D]`. Keys and values `[entries, rows, G * d]` that are known
+    /// already, but for the rotation, are not computed again.
+    pub fn attend(&self, layer: &Scope, x: &Value, known: Option<&[Value; 2]>) -> AttendedNodes {
         let arch = self.model.arch;
         let attn = self.model.attention_scope(layer);
         let normed = self.model.attention_input(layer, x);
-        let [query, key, value] =
-            self.model.queries_keys_values(layer, &normed).map(|flat| self.by_entry(&flat.within(&attn)));
+        let [query, key, value] = match known {
+            None => self.model.queries_keys_values(layer, &normed).map(|flat| self.by_entry(&flat.within(&attn))),
+            Some([key, value]) => {
+                let query = self.by_entry(&self.model.queries(layer, &normed).within(&attn));
+                [query, key.within(&attn), value.within(&attn)]
+            }
+        };
         let rotate = |x: &Value, heads| x.rotary(&self.angles.cos, &self.angles.sin, heads);
         let (query, key) = (rotate(&query, arch.num_heads()), rotate(&key, arch.num_kv_heads()));
         let mut start = 0;
@@ -108,13 +114,16 @@ impl<'a> Nodes<'a> {
     /// Only the keys and values of layer `layer`, and only of rows `rows` of every entry, whose input is `x [entries *
     /// picked, D]`: `[entries * picked, G * d]` each, keys rotated.
     pub fn keys_values(&self, layer: &Scope, x: &Value, rows: &[i64]) -> [Value; 2] {
+        self.rotated(layer, &self.model.unrotated_keys_values(layer, x), rows)
+    }
+
+    /// Keys and values `[entries * picked, G * d]` of rows `rows` of every entry, with the keys rotated.
+    pub fn rotated(&self, layer: &Scope, [key, value]: &[Value; 2], rows: &[i64]) -> [Value; 2] {
         let attn = self.model.attention_scope(layer);
-        let normed = self.model.attention_input(layer, x);
-        let [key, value] = self.model.keys_values(layer, &normed);
         let key = key.within(&attn).reshape(&[self.entries.clone(), rows.len().into(), key.dim(1)]);
         let rows = attn.ints(rows);
         let [cos, sin] = [&self.angles.cos, &self.angles.sin].map(|x| x.within(&attn).gather_along(1, &rows));
-        [key.rotary(&cos, &sin, self.model.arch.num_kv_heads()).flatten_rows(), value]
+        [key.rotary(&cos, &sin, self.model.arch.num_kv_heads()).flatten_rows(), value.clone()]
     }
 
     /// `flat [entries * rows, width]` as `[entries, rows, width]`.

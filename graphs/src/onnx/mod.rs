@@ -17,6 +17,7 @@ pub use function::Operator;
 pub use scope::{Scope, Value};
 pub use serialize::{GraphSignature, Model, ValueInfo, tap_outputs};
 pub use shape::Dim;
+pub(crate) use shape::product;
 
 /// Opset of the default ONNX domain that all graphs use.
 pub const OPSET: i64 = 23;

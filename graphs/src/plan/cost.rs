@@ -9,7 +9,7 @@ use std::ops::{Add, AddAssign};
 pub struct OperationCount {
     /// In matrix products with weights.
     pub linear: u64,
-    /// In causal attention, counting only the half of the score matrix that the mask leaves.
+    /// In attention, counting only the part of the score matrix that the mask leaves.
     pub attention: u64,
 }
 
@@ -35,6 +35,12 @@ impl OperationCount {
         let all =
             Self { linear: one.linear * arch.num_layers() as u64, attention: one.attention * arch.num_layers() as u64 };
         all + Self::lm_head(arch, 1)
+    }
+
+    /// As often as `count` says.
+    #[must_use]
+    pub fn times(self, count: u64) -> Self {
+        Self { linear: self.linear * count, attention: self.attention * count }
     }
 
     /// All operations.

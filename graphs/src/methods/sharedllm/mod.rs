@@ -14,7 +14,7 @@ use self::pack::Packing;
 use self::tree::{Similarity, Tree};
 use super::{Graphs, Source, plain};
 use crate::architecture::{Architecture, SharedLlmModel};
-use crate::blocks::{Group, Nodes, Rows, Transformer, unflatten};
+use crate::blocks::{Group, Nodes, Transformer, unflatten};
 use crate::dtype::DType;
 use crate::onnx::{Dim, Scope, Value};
 use crate::plan::PlanError;
@@ -49,10 +49,11 @@ fn compress(
     let ids = g.input("context_ids", DType::I64, &shape);
     let mask = masked.then(|| g.input("context_mask", DType::F32, &shape));
     let packing = Packing::new(g, &source.arch, settings, levels, &ids);
-    let similarity =
-        settings.retrieval.then(|| Similarity { lower: &lower, query: query(g, source), quirks: settings.quirks });
+    let similarity = settings.retrieval.then(|| Similarity::new(g, &lower, query(g, source), &ids, settings.quirks));
 
     let tree = Tree::new(g, &ids, mask.as_ref(), levels, similarity.as_ref(), settings.quirks);
+    // The first layer's keys and values depend on nothing but the tokens, and comparing halves takes those of all tokens.
+    let first_layer = similarity.map(|similarity| similarity.keys_values.map(|x| x.gather(&tree.rows)));
     let groups = levels
         .iter()
         .zip(tree.masks)
@@ -64,16 +65,19 @@ fn compress(
     let last = model.injected_layers - 1;
     for l in 0..last {
         let layer = lower.layer(g, l);
-        let attended = nodes.attend(&layer, &x);
+        let attended = nodes.attend(&layer, &x, first_layer.as_ref().filter(|_| l == 0));
         packing.output(g, l, [&attended.key, &attended.value].map(kept));
         // Of the last layer nothing but the kept rows' keys and values is used, and so of the one before it no other rows.
         let residual = if l + 1 == last { attended.residual.pick(kept) } else { attended.residual };
         x = lower.mlp_residual(&layer, &residual);
     }
-    if last == 0 {
-        x = kept(&x);
-    }
-    packing.output(g, last, nodes.keys_values(&lower.layer(g, last), &x, &packing.kept));
+    let layer = lower.layer(g, last);
+    let keys_values = match first_layer.filter(|_| last == 0) {
+        Some(known) => nodes.rotated(&layer, &known.each_ref().map(kept), &packing.kept),
+        None if last == 0 => nodes.keys_values(&layer, &kept(&x), &packing.kept),
+        None => nodes.keys_values(&layer, &x, &packing.kept),
+    };
+    packing.output(g, last, keys_values);
     g.clone()
 }
 
@@ -84,14 +88,16 @@ fn query(g: &Scope, source: &Source) -> Value {
     let index = g.input("query_index", DType::I64, &[1.into()]);
     let upper = source.decoder().tapped_as("query");
     let layer = upper.layer(g, 0);
-    let (root, g) = (g, g.scope("query"));
-    let count = ids.within(&g).shape_at_run_time(1, 2).to_scalar();
-    let positions = g.range(&count, ids.dim(1)).expand(&ids.within(&g).shape_at_run_time(0, 2), ids.shape());
-    let rows = Rows::new(&g, &upper, &positions, None);
-    let attended = rows.attend(&layer, &upper.embed(root, &ids), None);
-    let hidden = upper.final_norm(root, &upper.mlp_residual(&layer, &attended.residual)).within(&g);
-    let width = hidden.dim(1);
-    let vector = unflatten(&hidden, &positions).gather_along(1, &index).reshape(&[ids.dim(0), width]);
-    g.tap("vector", &vector);
+    let scope = g.scope("query");
+    // What follows the row does not reach it.
+    let (start, end) = (scope.ints(&[0]), index.within(&scope) + scope.ints(&[1]));
+    let ids = ids.within(&scope).slice(1, &start, &end, "query_index + 1".into());
+    let x = upper.embed(g, &ids);
+    let keys_values = upper.unrotated_keys_values(&layer, &x).map(|flat| unflatten(&flat.within(&scope), &ids));
+    let last = unflatten(&x.within(&scope), &ids).last(1).reshape(&[ids.dim(0), x.dim(1)]);
+    let positions = scope.range(&end.to_scalar(), ids.dim(1)).unsqueeze(0);
+    let residual = upper.attend_last(&layer, &last, &positions, keys_values.each_ref());
+    let vector = upper.final_norm(g, &upper.mlp_residual(&layer, &residual));
+    scope.tap("vector", &vector);
     vector
 }

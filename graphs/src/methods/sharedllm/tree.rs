@@ -1,13 +1,15 @@
 //! The context tree: every chunk is halved level by level; one half becomes a node of the tree, the other is halved again,
 //! and in the end both halves become nodes.
 
-use crate::blocks::{Group, Nodes, Transformer};
-use crate::onnx::{Dim, Scope, Value};
+use crate::blocks::Transformer;
+use crate::onnx::{Dim, Scope, Value, product};
 use crate::plan::sharedllm::{Level, Quirks};
 
 /// The nodes of all chunks.
 pub(super) struct Tree {
-    /// Token ids, `[batch * n, rows]`: node by node, the levels from the root on.
+    /// Which tokens of all chunks, one chunk after the other, `[batch * n, rows]`: node by node, the levels from the root on.
+    pub(super) rows: Value,
+    /// Their ids.
     pub(super) ids: Value,
     /// Per level, which of its nodes' tokens are no padding, `[batch * n, nodes * length]`, if that matters.
     pub(super) masks: Vec<Option<Value>>,
@@ -17,11 +19,15 @@ pub(super) struct Tree {
 /// which is nearer to it.
 pub(super) struct Similarity<'a> {
     /// Its first layer describes the halves.
-    pub(super) lower: &'a Transformer<'a>,
+    lower: &'a Transformer<'a>,
     /// The running text, `[batch, D]`.
-    pub(super) query: Value,
+    query: Value,
+    /// The embedding of all tokens, `[batch * n * L, D]`.
+    embedded: Value,
+    /// Keys and values of the first layer for all tokens, `[batch * n * L, G * d]`, not rotated.
+    pub(super) keys_values: [Value; 2],
     /// Which halves are compared.
-    pub(super) quirks: Quirks,
+    quirks: Quirks,
 }
 
 impl Tree {
@@ -35,17 +41,20 @@ impl Tree {
         quirks: Quirks,
     ) -> Self {
         let tree = g.scope("tree");
-        let (mut node, mut node_mask) = (ids.clone(), mask.cloned());
+        let tokens = ids.within(&tree).reshape(&[product(ids.shape())]);
+        let rows = tree.range(&tokens.shape_at_run_time(0, 1).to_scalar(), tokens.dim(0));
+        let rows = rows.reshape_as(&ids.within(&tree).shape_at_run_time(0, 3), ids.shape());
+        let (mut node, mut node_mask) = (rows, mask.cloned());
         let mut encoded = Vec::with_capacity(levels.len());
         let mut masks = Vec::with_capacity(levels.len());
         for (w, level) in levels.iter().enumerate() {
             let scope = tree.scope(w);
             let split = |node: &Value| halves(&node.within(&scope), level.node_len);
-            let ids = split(&node);
+            let rows = split(&node);
             let mask = node_mask.as_ref().map(split);
             if level.nodes == 2 {
-                scope.tap("encoded_ids", &ids);
-                encoded.push(leaves(&ids, quirks, w));
+                scope.tap("encoded_ids", &tokens.gather(&rows));
+                encoded.push(leaves(&rows, quirks, w));
                 masks.push(match quirks {
                     // As released, padding of the last level is read as if it were tokens.
                     Quirks::Faithful => None,
@@ -53,24 +62,25 @@ impl Tree {
                 });
                 break;
             }
-            let chosen = similarity.map(|similarity| similarity.choose(g, &scope, &ids));
+            let chosen = similarity.map(|similarity| similarity.choose(g, &scope, &tokens, &rows));
             let [next, kept] = [true, false].map(|next| {
                 let half = Half { chosen: chosen.as_ref(), next };
                 move |halves: &Value| half.of(halves)
             });
-            let this = kept(&ids);
-            scope.tap("encoded_ids", &this);
+            let this = kept(&rows);
+            scope.tap("encoded_ids", &tokens.gather(&this));
             encoded.push(this);
             masks.push(mask.as_ref().map(|mask| match quirks {
                 // As released, the mask is that of the other half.
                 Quirks::Faithful => next(mask),
                 Quirks::Fixed => kept(mask),
             }));
-            (node, node_mask) = (next(&ids), mask.as_ref().map(next));
+            (node, node_mask) = (next(&rows), mask.as_ref().map(next));
         }
         let by_chunk = |x: &Value| x.within(&tree).flatten_rows();
-        let ids = by_chunk(&tree.concat(&encoded.iter().collect::<Vec<_>>(), 2));
-        Self { ids, masks: masks.iter().map(|mask| mask.as_ref().map(by_chunk)).collect() }
+        let rows = by_chunk(&tree.concat(&encoded.iter().collect::<Vec<_>>(), 2));
+        let ids = tokens.gather(&rows);
+        Self { rows, ids, masks: masks.iter().map(|mask| mask.as_ref().map(by_chunk)).collect() }
     }
 }
 
@@ -126,15 +136,21 @@ fn leaves(halves: &Value, quirks: Quirks, level: usize) -> Value {
     own.reshape(&[batch, chunks, &Dim::from(2) * &half])
 }
 
-impl Similarity<'_> {
-    /// Which half of every node is the more similar one, `[batch, n]`, of `halves [batch, n, 2, half]` of level `level`.
-    fn choose(&self, g: &Scope, level: &Scope, halves: &Value) -> Value {
+impl<'a> Similarity<'a> {
+    /// Similarity of parts of the chunks `ids [batch, n, L]`, described by `lower`, to `query`.
+    pub(super) fn new(g: &Scope, lower: &'a Transformer<'a>, query: Value, ids: &Value, quirks: Quirks) -> Self {
+        let embedded = lower.embed(g, ids);
+        let keys_values = lower.unrotated_keys_values(&lower.layer(g, 0), &embedded);
+        Self { lower, query, embedded, keys_values, quirks }
+    }
+
+    /// Which half of every node is the more similar one, `[batch, n]`: of the rows `halves [batch, n, 2, half]` of `tokens`.
+    fn choose(&self, g: &Scope, level: &Scope, tokens: &Value, halves: &Value) -> Value {
         let candidates = halves.transpose(&[0, 2, 1, 3]).flatten_rows();
-        let vectors = self.describe(g, level.path(), &candidates).within(level);
-        let width = vectors.dim(1);
-        let listed = [halves.dim(0), &Dim::from(2) * &halves.dim(1), width.clone()];
-        let shape =
-            level.concat(&[&halves.shape_at_run_time(0, 1), &level.ints(&[-1]), &vectors.shape_at_run_time(1, 2)], 0);
+        let vectors = self.describe(g, level, &candidates).within(level);
+        let listed = [halves.dim(0), &Dim::from(2) * &halves.dim(1), vectors.dim(1)];
+        let width = vectors.shape_at_run_time(1, 2);
+        let shape = level.concat(&[&halves.shape_at_run_time(0, 1), &level.ints(&[-1]), &width], 0);
         let unit = |x: &Value| x.div(&x.norm_l2(x.shape().len() - 1).maximum(&level.float(1e-6)));
         let query = unit(&self.query.within(level)).unsqueeze(2);
         let similarity = unit(&vectors.reshape_as(&shape, &listed)).matmul(&query).reshape(&listed[..2]);
@@ -145,7 +161,7 @@ impl Similarity<'_> {
             Quirks::Fixed => similarity.reshape(&[batch, 2.into(), chunks]).transpose(&[0, 2, 1]),
         };
         let chosen = pairs.arg_max(2);
-        level.tap("candidates", &candidates);
+        level.tap("candidates", &tokens.within(level).gather(&candidates));
         level.tap("vectors", &vectors);
         level.tap("similarity", &similarity);
         level.tap("chosen", &chosen);
@@ -154,17 +170,15 @@ impl Similarity<'_> {
 
     /// The last row of every candidate `[candidates, half]` after the lower model's first layer and final norm,
     /// `[candidates, D]`.
-    fn describe(&self, g: &Scope, taps: &str, candidates: &Value) -> Value {
-        let lower = self.lower.tapped_as(&format!("{taps}.lower"));
-        let Dim::Known(length) = candidates.dim(1) else {
-            g.fail("the length of a candidate has to be known");
-            return candidates.clone();
-        };
-        let nodes = Nodes::new(g, &lower, vec![Group { count: 1, length, mask: None }], candidates);
+    fn describe(&self, g: &Scope, level: &Scope, candidates: &Value) -> Value {
+        let lower = self.lower.tapped_as(&format!("{}.lower", level.path()));
         let layer = lower.layer(g, 0);
-        let attended = nodes.attend(&layer, &lower.embed(g, candidates));
-        let hidden = lower.final_norm(g, &lower.mlp_residual(&layer, &attended.residual));
-        let width = hidden.dim(1);
-        hidden.reshape(&[candidates.dim(0), length.into(), width.clone()]).last(1).reshape(&[candidates.dim(0), width])
+        let of = |x: &Value, rows: &Value| x.within(level).gather(rows);
+        let last = candidates.last(1).reshape(&[candidates.dim(0)]);
+        let keys_values = self.keys_values.each_ref().map(|x| of(x, candidates));
+        let half = candidates.shape_at_run_time(1, 2).to_scalar();
+        let positions = level.range(&half, candidates.dim(1)).unsqueeze(0);
+        let residual = lower.attend_last(&layer, &of(&self.embedded, &last), &positions, keys_values.each_ref());
+        lower.final_norm(g, &lower.mlp_residual(&layer, &residual))
     }
 }
