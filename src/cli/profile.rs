@@ -8,21 +8,25 @@ use super::{Outcome, report::write_aside};
 use accordion::bundle::{Bundle, Method};
 use accordion::checkpoint::Tokenizer;
 use accordion::environment::Provenance;
+use accordion::pipeline::Engines;
 use accordion::pipeline::compress::{Compression, Homer, Significance};
 use accordion::pipeline::prompt::{PromptIds, encode_context, read_text};
 use accordion::pipeline::rcc::Rcc;
 use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::profile::ceilings::Ceilings;
 use accordion::profile::load::busy_share;
-use accordion::profile::measure::{Effort, Step, measure, random_tokens, work};
-use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow};
+use accordion::profile::measure::{Effort, Step, measure, random_tokens, record, work};
+use accordion::profile::regression::compare;
+use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow, SCHEMA, decoder_in_words};
 use accordion::profile::stats::Protocol;
+use accordion::profile::trace::OperatorTime;
 use accordion::report::{Report, render};
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::sharedllm::ChunkPolicy;
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
-use std::path::PathBuf;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -39,8 +43,9 @@ const BUSY_ABOVE: f64 = 0.05;
     method alone. Times do not depend on the tokens: they are random unless a text is given."
 )]
 pub(crate) struct Arguments {
-    /// The bundle
-    bundle: PathBuf,
+    /// The bundles; give one of each method to see them side by side
+    #[arg(required = true, value_name = "BUNDLE")]
+    bundles: Vec<PathBuf>,
     /// Context lengths in tokens
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [4096, 8192])]
     context: Vec<usize>,
@@ -53,7 +58,7 @@ pub(crate) struct Arguments {
     /// Tokens to decode behind the prompt
     #[arg(long, value_name = "N", default_value_t = 32)]
     new_tokens: usize,
-    /// Methods to measure [default: the bundle's, and plain to compare with]
+    /// Methods to measure [default: the bundles', and plain to compare with, once for each decoder]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "METHOD,METHOD")]
     methods: Vec<MethodName>,
     /// Longest context to measure plain at [default: all]
@@ -65,8 +70,19 @@ pub(crate) struct Arguments {
     /// Take the tokens from a file of text
     #[arg(long, value_name = "FILE")]
     text: Option<String>,
+    /// Run everything once more with the runtime recording its nodes: the longest are listed, and all of them written
+    /// to this file, which Perfetto opens
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     #[command(flatten)]
     protocol: ProtocolArguments,
+    /// Earlier result of this command (--out or --json) to compare with; exits with 1 if anything grew by more than
+    /// --max-regress
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
+    /// How much slower or larger anything may be than in --baseline, in percent
+    #[arg(long, value_name = "PERCENT", default_value = "5", requires = "baseline", value_parser = parse_percent)]
+    max_regress: f64,
     /// Write the result as JSON
     #[arg(short, long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -94,33 +110,40 @@ struct ProtocolArguments {
     budget: f64,
 }
 
+fn parse_percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).parse().ok();
+    number.filter(|percent| (0.0..=1e6).contains(percent)).ok_or_else(|| "expected a percentage from 0 on".to_owned())
+}
+
 fn parse_seconds(text: &str) -> Result<f64, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.0..=1e6).contains(seconds));
     seconds.ok_or_else(|| "expected a number of seconds from 0 to 1000000".to_owned())
 }
 
-/// One method at one length.
+/// One method of one bundle at one length.
 #[derive(Debug)]
-struct Case {
+struct Case<'b> {
+    bundle: &'b Bundle,
     compression: Compression,
     lengths: PromptLengths,
 }
 
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
-    let bundle = Bundle::open(&arguments.bundle)?;
-    let cases = arguments.cases(&bundle)?;
+    let bundles: Vec<Bundle> = arguments.bundles.iter().map(Bundle::open).collect::<Result<_, _>>()?;
+    let cases = arguments.cases(&bundles)?;
+    let baseline = arguments.baseline.as_deref().map(read_profile).transpose()?;
     if arguments.in_process {
         let [case] = &cases[..] else { bail!("--in-process measures one method at one length") };
-        let measured = arguments.measure_here(&bundle, case, output)?;
+        let measured = arguments.measure_here(case, output)?;
         serde_json::to_writer(std::io::stdout().lock(), &measured)?;
         return Ok(Outcome::Done);
     }
     // A text that cannot be read is found out here, not by the first process that measures.
-    if let Some(case) = cases.first() {
-        arguments.tokens(&bundle, case.lengths)?;
+    for case in &cases {
+        arguments.tokens(case.bundle, case.lengths)?;
     }
-    let profile = arguments.profile(&bundle, &cases, output)?;
+    let profile = arguments.profile(&bundles, &cases, output)?;
     if let Some(path) = &arguments.out {
         let json = serde_json::to_vec_pretty(&profile)?;
         write_aside(path, &json)?;
@@ -133,72 +156,132 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     if !output.is_json() {
         profile.warnings.iter().for_each(|warning| output.warning(warning));
     }
-    Ok(Outcome::Done)
+    match baseline {
+        Some(baseline) => arguments.gate(&baseline, &profile, output),
+        None => Ok(Outcome::Done),
+    }
+}
+
+/// A result that this command wrote earlier.
+fn read_profile(path: &Path) -> anyhow::Result<ProfileReport> {
+    let name = || format!("--baseline {}", path.display());
+    let json = std::fs::read(path).with_context(name)?;
+    let profile: ProfileReport = serde_json::from_slice(&json).with_context(name)?;
+    ensure!(profile.schema == SCHEMA, "{}: schema is '{}', expected '{SCHEMA}'", name(), profile.schema);
+    Ok(profile)
 }
 
 impl Arguments {
+    /// Says what grew since `baseline`, and whether by too much.
+    fn gate(&self, baseline: &ProfileReport, profile: &ProfileReport, output: &Output) -> anyhow::Result<Outcome> {
+        let changes = compare(baseline, profile, self.max_regress / 100.0);
+        ensure!(!changes.is_empty(), "--baseline has no row that was measured in the same way as any of these");
+        for change in changes.iter().filter(|change| change.regressed) {
+            output.warning(format!(
+                "{} at {} context tokens: {} grew by {:.1} %, more than {} %",
+                change.method,
+                grouped(change.context as u64),
+                change.quantity,
+                change.growth * 100.0,
+                self.max_regress
+            ));
+        }
+        let regressed = changes.iter().any(|change| change.regressed);
+        if !regressed {
+            output.remark(format!("nothing grew by more than {} % since the baseline", self.max_regress));
+        }
+        Ok(if regressed { Outcome::CheckFailed } else { Outcome::Done })
+    }
+
     /// The configurations, each one checked to be possible before any is measured.
-    fn cases(&self, bundle: &Bundle) -> anyhow::Result<Vec<Case>> {
-        let exported = &bundle.manifest().method;
-        let methods = match (&self.methods[..], MethodName::of(bundle)) {
-            ([], method @ (MethodName::Plain | MethodName::SharedLlm)) => vec![method],
-            ([], method) => vec![method, MethodName::Plain],
-            (given, _) => given.to_vec(),
+    fn cases<'b>(&self, bundles: &'b [Bundle]) -> anyhow::Result<Vec<Case<'b>>> {
+        let mut chosen: Vec<(&Bundle, MethodName)> = Vec::new();
+        let has_plain = |chosen: &[(&Bundle, MethodName)], bundle: &Bundle| {
+            let same = |&&(other, method): &&(&Bundle, MethodName)| {
+                method == MethodName::Plain && other.architecture() == bundle.architecture()
+            };
+            chosen.iter().find(same).is_some()
         };
+        for bundle in bundles {
+            let own = MethodName::of(bundle);
+            let wanted = match &self.methods[..] {
+                [] if own == MethodName::SharedLlm => vec![own],
+                [] => vec![own, MethodName::Plain],
+                // Several bundles share one list: each gives what it has.
+                given if bundles.len() > 1 => {
+                    let has = |method: &&MethodName| MethodName::choose(Some(**method), bundle).is_ok();
+                    given.iter().filter(has).copied().collect()
+                }
+                given => given.to_vec(),
+            };
+            for method in wanted {
+                let method = MethodName::choose(Some(method), bundle)?;
+                if method != MethodName::Plain || !has_plain(&chosen, bundle) {
+                    chosen.push((bundle, method));
+                }
+            }
+        }
         let mut cases = Vec::new();
         for &context in &self.context {
             if context == 0 {
                 bail!("--context 0: expected at least 1 token");
             }
-            let lengths = PromptLengths { prefix: self.prefix, context, suffix: self.suffix };
-            for method in &methods {
-                if *method == MethodName::Plain && self.plain_up_to.is_some_and(|longest| context > longest) {
+            for &(bundle, method) in &chosen {
+                if method == MethodName::Plain && self.plain_up_to.is_some_and(|longest| context > longest) {
                     continue;
                 }
-                let compression = match (MethodName::choose(Some(*method), bundle)?, exported) {
-                    (MethodName::Plain, _) | (_, Method::Plain) => Compression::Plain { allow_overlong: true },
-                    (_, Method::Homer { settings, .. }) => {
-                        // Which tokens are kept makes no difference to the time.
-                        let significance = Some(Significance::Uncalibrated);
-                        Compression::Homer(Homer { settings: *settings, significance, width: self.width })
-                    }
-                    (_, Method::Rcc { settings }) => Compression::Rcc(Rcc { settings: *settings, width: self.width }),
-                    (_, Method::SharedLlm { settings }) => Compression::SharedLlm(SharedLlm {
-                        settings: *settings,
-                        policy: ChunkPolicy::FineTuning,
-                        width: self.width,
-                    }),
-                };
+                let lengths = PromptLengths { prefix: self.prefix, context, suffix: self.suffix };
+                let compression = self.compression(bundle, method);
                 work(bundle, &compression, lengths)?;
-                cases.push(Case { compression, lengths });
+                cases.push(Case { bundle, compression, lengths });
             }
         }
         Ok(cases)
     }
 
+    /// What `method` does to a context with the settings of `bundle`.
+    fn compression(&self, bundle: &Bundle, method: MethodName) -> Compression {
+        let width = self.width;
+        match &bundle.manifest().method {
+            _ if method == MethodName::Plain => Compression::Plain { allow_overlong: true },
+            Method::Plain => Compression::Plain { allow_overlong: true },
+            Method::Homer { settings, .. } => {
+                // Which tokens are kept makes no difference to the time.
+                let significance = Some(Significance::Uncalibrated);
+                Compression::Homer(Homer { settings: *settings, significance, width })
+            }
+            Method::Rcc { settings } => Compression::Rcc(Rcc { settings: *settings, width }),
+            Method::SharedLlm { settings } => {
+                Compression::SharedLlm(SharedLlm { settings: *settings, policy: ChunkPolicy::FineTuning, width })
+            }
+        }
+    }
+
     /// Measures everything, each configuration in its own process.
-    fn profile(&self, bundle: &Bundle, cases: &[Case], output: &Output) -> anyhow::Result<ProfileReport> {
+    fn profile(&self, bundles: &[Bundle], cases: &[Case<'_>], output: &Output) -> anyhow::Result<ProfileReport> {
         let mut warnings = Vec::new();
         if let Some(busy) = busy_share(WATCHED).filter(|&busy| busy > BUSY_ABOVE) {
             let share = (busy * 100.0).round();
             warnings.push(format!("other programs kept {share} % of the processor busy when the measurement began"));
         }
-        let loader = self.engine.loader(bundle, output)?;
         let threads = threads(output);
-        let max_positions = bundle.architecture().max_positions();
-        let mut ceilings: Vec<(usize, Ceilings)> = Vec::new();
+        // By decoder and rows.
+        let mut ceilings: Vec<((String, usize), Ceilings)> = Vec::new();
         let mut measurements = Vec::new();
+        let mut traced = Vec::new();
         for case in cases {
+            let Case { bundle, .. } = case;
+            let max_positions = bundle.architecture().max_positions();
             let (operations, rows) = work(bundle, &case.compression, case.lengths)?;
-            let known = ceilings.iter().find(|(known, _)| *known == rows).map(|(_, rates)| *rates);
-            let rates = match known {
-                Some(rates) => rates,
-                None => Ceilings::measure(&loader, bundle, rows, threads)?,
+            let key = (decoder_in_words(bundle.architecture()), rows);
+            let rates = match ceilings.iter().find(|(known, _)| *known == key) {
+                Some((_, rates)) => *rates,
+                None => Ceilings::measure(&self.engine.loader(bundle, output)?, bundle, rows, threads)?,
             };
-            if known.is_none() {
-                ceilings.push((rows, rates));
+            if ceilings.iter().all(|(known, _)| *known != key) {
+                ceilings.push((key, rates));
             }
-            let mut measured = self.measure_apart(case, output)?;
+            let mut measured = self.measure_apart(case, &mut traced, output)?;
             let seconds = measured.prefix.median_ms / 1e3;
             measured.floor_fraction = (seconds > 0.0).then(|| rates.floor_seconds(&operations) / seconds);
             let (name, context) = (case.compression.method(), case.lengths.context);
@@ -230,10 +313,13 @@ impl Arguments {
             }
             measurements.push(measured);
         }
+        if let Some(path) = &self.trace {
+            write_aside(path, &serde_json::to_vec(&traced)?)?;
+        }
         let mut environment = Provenance::probe().pairs();
-        for (rows, rates) in &ceilings {
+        for ((decoder, rows), rates) in &ceilings {
             environment.push((
-                format!("Rates at {rows} rows"),
+                format!("Rates at {rows} rows ({decoder})"),
                 format!(
                     "matrix products {:.0} GFLOP/s, causal attention {:.0} GFLOP/s, reading memory {:.1} GB/s",
                     rates.linear_flops / 1e9,
@@ -242,14 +328,15 @@ impl Arguments {
                 ),
             ));
         }
-        Ok(ProfileReport::new(model_name(bundle), environment, &measurements, warnings))
+        let names: Vec<String> = bundles.iter().map(model_name).collect();
+        Ok(ProfileReport::new(names.join(", "), environment, &measurements, warnings))
     }
 
     /// Measures one configuration in a process of its own: what a runtime's allocator once took it keeps.
-    fn measure_apart(&self, case: &Case, output: &Output) -> anyhow::Result<Measurement> {
+    fn measure_apart(&self, case: &Case<'_>, traced: &mut Vec<Value>, output: &Output) -> anyhow::Result<Measurement> {
         let number = |n: usize| n.to_string();
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("profile").arg(&self.bundle).args(["--in-process", "--methods", case.compression.method()]);
+        command.arg("profile").arg(case.bundle.dir()).args(["--in-process", "--methods", case.compression.method()]);
         for (flag, value) in [
             ("--context", number(case.lengths.context)),
             ("--prefix", number(self.prefix)),
@@ -266,17 +353,26 @@ impl Arguments {
         if let Some(text) = &self.text {
             command.arg("--text").arg(text);
         }
+        let trace = self.trace.as_ref().map(|_| tempfile::NamedTempFile::new()).transpose()?;
+        if let Some(file) = &trace {
+            command.arg("--trace").arg(file.path());
+        }
         command.args(self.engine.flags()).args(output.is_quiet().then_some("--quiet"));
         let (name, context) = (case.compression.method(), case.lengths.context);
         let ended = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).output()?;
         if !ended.status.success() {
             bail!("{name} at {context} context tokens could not be measured ({})", ended.status);
         }
-        serde_json::from_slice(&ended.stdout)
-            .with_context(|| format!("{name} at {context} context tokens: the measurement could not be read"))
+        let unreadable = || format!("{name} at {context} context tokens: the measurement could not be read");
+        if let Some(file) = trace {
+            let events: Vec<Value> = serde_json::from_slice(&std::fs::read(file.path())?).with_context(unreadable)?;
+            add_process(traced, &format!("{name} at {context}"), events);
+        }
+        serde_json::from_slice(&ended.stdout).with_context(unreadable)
     }
 
-    fn measure_here(&self, bundle: &Bundle, case: &Case, output: &Output) -> anyhow::Result<Measurement> {
+    fn measure_here(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Measurement> {
+        let Case { bundle, .. } = case;
         let mut prefix = self.tokens(bundle, case.lengths)?;
         let mut context = prefix.split_off(case.lengths.prefix);
         let suffix = context.split_off(case.lengths.context);
@@ -305,8 +401,16 @@ impl Arguments {
             }
         };
         let engine = (engine.as_str(), threads(output));
-        let measured = measure(&mut engines, &case.compression, &prompt, &effort, engine, &mut on_step)?;
+        let mut measured = measure(&mut engines, &case.compression, &prompt, &effort, engine, &mut on_step)?;
         bar.finish_and_clear();
+        if let Some(path) = &self.trace {
+            drop(engines);
+            let folder = tempfile::tempdir()?;
+            let loader = self.engine.loader(bundle, output)?.tracing(folder.path().to_owned());
+            let trace = record(Engines::new(bundle, Box::new(loader)), &case.compression, &prompt, folder.path())?;
+            write_aside(path, &serde_json::to_vec(&trace.events)?)?;
+            measured.operators = trace.operators;
+        }
         Ok(measured)
     }
 
@@ -317,6 +421,18 @@ impl Arguments {
         let tokenizer = Tokenizer::open(bundle.dir(), vocab_size)?;
         let ids = encode_context(&tokenizer, &read_text(path)?).with_context(|| format!("--text {path}"))?;
         Ok(ids.into_iter().cycle().take(lengths.total()).collect())
+    }
+}
+
+/// Adds the events of one measurement to `all`, whose processes are numbered through.
+fn add_process(all: &mut Vec<Value>, name: &str, events: Vec<Value>) {
+    let first = all.iter().filter_map(|event| event["pid"].as_u64()).max().map_or(0, |last| last + 1);
+    for mut event in events {
+        event["pid"] = (first + event["pid"].as_u64().unwrap_or(0)).into();
+        if let Some(graph) = event["args"]["name"].as_str().filter(|_| event["ph"] == "M") {
+            event["args"]["name"] = format!("{name}: {graph}").into();
+        }
+        all.push(event);
     }
 }
 
@@ -345,6 +461,7 @@ fn rows(profile: &ProfileReport) -> String {
         ">p95 ms",
         ">peak",
         ">state/token",
+        ">smaller",
         ">of floor",
     ];
     let none = || "-".to_owned();
@@ -362,8 +479,33 @@ fn rows(profile: &ProfileReport) -> String {
             format!("{:.1}", measured.per_token.p95_ms),
             bytes(measured.peak_resident_bytes),
             row.state_bytes_per_context_token.map_or_else(none, |size| bytes(size as u64)),
+            row.state_reduction.map_or_else(none, |factor| format!("{factor:.1} x")),
             measured.floor_fraction.map_or_else(none, |share| format!("{:.0} %", share * 100.0)),
         ]
     };
-    table(header, &profile.rows.iter().map(row).collect::<Vec<_>>())
+    let mut text = table(header, &profile.rows.iter().map(row).collect::<Vec<_>>());
+    for row in profile.rows.iter().filter(|row| !row.measured.operators.is_empty()) {
+        text.push_str(&operators(&row.measured));
+    }
+    text
+}
+
+/// The operators that a traced run spent most of its time in.
+fn operators(measured: &Measurement) -> String {
+    const SHOWN: usize = 12;
+    let total: f64 = measured.operators.iter().map(|operator| operator.total_ms).sum();
+    let row = |time: &OperatorTime| {
+        [
+            format!("  {}", time.graph),
+            time.module.clone(),
+            time.operator.clone(),
+            grouped(time.calls as u64),
+            format!("{:.1}", time.total_ms),
+            format!("{:.1} %", time.total_ms / total * 100.0),
+        ]
+    };
+    let rows: Vec<_> = measured.operators.iter().take(SHOWN).map(row).collect();
+    let header = ["  GRAPH", "MODULE", "OPERATOR", ">CALLS", ">MS", ">SHARE"];
+    let (method, context) = (&measured.configuration.method, grouped(measured.prompt.context as u64));
+    format!("\n{method} at {context}, one traced run, {total:.0} ms in nodes:\n{}", table(header, &rows))
 }

@@ -4,6 +4,7 @@
 //! the authors' names), `case_q4.safetensors` (inputs, and what the authors' code computed) and `fixed_q4.safetensors`
 //! (what the repaired variant computes, [`Quirks::Fixed`]).
 
+use super::config::LlamaConfig;
 use super::files::{Tensors, invalid, missing, parse_json, read, read_tensors, token_ids};
 use super::{GoldenError, Result};
 use crate::tensor::Tensor;
@@ -68,18 +69,10 @@ struct Sizes {
     running: usize,
 }
 
-/// The keys of the authors' `config.json` that the cases vary.
 #[derive(Deserialize)]
 struct Config {
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: usize,
-    max_position_embeddings: usize,
-    rms_norm_eps: f64,
-    rope_theta: f64,
+    #[serde(flatten)]
+    upper: LlamaConfig,
     num_cross_attn_layers: i64,
     last_p: String,
     segment_tree_depth: usize,
@@ -118,18 +111,19 @@ impl SharedLlmCase {
         };
         let sibling = |part: &str| json.with_file_name(format!("{part}_{name}.safetensors"));
         let CaseFile { case: sizes, config, encoder_layers, do_retrieval } = parse_json(json, &read(json)?)?;
-        let architecture = architecture(json, &config)?;
+        let theta = config.upper.rope_theta.ok_or_else(|| missing(json, "config.rope_theta"))?;
+        let architecture = config.upper.llama(json, Rope { theta, scaling: RopeScaling::None })?;
         let model = lower_model(json, &config, &architecture, encoder_layers)?;
         let keep = keep(&config.last_p)
             .ok_or_else(|| invalid(json, "config.last_p", &config.last_p, &"a number or a tuple, quoted or not"))?;
 
         let case_path = sibling("case");
         let (mut faithful, _) = read_tensors(&case_path)?;
-        let Inputs { context_ids, context_mask, running_ids, query_index } =
+        let Inputs { context_ids, context_mask, running_ids, query_index, teacher_ids } =
             Inputs::take(&mut faithful, &case_path, &sizes)?;
-        let expected = |key: &str| faithful.get(key).ok_or_else(|| missing(&case_path, key));
-        let teacher_ids = token_ids(&case_path, "teacher_forced.input_ids", expected("teacher_forced.input_ids")?)?;
-        let generate_steps = expected("generate.tokens")?.len().saturating_sub(running_ids.len());
+        let generate_steps =
+            faithful.get("generate.tokens").ok_or_else(|| missing(&case_path, "generate.tokens"))?.len();
+        let generate_steps = generate_steps.saturating_sub(running_ids.len());
 
         let (fixed, _) = read_tensors(&sibling("fixed"))?;
         let weights_path = sibling("weights");
@@ -202,6 +196,7 @@ struct Inputs {
     context_mask: Vec<bool>,
     running_ids: Vec<u32>,
     query_index: usize,
+    teacher_ids: Vec<u32>,
 }
 
 impl Inputs {
@@ -230,35 +225,10 @@ impl Inputs {
         let query_index = query_length.checked_sub(1).filter(|&row| row < running_ids.len()).ok_or_else(|| {
             invalid(path, "in.query_length", &query_length, &format!("1 to {}, the running text", running_ids.len()))
         })?;
-        Ok(Self { context_ids, context_mask, running_ids, query_index })
+        let key = "teacher_forced.input_ids";
+        let teacher_ids = token_ids(path, key, &tensors.remove(key).ok_or_else(|| missing(path, key))?)?;
+        Ok(Self { context_ids, context_mask, running_ids, query_index, teacher_ids })
     }
-}
-
-fn architecture(path: &Path, config: &Config) -> Result<Llama> {
-    let heads = config.num_attention_heads;
-    let head_dim = config
-        .hidden_size
-        .checked_div(heads)
-        .ok_or_else(|| invalid(path, "config.num_attention_heads", &heads, &"at least 1"))?;
-    Ok(Llama {
-        num_layers: config.num_hidden_layers,
-        hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        num_heads: heads,
-        num_kv_heads: config.num_key_value_heads,
-        head_dim,
-        vocab_size: config.vocab_size,
-        max_positions: config.max_position_embeddings,
-        rms_norm_eps: config.rms_norm_eps,
-        rope: Rope { theta: config.rope_theta, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        sliding_window: None,
-        eos_token_ids: Vec::new(),
-        bos_token_id: None,
-    })
 }
 
 /// The lower model, which in the cases differs from the upper one in nothing but its number of layers. The authors count

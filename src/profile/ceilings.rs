@@ -11,12 +11,13 @@ use crate::bundle::Bundle;
 use crate::runtime::{Engine, Loader};
 use crate::tensor::Tensor;
 use accordion_graphs::architecture::Architecture;
-use accordion_graphs::blocks::Target;
+use accordion_graphs::blocks::{Target, Transformer};
 use accordion_graphs::dtype::DType;
 use accordion_graphs::functions;
-use accordion_graphs::onnx::{Dim, Model, Scope};
+use accordion_graphs::onnx::{Dim, Model, Scope, Value};
 use accordion_graphs::plan::OperationCount;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -53,12 +54,12 @@ impl Ceilings {
     pub fn measure(loader: &dyn Loader, bundle: &Bundle, rows: usize, threads: usize) -> Result<Self, ProfileError> {
         let arch = bundle.architecture();
         let rows = rows.max(1);
-        let operations = OperationCount::layer(arch, rows, rows);
-        let mut linear = Probe::linear(loader, bundle, arch, rows)?;
+        let attended = OperationCount::layer(arch, rows, rows).attention;
+        let (mut linear, multiplied) = Probe::linear(loader, bundle, arch, rows)?;
         let mut attention = Probe::attention(loader, bundle, arch, rows)?;
         Ok(Self {
-            linear_flops: operations.linear as f64 / linear.fastest()?,
-            attention_flops: operations.attention as f64 / attention.fastest()?,
+            linear_flops: multiplied as f64 / linear.fastest()?,
+            attention_flops: attended as f64 / attention.fastest()?,
             read_bytes: read_rate(threads),
         })
     }
@@ -77,35 +78,38 @@ impl Ceilings {
 /// A small graph, loaded, with its inputs.
 struct Probe {
     engine: Box<dyn Engine>,
-    inputs: Vec<(&'static str, Tensor)>,
-    outputs: Vec<&'static str>,
+    inputs: Vec<(String, Tensor)>,
+    outputs: Vec<String>,
 }
 
 impl Probe {
-    /// The seven linear layers of the model's first layer, fed from each other as their widths allow.
-    fn linear(loader: &dyn Loader, bundle: &Bundle, arch: &Architecture, rows: usize) -> Result<Self, ProfileError> {
-        let g = Scope::new("linear_rate", Rc::new(bundle.weights().index().clone()));
-        let x = g.input("x", DType::F32, &["rows".into(), arch.hidden_size().into()]);
-        let layer = g.scope("model.layers.0");
-        let (attn, mlp) = (layer.scope("self_attn"), layer.scope("mlp"));
-        let [hidden, inner] = [arch.hidden_size(), arch.intermediate_size()];
-        let [queries, keys] = [arch.num_heads(), arch.num_kv_heads()].map(|heads| heads * arch.head_dim());
-        let weight =
-            |block: &Scope, name: &str, from: usize, to: usize| block.scope(name).weight("weight", &[to, from]);
-        let query = x.linear(&weight(&attn, "q_proj", hidden, queries), None);
-        let gate = x.linear(&weight(&mlp, "gate_proj", hidden, inner), None);
-        let products = [
-            ("key", x.linear(&weight(&attn, "k_proj", hidden, keys), None)),
-            ("value", x.linear(&weight(&attn, "v_proj", hidden, keys), None)),
-            ("attended", query.linear(&weight(&attn, "o_proj", queries, hidden), None)),
-            ("up", x.linear(&weight(&mlp, "up_proj", hidden, inner), None)),
-            ("down", gate.linear(&weight(&mlp, "down_proj", inner, hidden), None)),
-        ];
-        for (name, value) in &products {
-            g.output(name, value);
+    /// The linear layers of the decoder's first layer, whatever they are called, and the operations of all of them over
+    /// `rows` rows.
+    fn linear(
+        loader: &dyn Loader,
+        bundle: &Bundle,
+        arch: &Architecture,
+        rows: usize,
+    ) -> Result<(Self, u64), ProfileError> {
+        let index = bundle.weights().index();
+        let g = Scope::new("linear_rate", Rc::new(index.clone()));
+        let layer = format!("{}.layers.0.", Transformer::body_of(arch));
+        let mut inputs: BTreeMap<usize, Value> = BTreeMap::new();
+        let (mut outputs, mut elements) = (Vec::new(), 0);
+        for (name, weight) in index.iter().filter(|(name, _)| name.starts_with(&layer)) {
+            let (&[to, from], Some(path)) = (weight.shape.as_slice(), name.strip_suffix(".weight")) else { continue };
+            let x = inputs
+                .entry(from)
+                .or_insert_with(|| g.input(&width_name(from), DType::F32, &["rows".into(), from.into()]));
+            let product = x.linear(&g.scope(path).weight("weight", &[to, from]), None);
+            let output = format!("y{}", outputs.len());
+            g.output(&output, &product);
+            outputs.push(output);
+            elements += (to * from) as u64;
         }
-        let inputs = vec![("x", varied([rows, hidden])?)];
-        Self::load(loader, bundle, &g, inputs, products.map(|(name, _)| name).to_vec())
+        let inputs = inputs.into_keys().map(|width| Ok((width_name(width), varied([rows, width])?)));
+        let inputs = inputs.collect::<Result<_, ProfileError>>()?;
+        Ok((Self::load(loader, bundle, &g, inputs, outputs)?, 2 * elements * rows as u64))
     }
 
     /// Causal attention of one sequence, as the graphs of the bundle's target have it.
@@ -130,17 +134,17 @@ impl Probe {
             }
         };
         g.output("mixed", &mixed);
-        let inputs = names.iter().zip(&shapes).map(|(&name, shape)| Ok((name, varied(shape.clone())?)));
+        let inputs = names.iter().zip(&shapes).map(|(&name, shape)| Ok((name.to_owned(), varied(shape.clone())?)));
         let inputs = inputs.collect::<Result<_, ProfileError>>()?;
-        Self::load(loader, bundle, &g, inputs, vec!["mixed"])
+        Self::load(loader, bundle, &g, inputs, vec!["mixed".to_owned()])
     }
 
     fn load(
         loader: &dyn Loader,
         bundle: &Bundle,
         graph: &Scope,
-        inputs: Vec<(&'static str, Tensor)>,
-        outputs: Vec<&'static str>,
+        inputs: Vec<(String, Tensor)>,
+        outputs: Vec<String>,
     ) -> Result<Self, ProfileError> {
         let locations: Vec<String> = bundle.manifest().weights.iter().map(|weight| weight.file.clone()).collect();
         let Model { bytes, signature } = graph.finish(&locations)?;
@@ -151,12 +155,18 @@ impl Probe {
     /// Seconds of the fastest run.
     fn fastest(&mut self) -> Result<f64, ProfileError> {
         let Self { engine, inputs, outputs } = self;
-        let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let outputs: Vec<&str> = outputs.iter().map(String::as_str).collect();
         let samples = measure(&PROTOCOL, monotonic(), || {
-            engine.run(&inputs, &mut [], outputs).map(drop).map_err(ProfileError::from)
+            engine.run(&inputs, &mut [], &outputs).map(drop).map_err(ProfileError::from)
         })?;
         Ok(seconds(&samples))
     }
+}
+
+/// What the probe calls its input of `width` columns.
+fn width_name(width: usize) -> String {
+    format!("x{width}")
 }
 
 /// The shortest of `samples`; never zero, so that it can divide.

@@ -4,8 +4,9 @@
 //! plan. So the tokens may be random, and HOMER may run without a significance table.
 
 use super::ProfileError;
-use super::schema::{Configuration, Measurement, describe};
+use super::schema::{Configuration, Measurement, decoder_in_words, describe};
 use super::stats::{self, LatencyStats, Protocol, monotonic};
+use super::trace::Trace;
 use crate::bundle::Bundle;
 use crate::environment::{peak_resident_bytes, reset_peak_resident};
 use crate::pipeline::compress::Compression;
@@ -15,12 +16,16 @@ use crate::pipeline::{ContextState, Engines, plain};
 use accordion_graphs::plan::{OperationCount, PromptLengths};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use std::path::Path;
 use std::time::Duration;
 
 /// Tokens that are decoded before those that are counted.
 const WARM_UP_TOKENS: usize = 2;
 /// How often the first token is timed, after once that is not counted.
 const FIRST_TOKENS: usize = 5;
+
+/// Tokens that a traced run decodes.
+const TRACED_TOKENS: usize = 4;
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,6 +136,7 @@ pub fn measure(
     Ok(Measurement {
         configuration: Configuration {
             method: compression.method().to_owned(),
+            decoder: decoder_in_words(engines.bundle().architecture()),
             engine: engine.to_owned(),
             threads,
             settings: settings(compression),
@@ -142,9 +148,34 @@ pub fn measure(
         per_token: statistics(&per_token)?,
         peak_resident_bytes: peak_resident_bytes().unwrap_or(0),
         state_bytes: state.cache_bytes(),
+        plain_state_bytes: engines.bundle().architecture().kv_bytes_per_token() * lengths.total() as u64,
         operations: Some(operations.total()),
         floor_fraction: None,
+        operators: Vec::new(),
     })
+}
+
+/// Builds the state of `prompt` once and decodes a few tokens behind it, with `engines` whose loader records into
+/// `folder`, and reads the records.
+///
+/// # Errors
+///
+/// As [`measure`], or the records cannot be read.
+pub fn record(
+    mut engines: Engines<'_>,
+    compression: &Compression,
+    prompt: &PromptIds,
+    folder: &Path,
+) -> Result<Trace, ProfileError> {
+    let state = compression.compress(&mut engines, prompt, &mut |_, _| {})?;
+    let mut sequence = Sequence::continue_from(&engines, &state, TRACED_TOKENS, Continuation::Next)?;
+    let mut token = largest(&state.logits);
+    for _ in 0..TRACED_TOKENS {
+        token = largest(&sequence.forward(&mut engines, &[token], 1)?.to_f32());
+    }
+    // The runtime writes its records when a session ends, and tensors that it allocated keep theirs alive.
+    drop((sequence, state, engines));
+    Trace::read(folder)
 }
 
 fn settings(compression: &Compression) -> Vec<(String, String)> {

@@ -9,8 +9,10 @@
 pub mod ceilings;
 pub mod load;
 pub mod measure;
+pub mod regression;
 pub mod schema;
 pub mod stats;
+pub mod trace;
 
 use crate::bundle::BundleError;
 use crate::pipeline::PipelineError;
@@ -18,6 +20,7 @@ use crate::runtime::EngineError;
 use crate::tensor::TensorError;
 use accordion_graphs::onnx::BuildError;
 use accordion_graphs::plan::PlanError;
+use std::path::PathBuf;
 
 /// Why something could not be measured.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +41,14 @@ pub enum ProfileError {
     /// The method failed.
     #[error(transparent)]
     Pipeline(#[from] PipelineError),
+    /// What the runtime recorded cannot be read.
+    #[error("{}: {problem}", path.display())]
+    Trace {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The protocol asked for no run at all.
     #[error("nothing was measured: at least one run is needed")]
     NoRun,

@@ -1,6 +1,8 @@
 //! What `accordion profile` reports: one row per method and context length.
 
 use super::stats::{LatencyStats, UNSTABLE_ABOVE};
+use super::trace::OperatorTime;
+use accordion_graphs::architecture::Architecture;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::HomerSettings;
 use serde::{Deserialize, Serialize};
@@ -16,6 +18,9 @@ pub const BASELINE: &str = "plain";
 pub struct Configuration {
     /// The method.
     pub method: String,
+    /// The decoder, in words: only rows of the same decoder are compared with each other.
+    #[serde(default)]
+    pub decoder: String,
     /// The engine, with its precision: `ort-cpu fp32`.
     pub engine: String,
     /// Threads the engine may use.
@@ -43,11 +48,17 @@ pub struct Measurement {
     pub peak_resident_bytes: u64,
     /// Size of the context state.
     pub state_bytes: u64,
+    /// Size that the whole prompt's keys and values would have, at the same precision.
+    #[serde(default)]
+    pub plain_state_bytes: u64,
     /// Arithmetic operations of the prefix, if the plan counts them.
     pub operations: Option<u64>,
     /// The shortest time those operations can take on this machine, by its measured rates, over the median prefix
     /// time: 1 is the limit.
     pub floor_fraction: Option<f64>,
+    /// Where the time of one more, traced run went, the longest first; empty where none was asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub operators: Vec<OperatorTime>,
 }
 
 /// A measurement and what follows from it.
@@ -58,6 +69,9 @@ pub struct ProfileRow {
     pub measured: Measurement,
     /// Bytes of the context state per context token; absent for an empty context.
     pub state_bytes_per_context_token: Option<f64>,
+    /// Bytes of the baseline's cache for the same prompt over those of the context state: how much less is stored.
+    #[serde(default)]
+    pub state_reduction: Option<f64>,
     /// Median prefix time of the baseline over that of this row, at the same prompt on the same engine with the same
     /// threads; absent for the baseline and where it was not measured.
     pub prefix_speedup: Option<f64>,
@@ -102,6 +116,17 @@ impl ProfileReport {
     }
 }
 
+/// A decoder in words: enough to tell whether two can be compared.
+pub fn decoder_in_words(arch: &Architecture) -> String {
+    let family = match arch {
+        Architecture::Llama(_) => "llama",
+        Architecture::GptNeox(_) => "gpt-neox",
+        _ => "decoder",
+    };
+    let heads = format!("{}/{} heads of {}", arch.num_heads(), arch.num_kv_heads(), arch.head_dim());
+    format!("{family}, {} layers of {}, {heads}", arch.num_layers(), arch.hidden_size())
+}
+
 /// HOMER's settings as names and values, for reports.
 pub fn describe(settings: &HomerSettings) -> Vec<(String, String)> {
     let mut listed = vec![("max chunk length", settings.max_chunk_len)];
@@ -114,6 +139,7 @@ pub fn describe(settings: &HomerSettings) -> Vec<(String, String)> {
 fn derive(measured: &Measurement, all: &[Measurement]) -> ProfileRow {
     let same_conditions = |other: &&Measurement| {
         other.configuration.method == BASELINE
+            && other.configuration.decoder == measured.configuration.decoder
             && other.configuration.engine == measured.configuration.engine
             && other.configuration.threads == measured.configuration.threads
             && other.prompt == measured.prompt
@@ -126,6 +152,8 @@ fn derive(measured: &Measurement, all: &[Measurement]) -> ProfileRow {
     let context = measured.prompt.context;
     ProfileRow {
         state_bytes_per_context_token: (context > 0).then(|| measured.state_bytes as f64 / context as f64),
+        state_reduction: (measured.plain_state_bytes > 0 && measured.state_bytes > 0)
+            .then(|| measured.plain_state_bytes as f64 / measured.state_bytes as f64),
         prefix_speedup: speedup(|m| &m.prefix),
         per_token_speedup: speedup(|m| &m.per_token),
         measured: measured.clone(),
@@ -161,6 +189,7 @@ mod tests {
         Measurement {
             configuration: Configuration {
                 method: method.into(),
+                decoder: "llama, 2 layers of 8".into(),
                 engine: "ort-cpu fp32".into(),
                 threads: 2,
                 settings: Vec::new(),
@@ -172,8 +201,10 @@ mod tests {
             per_token: stats(&[20]),
             peak_resident_bytes: 1 << 30,
             state_bytes: 1 << 20,
+            plain_state_bytes: 1 << 22,
             operations: None,
             floor_fraction: None,
+            operators: Vec::new(),
         }
     }
 
@@ -206,13 +237,17 @@ mod tests {
             ]
         );
         assert_eq!(report.rows[1].state_bytes_per_context_token, Some(128.0));
+        assert_eq!(report.rows[1].state_reduction, Some(4.0));
         assert_eq!(report.warnings, ["mind the gap"]);
     }
 
     #[test]
-    fn other_engines_are_no_baseline() {
+    fn other_engines_and_decoders_are_no_baseline() {
         let mut plain = measurement("plain", 8192, &[500]);
         plain.configuration.engine = "ort-cuda fp16".into();
+        assert_eq!(report(&[plain, measurement("homer", 8192, &[100])]).rows[1].prefix_speedup, None);
+        let mut plain = measurement("plain", 8192, &[500]);
+        plain.configuration.decoder = "llama, 4 layers of 8".into();
         assert_eq!(report(&[plain, measurement("homer", 8192, &[100])]).rows[1].prefix_speedup, None);
     }
 

@@ -4,7 +4,7 @@ use super::Result;
 use crate::taps::TapSink;
 use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::dtype::DType;
-use ndarray::{Array3, ArrayBase, Data, Dimension};
+use ndarray::{Array2, Array3, ArrayBase, Data, Dimension};
 use std::sync::Arc;
 
 /// The elements of `array` as a tensor of the same shape.
@@ -16,8 +16,14 @@ pub fn to_tensor<S: Data<Elem = f32>, D: Dimension>(array: &ArrayBase<S, D>) -> 
     Tensor::from_f32(array.shape(), array.iter().copied().collect())
 }
 
+/// `[L, heads * d]` as `[heads, L, d]`.
+pub(super) fn split_heads(x: &Array2<f32>, head_dim: usize) -> Array3<f32> {
+    let (rows, width) = x.dim();
+    Array3::from_shape_fn((width / head_dim, rows, head_dim), |(head, row, i)| x[[row, head * head_dim + i]])
+}
+
 /// A tap sink together with the scope that its names start with.
-pub(super) struct Scope<'a> {
+pub struct Scope<'a> {
     sink: &'a mut dyn TapSink,
     path: String,
 }
@@ -53,6 +59,14 @@ impl<'a> Scope<'a> {
         self.tap_with(name, || {
             let bytes: Vec<u8> = values.iter().map(|&v| u8::from(v)).collect();
             Tensor::from_storage(DType::Bool, [values.len()], Arc::new(bytes), 0)
+        })
+    }
+
+    /// Taps rows of the same length as `[rows, length]`.
+    pub(super) fn tap_ids(&mut self, name: &str, rows: &[&[u32]]) -> Result<()> {
+        let length = rows.first().map_or(0, |row| row.len());
+        self.tap_with(name, || {
+            Tensor::from_i64([rows.len(), length], rows.iter().copied().flatten().map(|&id| i64::from(id)).collect())
         })
     }
 

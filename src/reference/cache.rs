@@ -40,6 +40,12 @@ pub struct Cache {
 }
 
 impl Cache {
+    /// `layers` layers without any row, for keys and values `[heads, 0, head_dim]`.
+    pub(super) fn empty(layers: usize, heads: usize, head_dim: usize) -> Self {
+        let none = Array3::zeros((heads, 0, head_dim));
+        Self { layers: vec![KeyValue { k: none.clone(), v: none }; layers] }
+    }
+
     /// Number of rows; 0 where no layer has run.
     pub fn rows(&self) -> usize {
         self.layers.first().map_or(0, KeyValue::rows)

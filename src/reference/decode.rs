@@ -2,7 +2,7 @@
 
 use super::cache::Cache;
 use super::homer::ContextState;
-use super::llama::Llama;
+use super::transformer::Transformer;
 use super::{Result, plain};
 use crate::taps::TapSink;
 use ndarray::{Array2, ArrayView1, Axis, concatenate};
@@ -25,10 +25,25 @@ pub struct Continuation {
     pub next_position: i64,
 }
 
+/// When a text ends before its steps do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndOfText<'a> {
+    /// The ids that end it. They are not part of it.
+    pub ids: &'a [u32],
+    /// Whether the first generated id belongs to the text even if it is one of them, as in RCC's authors' code, which
+    /// compares from the second id on.
+    pub keeps_first: bool,
+}
+
+impl EndOfText<'_> {
+    /// No id ends the text.
+    pub const NEVER: Self = Self { ids: &[], keeps_first: false };
+}
+
 /// What greedy decoding produced.
 #[derive(Debug, Clone)]
 pub struct Generated {
-    /// The first token, which the context decides, and one more per step.
+    /// The first token, which the context decides, and one more per step, without what ended the text.
     pub tokens: Vec<u32>,
     /// Logits of every step, `[steps, vocab]`.
     pub step_logits: Array2<f32>,
@@ -47,43 +62,54 @@ impl Continuation {
         Self { cache: context.cache.clone(), next_position }
     }
 
+    /// Continues a context whose rows sit at positions 0, 1, and so on.
+    pub fn after(cache: Cache) -> Self {
+        Self { next_position: cache.rows() as i64, cache }
+    }
+
     /// Feeds `ids` at once and returns the logits of all of them, `[L, vocab]`.
     ///
     /// # Errors
     ///
     /// As [`plain::forward`].
-    pub fn feed(&mut self, model: &Llama, ids: &[u32], taps: &mut dyn TapSink) -> Result<Array2<f32>> {
+    pub fn feed(&mut self, model: &dyn Transformer, ids: &[u32], taps: &mut dyn TapSink) -> Result<Array2<f32>> {
         let positions: Vec<i64> = (self.next_position..).take(ids.len()).collect();
         let hidden = plain::forward(model, ids, &positions, &mut self.cache, taps)?;
         self.next_position += ids.len() as i64;
         Ok(model.logits(&hidden))
     }
 
-    /// Decodes greedily: the token that `last_logits [vocab]` of the context favours, then `steps` more.
+    /// Decodes greedily: the token that `last_logits [vocab]` of the context favours, then up to `steps` more, until one
+    /// ends the text.
     ///
     /// # Errors
     ///
     /// As [`plain::forward`].
     pub fn greedy(
         &mut self,
-        model: &Llama,
+        model: &dyn Transformer,
         last_logits: &ArrayView1<'_, f32>,
         steps: usize,
+        end: EndOfText<'_>,
         taps: &mut dyn TapSink,
     ) -> Result<Generated> {
         let vocab = last_logits.len();
-        let mut generated = Generated {
-            tokens: vec![argmax(last_logits)],
-            step_logits: Array2::zeros((0, vocab)),
-            position_ids: Vec::new(),
-        };
-        let mut token = generated.tokens[0];
+        let mut generated =
+            Generated { tokens: Vec::new(), step_logits: Array2::zeros((0, vocab)), position_ids: Vec::new() };
+        let mut token = argmax(last_logits);
+        if end.ids.contains(&token) && !end.keeps_first {
+            return Ok(generated);
+        }
+        generated.tokens.push(token);
         for _ in 0..steps {
             generated.position_ids.push(self.next_position);
             let logits = self.feed(model, &[token], taps)?;
             token = argmax(&logits.row(0));
-            generated.tokens.push(token);
             generated.step_logits = concatenate![Axis(0), generated.step_logits, logits];
+            if end.ids.contains(&token) {
+                break;
+            }
+            generated.tokens.push(token);
         }
         Ok(generated)
     }

@@ -1,13 +1,15 @@
 //! A Llama-family model: weights by name, and a decoder layer in the two halves that HOMER prunes between.
 
-use super::array::Scope;
-use super::attention::causal_attention;
+use super::array::{Scope, split_heads};
+use super::attention::attend;
 use super::cache::{Cache, KeyValue};
 use super::rope::Rotary;
+use super::transformer::Transformer;
+use super::weights::{Linear, Weights, embed, rms_norm, silu};
 use super::{ReferenceError, Result};
 use crate::tensor::Tensor;
 use accordion_graphs::architecture;
-use ndarray::{Array, Array1, Array2, Array3, Axis, Dimension, IntoDimension};
+use ndarray::{Array1, Array2, Array3};
 
 /// The model, all weights in `f32`.
 pub struct Llama {
@@ -29,55 +31,6 @@ struct Layer {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
-}
-
-/// `x W^T + b`, `W [out, in]`.
-struct Linear {
-    weight: Array2<f32>,
-    bias: Option<Array1<f32>>,
-}
-
-impl Linear {
-    fn apply(&self, x: &Array2<f32>) -> Array2<f32> {
-        let y = x.dot(&self.weight.t());
-        match &self.bias {
-            Some(bias) => y + bias,
-            None => y,
-        }
-    }
-}
-
-/// Weights by name, checked against the shapes that the architecture gives them.
-struct Weights<F> {
-    source: F,
-}
-
-impl<F, E> Weights<F>
-where
-    F: Fn(&str) -> std::result::Result<Tensor, E>,
-    E: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    fn array<D: IntoDimension>(&self, name: &str, shape: D) -> Result<Array<f32, D::Dim>> {
-        let shape = shape.into_dimension();
-        let tensor =
-            (self.source)(name).map_err(|e| ReferenceError::Weight { name: name.to_owned(), source: e.into() })?;
-        let mismatch = ReferenceError::WeightShape {
-            name: name.to_owned(),
-            found: tensor.shape().to_vec(),
-            expected: shape.slice().to_vec(),
-        };
-        if tensor.shape() != shape.slice() {
-            return Err(mismatch);
-        }
-        Array::from_shape_vec(shape, tensor.to_f32()).map_err(|_| mismatch)
-    }
-
-    fn linear(&self, name: &str, rows: usize, columns: usize, bias: bool) -> Result<Linear> {
-        Ok(Linear {
-            weight: self.array(&format!("{name}.weight"), [rows, columns])?,
-            bias: if bias { Some(self.array(&format!("{name}.bias"), [rows])?) } else { None },
-        })
-    }
 }
 
 /// What the attention half of a layer yields.
@@ -116,7 +69,7 @@ impl Llama {
             return contradiction("head_dim", a.head_dim, "a positive even number".to_owned());
         }
 
-        let weights = Weights { source };
+        let weights = Weights::new(source);
         let (hidden, inner) = (a.hidden_size, a.intermediate_size);
         let (queries, keys) = (a.num_heads.saturating_mul(a.head_dim), a.num_kv_heads.saturating_mul(a.head_dim));
         let layer = |index: usize| -> Result<Layer> {
@@ -153,8 +106,7 @@ impl Llama {
 
     /// A cache of all layers without any row.
     pub fn empty_cache(&self) -> Cache {
-        let none = Array3::zeros((self.architecture.num_kv_heads, 0, self.architecture.head_dim));
-        Cache { layers: vec![KeyValue { k: none.clone(), v: none }; self.layers.len()] }
+        Cache::empty(self.layers.len(), self.architecture.num_kv_heads, self.architecture.head_dim)
     }
 
     /// The embeddings of `ids`, `[L, D]`.
@@ -163,18 +115,17 @@ impl Llama {
     ///
     /// An id is outside the vocabulary.
     pub fn embed(&self, ids: &[u32]) -> Result<Array2<f32>> {
-        let vocab_size = self.embed_tokens.nrows();
-        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(ReferenceError::TokenId { id, vocab_size });
-        }
-        let rows: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
-        Ok(self.embed_tokens.select(Axis(0), &rows))
+        embed(&self.embed_tokens, ids)
+    }
+
+    /// The final norm of the rows that leave the last layer, `[L, D]`.
+    pub fn final_norm(&self, hidden: &Array2<f32>) -> Array2<f32> {
+        self.rms_norm(hidden, &self.norm)
     }
 
     /// Logits `[L, vocab]` of the hidden rows that leave the last layer, `[L, D]`: final norm and output projection.
     pub fn logits(&self, hidden: &Array2<f32>) -> Array2<f32> {
-        let normed = self.rms_norm(hidden, &self.norm);
-        normed.dot(&self.lm_head.as_ref().unwrap_or(&self.embed_tokens).t())
+        self.final_norm(hidden).dot(&self.lm_head.as_ref().unwrap_or(&self.embed_tokens).t())
     }
 
     /// The rotation of rows at `positions`.
@@ -195,30 +146,37 @@ impl Llama {
         if let Some(window) = self.architecture.sliding_window.filter(|&window| rows > window) {
             return Err(ReferenceError::SlidingWindow { rows, window });
         }
+        let [q, k, v] = self.project(layer, x);
+        let (attended, q, kv) = attend(&q, &k, v, rotary, past, taps)?;
+        Ok(Attended { residual: self.add_attended(layer, x, &attended, taps)?, q, kv })
+    }
+
+    /// Queries `[H, L, d]`, keys and values `[G, L, d]` of `x [L, D]`, not rotated.
+    pub(super) fn project(&self, layer: usize, x: &Array2<f32>) -> [Array3<f32>; 3] {
         let weights = &self.layers[layer];
         let normed = self.rms_norm(x, &weights.input_layernorm);
         let heads = |projection: &Linear| split_heads(&projection.apply(&normed), self.architecture.head_dim);
-        let q = rotary.apply(&heads(&weights.q_proj));
-        let mut kv = KeyValue { k: rotary.apply(&heads(&weights.k_proj)), v: heads(&weights.v_proj) };
-        taps.tap_rows("attn.q", &q)?;
-        taps.tap_rows("attn.k", &kv.k)?;
-        taps.tap_rows("attn.v", &kv.v)?;
-        if let Some(past) = past {
-            let new = std::mem::replace(&mut kv, past.clone());
-            kv.append(&new);
-        }
-        let attended = causal_attention(&q, &kv.k, &kv.v);
-        taps.tap("attn.out", &attended)?;
-        let residual = x + &weights.o_proj.apply(&attended);
+        [&weights.q_proj, &weights.k_proj, &weights.v_proj].map(heads)
+    }
+
+    /// `x [L, D]` with what its rows attended to, `[L, H * d]`, added to it.
+    pub(super) fn add_attended(
+        &self,
+        layer: usize,
+        x: &Array2<f32>,
+        attended: &Array2<f32>,
+        taps: &mut Scope<'_>,
+    ) -> Result<Array2<f32>> {
+        let residual = x + &self.layers[layer].o_proj.apply(attended);
         taps.tap("attn_residual", &residual)?;
-        Ok(Attended { residual, q, kv })
+        Ok(residual)
     }
 
     /// The MLP half of a layer: what `x [L, D]` becomes after the gated MLP has been added to it.
     pub(super) fn mlp_half(&self, layer: usize, x: &Array2<f32>, taps: &mut Scope<'_>) -> Result<Array2<f32>> {
         let weights = &self.layers[layer];
         let normed = self.rms_norm(x, &weights.post_attention_layernorm);
-        let gate = weights.gate_proj.apply(&normed).mapv_into(|g| g / (1.0 + (-g).exp()));
+        let gate = weights.gate_proj.apply(&normed).mapv_into(silu);
         let mlp = weights.down_proj.apply(&(gate * weights.up_proj.apply(&normed)));
         taps.tap("mlp.out", &mlp)?;
         let out = x + &mlp;
@@ -228,18 +186,44 @@ impl Llama {
 
     /// `x / sqrt(mean(x^2) + eps) * weight`, row by row.
     fn rms_norm(&self, x: &Array2<f32>, weight: &Array1<f32>) -> Array2<f32> {
-        let eps = self.architecture.rms_norm_eps as f32;
-        let mut normed = x.clone();
-        for mut row in normed.rows_mut() {
-            let mean_square = row.dot(&row) / row.len() as f32;
-            row /= (mean_square + eps).sqrt();
-        }
-        normed * weight
+        rms_norm(x, weight, self.architecture.rms_norm_eps as f32)
     }
 }
 
-/// `[L, heads * d]` as `[heads, L, d]`.
-fn split_heads(x: &Array2<f32>, head_dim: usize) -> Array3<f32> {
-    let (rows, width) = x.dim();
-    Array3::from_shape_fn((width / head_dim, rows, head_dim), |(head, row, i)| x[[row, head * head_dim + i]])
+impl Transformer for Llama {
+    fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn empty_cache(&self) -> Cache {
+        self.empty_cache()
+    }
+
+    fn embed(&self, ids: &[u32]) -> Result<Array2<f32>> {
+        self.embed(ids)
+    }
+
+    fn rotary(&self, positions: &[i64]) -> Rotary {
+        self.rotary(positions)
+    }
+
+    fn layer(
+        &self,
+        layer: usize,
+        x: &Array2<f32>,
+        rotary: &Rotary,
+        past: Option<&KeyValue>,
+        taps: &mut Scope<'_>,
+    ) -> Result<(Array2<f32>, KeyValue)> {
+        let Attended { residual, kv, .. } = self.attention_half(layer, x, rotary, past, taps)?;
+        Ok((self.mlp_half(layer, &residual, taps)?, kv))
+    }
+
+    fn final_norm(&self, hidden: &Array2<f32>) -> Array2<f32> {
+        self.final_norm(hidden)
+    }
+
+    fn logits(&self, hidden: &Array2<f32>) -> Array2<f32> {
+        self.logits(hidden)
+    }
 }

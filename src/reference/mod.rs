@@ -4,11 +4,16 @@
 //! From the workspace this module uses the [architecture](accordion_graphs::architecture), the
 //! [plan](accordion_graphs::plan), [`crate::tensor`] and [`crate::taps`], and nothing else; a test holds it to that.
 //!
-//! - [`llama`]: the model, loaded by weight name; one decoder layer in its two halves.
+//! - [`transformer`]: what causal transformers have in common, and loading one by weight name: [`llama`], whose layers come
+//!   in two halves, or [`neox`].
+//! - [`mamba`]: the other kind of encoder.
 //! - [`rope`]: rotary positions under every scaling an architecture can name.
 //! - [`plain`]: a forward pass over a growing cache.
 //! - [`homer`]: hierarchical context merging, node by node.
+//! - [`rcc`]: recurrent context compression, segment by segment.
+//! - [`sharedllm`]: keys and values of a context tree, and a model whose bottom layers attend to them.
 //! - [`decode`]: what follows a context state, at the positions the authors' two code paths use.
+//! - [`training`]: the loss that the models were trained with.
 //!
 //! Matrix products go through `ndarray`'s `dot`, which uses up to four threads (one per physical core, or as many as
 //! the environment variable `MATMUL_NUM_THREADS` says).
@@ -19,12 +24,20 @@ pub mod cache;
 pub mod decode;
 pub mod homer;
 pub mod llama;
+pub mod mamba;
+pub mod neox;
 pub mod plain;
+pub mod rcc;
 pub mod rope;
+pub mod sharedllm;
+pub mod training;
+pub mod transformer;
+mod weights;
 
 pub use array::to_tensor;
 
 use crate::tensor::TensorError;
+use accordion_graphs::plan::PlanError;
 
 /// Why the reference could not compute something.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +71,12 @@ pub enum ReferenceError {
         found: usize,
         /// What it has to be.
         expected: String,
+    },
+    /// The architecture is of a family that has no reference.
+    #[error("the reference has no {what} of this family")]
+    Family {
+        /// What has a family.
+        what: &'static str,
     },
     /// A token id lies outside the vocabulary.
     #[error("token id {id} is outside the vocabulary of {vocab_size} tokens")]
@@ -100,9 +119,42 @@ pub enum ReferenceError {
         /// The architecture's window.
         window: usize,
     },
+    /// The row that stands for the running text is not part of it.
+    #[error("the query is row {row} of a running text of {running} tokens")]
+    Query {
+        /// The row.
+        row: usize,
+        /// Tokens of the running text.
+        running: usize,
+    },
+    /// The released code of SharedLLM looks the rotation of a single token up at an index that grows with the number of
+    /// chunks, in a table as long as a head is wide.
+    #[error("the released code has no rotation for a single token after {chunks} chunks, only for up to {most}")]
+    SingleTokenRotation {
+        /// Chunks of the context.
+        chunks: usize,
+        /// Most chunks that there is a rotation for.
+        most: usize,
+    },
+    /// A method's settings contradict each other or the architecture.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
     /// A tensor could not be made.
     #[error(transparent)]
     Tensor(#[from] TensorError),
+}
+
+impl ReferenceError {
+    /// The same error where the weights' names follow on `path`.
+    fn within(self, path: &str) -> Self {
+        match self {
+            Self::Weight { name, source } => Self::Weight { name: format!("{path}.{name}"), source },
+            Self::WeightShape { name, found, expected } => {
+                Self::WeightShape { name: format!("{path}.{name}"), found, expected }
+            }
+            other => other,
+        }
+    }
 }
 
 type Result<T, E = ReferenceError> = std::result::Result<T, E>;

@@ -84,10 +84,19 @@ impl Rotary {
         Self { cos: of_angles(f32::cos), sin: of_angles(f32::sin) }
     }
 
-    /// Rotates `x [heads, L, d]`, where dimension `i` pairs with dimension `i + d / 2`.
+    /// The rotation of `rows` rows by `angle` in all of their `pairs` pairs of dimensions.
+    pub(super) fn of_angle(angle: f32, rows: usize, pairs: usize) -> Self {
+        Self { cos: Array2::from_elem((rows, pairs), angle.cos()), sin: Array2::from_elem((rows, pairs), angle.sin()) }
+    }
+
+    /// Rotates `x [heads, L, d]`, where dimension `i` pairs with dimension `i + r / 2` of the `r` dimensions that the rotation
+    /// was made for. The rest of a wider head stays.
     pub fn apply(&self, x: &Array3<f32>) -> Array3<f32> {
-        let half = x.dim().2 / 2;
+        let half = self.cos.ncols();
         Array3::from_shape_fn(x.dim(), |(head, row, i)| {
+            if i >= 2 * half {
+                return x[[head, row, i]];
+            }
             let (cos, sin) = (self.cos[[row, i % half]], self.sin[[row, i % half]]);
             if i < half {
                 x[[head, row, i]] * cos - x[[head, row, i + half]] * sin
@@ -172,5 +181,13 @@ mod tests {
             rotated.as_slice().unwrap_or_default(),
             &[1.0, 0.0, 0.0, 2.0, 3_f32.cos(), -2.0 * 0.03_f32.sin(), 3_f32.sin(), 2.0 * 0.03_f32.cos()],
         );
+    }
+
+    #[test]
+    fn a_narrower_rotation_leaves_the_rest_of_a_head() {
+        let rope = Rope { theta: 10000.0, scaling: RopeScaling::None };
+        let x = Array3::from_shape_fn((1, 1, 4), |(_, _, i)| [1.0, 0.0, 5.0, 6.0][i]);
+        let rotated = Rotary::new(&rope, 2, &[3]).apply(&x);
+        assert_close(rotated.as_slice().unwrap_or_default(), &[3_f32.cos(), 3_f32.sin(), 5.0, 6.0]);
     }
 }

@@ -15,24 +15,36 @@ pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
             html.element("ul", &[], |html| profile.warnings.iter().for_each(|warning| html.leaf("li", &[], warning)));
         });
     }
-    html.element("div", &[("class", &"charts")], |html| {
-        let spread = "Median; bars from fastest to 95th percentile.";
-        draw(html, latency_chart(profile, "Time to context state", spread, |row| &row.measured.prefix));
-        draw(html, memory_chart(profile));
-        draw(html, latency_chart(profile, "First token", spread, |row| &row.measured.first_token));
-        draw(html, latency_chart(profile, "Each further token", spread, |row| &row.measured.per_token));
-    });
+    let mut decoders: Vec<&str> = Vec::new();
+    for row in &profile.rows {
+        let decoder = row.measured.configuration.decoder.as_str();
+        if !decoders.contains(&decoder) {
+            decoders.push(decoder);
+        }
+    }
+    // Methods of different decoders are not compared: each decoder has its own charts.
+    for decoder in &decoders {
+        if decoders.len() > 1 {
+            html.leaf("h4", &[], decoder);
+        }
+        let same = |row: &&ProfileRow| row.measured.configuration.decoder == *decoder;
+        charts(html, &profile.rows.iter().filter(same).collect::<Vec<_>>());
+    }
     table(html, profile);
     html.leaf("h3", &[], "How it was measured");
-    let mut described: Vec<&str> = Vec::new();
+    let mut described: Vec<(&str, &str)> = Vec::new();
     for row in &profile.rows {
         let how = &row.measured.configuration;
-        if described.contains(&how.method.as_str()) {
+        let key = (how.method.as_str(), how.decoder.as_str());
+        if described.contains(&key) {
             continue;
         }
-        described.push(&how.method);
-        let mut values =
-            vec![("engine".to_owned(), how.engine.clone()), ("threads".to_owned(), how.threads.to_string())];
+        described.push(key);
+        let mut values = vec![
+            ("decoder".to_owned(), how.decoder.clone()),
+            ("engine".to_owned(), how.engine.clone()),
+            ("threads".to_owned(), how.threads.to_string()),
+        ];
         values.extend(how.settings.iter().cloned());
         pairs(html, &how.method, &values);
     }
@@ -41,10 +53,21 @@ pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
     }
 }
 
+fn charts(html: &mut Html, rows: &[&ProfileRow]) {
+    html.element("div", &[("class", &"charts")], |html| {
+        let spread = "Median; bars from fastest to 95th percentile.";
+        draw(html, latency_chart(rows, "Time to context state", spread, |row| &row.measured.prefix));
+        draw(html, memory_chart(rows));
+        draw(html, state_chart(rows));
+        draw(html, latency_chart(rows, "First token", spread, |row| &row.measured.first_token));
+        draw(html, latency_chart(rows, "Each further token", spread, |row| &row.measured.per_token));
+    });
+}
+
 /// The rows of each method, in the order of the report.
-fn by_method<'a>(profile: &'a ProfileReport, point: impl Fn(&'a ProfileRow) -> Point) -> Vec<Series<'a>> {
+fn by_method<'a>(rows: &[&'a ProfileRow], point: impl Fn(&'a ProfileRow) -> Point) -> Vec<Series<'a>> {
     let mut all: Vec<Series<'a>> = Vec::new();
-    for row in &profile.rows {
+    for row in rows {
         let name = row.measured.configuration.method.as_str();
         match all.iter_mut().find(|series| series.name == name) {
             Some(series) => series.points.push(point(row)),
@@ -55,12 +78,12 @@ fn by_method<'a>(profile: &'a ProfileReport, point: impl Fn(&'a ProfileRow) -> P
 }
 
 fn latency_chart<'a>(
-    profile: &'a ProfileReport,
+    rows: &[&'a ProfileRow],
     title: &'a str,
     description: &str,
     stats: fn(&ProfileRow) -> &LatencyStats,
 ) -> Chart<'a> {
-    let series = by_method(profile, |row| {
+    let series = by_method(rows, |row| {
         let found = stats(row);
         Point {
             x: row.measured.prompt.context as f64,
@@ -72,8 +95,8 @@ fn latency_chart<'a>(
     Chart { title, description: description.to_owned(), series, format: latency }
 }
 
-fn memory_chart(profile: &ProfileReport) -> Chart<'_> {
-    let series = by_method(profile, |row| {
+fn memory_chart<'a>(rows: &[&'a ProfileRow]) -> Chart<'a> {
+    let series = by_method(rows, |row| {
         let peak = row.measured.peak_resident_bytes as f64;
         let title = format!("{}: {} peak", point_name(row), bytes(peak));
         Point { x: row.measured.prompt.context as f64, y: peak, spread: None, title }
@@ -82,11 +105,21 @@ fn memory_chart(profile: &ProfileReport) -> Chart<'_> {
     Chart { title: "Memory", description, series, format: bytes }
 }
 
+fn state_chart<'a>(rows: &[&'a ProfileRow]) -> Chart<'a> {
+    let series = by_method(rows, |row| {
+        let size = row.measured.state_bytes as f64;
+        let title = format!("{}: {} kept", point_name(row), bytes(size));
+        Point { x: row.measured.prompt.context as f64, y: size, spread: None, title }
+    });
+    let description = "Keys and values that are kept of the prompt.".to_owned();
+    Chart { title: "Context state", description, series, format: bytes }
+}
+
 fn point_name(row: &ProfileRow) -> String {
     format!("{}, {} context tokens", row.measured.configuration.method, tokens(row.measured.prompt.context))
 }
 
-const COLUMNS: [(&str, &str); 10] = [
+const COLUMNS: [(&str, &str); 11] = [
     ("Context", "tokens"),
     ("Kept", "tokens"),
     ("Context state", "median · p95"),
@@ -95,6 +128,7 @@ const COLUMNS: [(&str, &str); 10] = [
     ("Each token", "median · p95"),
     ("Peak memory", "resident"),
     ("State", "per context token"),
+    ("Smaller", "than plain's cache"),
     ("Operations", "of the prefix"),
     ("Of the limit", "floor / median"),
 ];
@@ -136,6 +170,7 @@ fn table_row(html: &mut Html, row: &ProfileRow) {
         latency_cell(html, &measured.per_token);
         number(html, Some(measured.peak_resident_bytes as f64), bytes);
         number(html, row.state_bytes_per_context_token, bytes);
+        number(html, row.state_reduction, |factor| format!("{}×", significant(factor)));
         number(html, measured.operations.map(|n| n as f64), operations);
         number(html, measured.floor_fraction, percent);
     });

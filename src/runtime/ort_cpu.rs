@@ -16,8 +16,10 @@ use ort::sys;
 use ort::value::{DynValue, Outlet, ValueType};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_void};
+use std::path::PathBuf;
 use std::ptr::{NonNull, null, null_mut};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// How the runtime is set up.
 #[derive(Debug, Clone, Default)]
@@ -31,6 +33,13 @@ pub struct OrtCpu {
     runtime: &'static LoadedRuntime,
     weights: WeightMaps,
     operators: Option<Arc<OperatorDomain>>,
+    trace: Option<(PathBuf, Instant)>,
+}
+
+/// What the name of the file begins with in which a session that is loaded `micros` after the first one records the
+/// nodes of `graph`.
+pub(crate) fn trace_prefix(micros: u128, graph: &str) -> String {
+    format!("{micros}-{graph}")
 }
 
 impl OrtCpu {
@@ -50,7 +59,14 @@ impl OrtCpu {
         };
         let operators =
             options.fused_operators.then(|| accordion_plugins::domain().map(Arc::new).map_err(failed)).transpose()?;
-        Ok(Self { runtime, weights, operators })
+        Ok(Self { runtime, weights, operators, trace: None })
+    }
+
+    /// The same loader, each of whose sessions records its nodes' times in a file in `folder`, which is complete once
+    /// the session is gone. Recording costs time.
+    #[must_use]
+    pub fn tracing(self, folder: PathBuf) -> Self {
+        Self { trace: Some((folder, Instant::now())), ..self }
     }
 }
 
@@ -70,6 +86,10 @@ impl Loader for OrtCpu {
         if let Some(Ok(folder)) = folder {
             let key = "session.model_external_initializers_file_folder_path";
             builder = builder.with_config_entry(key, folder.to_string_lossy()).map_err(|e| failed(e.to_string()))?;
+        }
+        if let Some((folder, since)) = &self.trace {
+            let file = folder.join(trace_prefix(since.elapsed().as_micros(), name));
+            builder = builder.with_profiling(file).map_err(|e| failed(e.to_string()))?;
         }
         if let Some(domain) = &self.operators {
             builder = builder.with_operators(Arc::clone(domain)).map_err(|e| failed(e.to_string()))?;

@@ -4,7 +4,9 @@
 mod bundle;
 mod checkpoint;
 mod gguf;
+mod recipe;
 #[path = "../cli/sparse.rs"]
 #[allow(dead_code, reason = "each target that shares the file uses its part")]
 mod sparse;
 mod tokenizer;
+mod trained;

@@ -79,6 +79,32 @@ fn methods_lengths_and_time_can_be_limited() {
 }
 
 #[test]
+fn a_slower_profile_than_the_baseline_fails() {
+    let workspace = homer();
+    let (first, fast) = (workspace.path("first.json"), workspace.path("fast.json"));
+    let profile = |more: &[&str]| {
+        let mut profile = command();
+        Run::of(profile.arg("profile").arg(workspace.path("homer")).args(FLAGS).args(["--methods", "homer"]).args(more))
+    };
+    assert_eq!(profile(&["--out", first.to_str().unwrap()]).code, Some(0));
+    // Times differ from run to run, sizes do not: only a baseline with a smaller state is beaten for certain.
+    let text = fs::read_to_string(&first).unwrap();
+    let mut smaller: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let half = smaller["rows"][0]["state_bytes"].as_u64().unwrap() / 2;
+    smaller["rows"][0]["state_bytes"] = half.into();
+    fs::write(&fast, smaller.to_string()).unwrap();
+    let passed = profile(&["--baseline", fast.to_str().unwrap(), "--max-regress", "1e6%"]);
+    assert_eq!(passed.code, Some(0), "{passed:?}");
+    let failed = profile(&["--baseline", fast.to_str().unwrap(), "--max-regress", "5%"]);
+    assert_eq!(failed.code, Some(1), "{failed:?}");
+    assert!(failed.err.contains("homer at 20 context tokens: context state grew by"), "{failed:?}");
+    fs::write(&fast, text.replace("accordion.profile/1", "accordion.profile/9")).unwrap();
+    let refused = profile(&["--baseline", fast.to_str().unwrap()]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.err.contains("schema is 'accordion.profile/9'"), "{refused:?}");
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused_before_anything_is() {
     let workspace = homer();
     let bundle = workspace.path("homer");
@@ -97,7 +123,7 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
     assert!(workspace.export("plain", "plain", &["--target", "portable"]).code == Some(0));
     let mut profile = command();
     profile.arg("profile").arg(workspace.path("plain")).args(["--methods", "homer"]);
-    assert!(Run::of(&mut profile).error().contains("no graphs for --methods homer"));
+    assert!(Run::of(&mut profile).error().contains("was exported for plain; export it with `accordion export homer`"));
     let missing = workspace.path("missing");
     assert!(accordion(["profile", missing.to_str().unwrap()]).error().contains("bundle.json"));
 }

@@ -49,14 +49,14 @@ trait Implementation {
         Err(NotDefined("no implementation").into())
     }
 
-    /// Runs the whole case in one of its variants and returns everything it computed, by golden name.
+    /// Runs one variant of the whole case and returns everything it computed, by golden name.
     fn sharedllm(&mut self, _case: &SharedLlmCase, _quirks: Quirks) -> anyhow::Result<Tensors> {
         Err(NotDefined("no implementation").into())
     }
 
     /// As [`Self::omits`], of a SharedLLM case.
-    fn omits_sharedllm(&self, _case: &SharedLlmCase, _name: &str) -> bool {
-        false
+    fn omits_sharedllm(&self, _case: &SharedLlmCase, name: &str) -> bool {
+        self.omits(name)
     }
 
     /// Whether it is defined for the case; a row says where it is not.

@@ -1,8 +1,11 @@
 //! The reference as a row of the table.
 
+mod rcc;
+mod sharedllm;
+
 use super::Implementation;
-use accordion::goldens::HomerCase;
-use accordion::reference::decode::{Continuation, ContinuationOffset};
+use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
+use accordion::reference::decode::{Continuation, ContinuationOffset, EndOfText};
 use accordion::reference::homer::{ContextState, Prompt, compress};
 use accordion::reference::llama::Llama;
 use accordion::reference::rope::Frequencies;
@@ -10,6 +13,7 @@ use accordion::reference::{plain, to_tensor};
 use accordion::taps::NoTaps;
 use accordion::tensor::Tensor;
 use accordion_graphs::plan::homer::HomerPlan;
+use accordion_graphs::plan::sharedllm::Quirks;
 use anyhow::Result;
 use ndarray::{Array2, Axis, Slice, concatenate};
 use std::collections::BTreeMap;
@@ -41,6 +45,14 @@ impl Implementation for Reference {
         without_homer(case, &model, &mut found)?;
         Ok(found)
     }
+
+    fn rcc(&mut self, case: &RccCase) -> Result<Tensors> {
+        rcc::everything(case)
+    }
+
+    fn sharedllm(&mut self, case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
+        sharedllm::everything(case, quirks)
+    }
 }
 
 /// The teacher tokens after the context, at once and one by one.
@@ -70,7 +82,7 @@ fn generate(
 ) -> Result<()> {
     let mut continuation = Continuation::new(context, ContinuationOffset::RepeatLast);
     let last_row = logits.row(logits.nrows() - 1);
-    let generated = continuation.greedy(model, &last_row, case.generate_steps, &mut NoTaps)?;
+    let generated = continuation.greedy(model, &last_row, case.generate_steps, EndOfText::NEVER, &mut NoTaps)?;
     let tokens: Vec<i64> = generated.tokens.iter().map(|&id| i64::from(id)).collect();
     found.insert("generate.tokens".into(), Tensor::from_i64([tokens.len()], tokens)?);
     found.insert("generate.step_logits".into(), to_tensor(&generated.step_logits)?);

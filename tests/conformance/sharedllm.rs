@@ -1,6 +1,7 @@
-//! SharedLLM's rows: both variants, against what the authors' code computed and against the repaired computation.
+//! SharedLLM's rows: the plan against the lengths and positions of the authors' code, then everything that it computed and,
+//! in rows of their own, everything that is known of the repaired variant.
 
-use super::compare::{Bound, Comparison, SINGLE, Tensors, integers};
+use super::compare::{Comparison, SINGLE, Tensors, integers};
 use super::table::Table;
 use super::{Implementation, implementations};
 use accordion::goldens::SharedLlmCase;
@@ -9,10 +10,8 @@ use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::sharedllm::{ChunkPolicy, Quirks, SharedLlmPlan};
 use std::path::Path;
 
-/// Similarities closer than this are a tie: twice the noise that is seen.
-const TIE: f32 = 2e-6;
-/// Logits closer than this are a tie.
-const LOGIT_TIE: Bound = Bound { absolute: 2e-5, relative: 0.0 };
+/// Similarities and logits closer than this are a tie: twice the noise that is seen can exchange them.
+const TIE: f32 = 2e-5;
 
 /// Every case of `folder`.
 pub(crate) fn cases(table: &mut Table, folder: &Path) {
@@ -28,58 +27,70 @@ pub(crate) fn cases(table: &mut Table, folder: &Path) {
     }
 }
 
-/// The plan of a case.
-pub(crate) fn plan(case: &SharedLlmCase, quirks: Quirks) -> anyhow::Result<SharedLlmPlan> {
-    let lengths = PromptLengths { prefix: 0, context: case.context_ids.len(), suffix: case.running_ids.len() };
-    Ok(SharedLlmPlan::new(lengths, case.settings(quirks), ChunkPolicy::Chunks(case.chunks()))?)
-}
-
 fn one_case(table: &mut Table, case: &SharedLlmCase) {
-    match kept(case) {
+    match check_plan(case) {
         Ok(result) => table.row("sharedllm", &case.name, "plan", &result),
         Err(difference) => return table.failure(&format!("sharedllm {}: plan: {difference}", case.name)),
     }
     for quirks in [Quirks::Faithful, Quirks::Fixed] {
+        let row = match quirks {
+            Quirks::Faithful => case.name.clone(),
+            Quirks::Fixed => format!("{} fixed", case.name),
+        };
         for mut implementation in implementations() {
-            let name = match quirks {
-                Quirks::Faithful => implementation.name().to_owned(),
-                Quirks::Fixed => format!("{}, fixed", implementation.name()),
-            };
+            let name = implementation.name();
             match implementation.sharedllm(case, quirks) {
                 Ok(found) => {
                     let comparison = compare(case, quirks, &found, implementation.as_ref());
-                    table.comparison("sharedllm", &case.name, &name, &comparison);
+                    table.comparison("sharedllm", &row, name, &comparison);
                 }
-                Err(error) => table.not_run("sharedllm", &case.name, &name, &error),
+                Err(error) => table.not_run("sharedllm", &row, name, &error),
             }
         }
     }
 }
 
-/// What lengths alone decide: which tokens of every node are kept.
-fn kept(case: &SharedLlmCase) -> Result<String, String> {
-    let plan = plan(case, Quirks::Faithful).map_err(|error| error.to_string())?;
+/// The plan of the case.
+pub(crate) fn plan(case: &SharedLlmCase, quirks: Quirks) -> anyhow::Result<SharedLlmPlan> {
+    let lengths = PromptLengths { prefix: 0, context: case.context_ids.len(), suffix: case.running_ids.len() };
+    Ok(SharedLlmPlan::new(lengths, case.settings(quirks), ChunkPolicy::Chunks(case.chunks()))?)
+}
+
+/// What lengths alone decide: which tokens of a node are kept, how many of a chunk, and in which order chunks follow.
+fn check_plan(case: &SharedLlmCase) -> Result<String, String> {
+    let plan = plan(case, Quirks::Faithful).map_err(|e| e.to_string())?;
+    let rows = plan.injected_rows();
+    let mut lengths = vec![
+        ("pos.self_prefill".to_owned(), (0..plan.running).collect::<Vec<_>>()),
+        ("pos.cross_key_nominal".to_owned(), (0..rows).map(|row| row / plan.kept_per_chunk).collect()),
+    ];
     for (w, level) in plan.levels.iter().enumerate() {
-        let name = format!("tree.d{w}.selected");
-        let expected = case.faithful.get(&name).and_then(integers).ok_or(format!("the golden has no {name}"))?;
-        let planned: Vec<i64> = (0..level.node_len).step_by(level.step).map(|row| row as i64).collect();
-        if planned != expected || planned.len() != level.kept {
-            return Err(format!("{name}: {planned:?}, expected {expected:?}"));
+        lengths.push((format!("tree.d{w}.selected"), (0..level.node_len).step_by(level.step).collect()));
+    }
+    for (name, planned) in &lengths {
+        let expected = case.faithful.get(name).and_then(integers).ok_or_else(|| format!("no {name}"))?;
+        if planned.iter().map(|&at| at as i64).ne(expected.iter().copied()) {
+            return Err(format!("{name} is {planned:?}, expected {expected:?}"));
         }
     }
-    Ok(format!("{} levels, {} tokens kept of a chunk: PASS", plan.levels.len(), plan.kept_per_chunk))
+    Ok(format!("{} of {} tokens kept per chunk, as the authors keep them: PASS", plan.kept_per_chunk, case.chunk_len))
+}
+
+/// What the plan decides, compared there.
+fn is_planned(name: &str) -> bool {
+    name.ends_with(".selected") || name == "pos.self_prefill" || name == "pos.cross_key_nominal"
 }
 
 fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation: &dyn Implementation) -> Comparison {
+    let expected = case.expected(quirks);
     let mut result = Comparison::new("");
-    let all = case.expected(quirks);
-    let (choice, token) = (tied_choice(all, found), tied_token(case, quirks, found));
+    let choice = tied_choice(expected, found, quirks);
+    let token = tied_token(expected, found);
     for (name, expected) in
-        all.iter().filter(|(name, _)| !name.ends_with(".selected") && !implementation.omits_sharedllm(case, name))
+        expected.iter().filter(|(name, _)| !is_planned(name) && !implementation.omits_sharedllm(case, name))
     {
-        let level = choice.as_ref().map(|(level, _)| *level);
-        if level.is_some_and(|level| follows_from_choice(name, level)) || (token.is_some() && name == "generate.tokens")
-        {
+        let after_choice = choice.as_ref().is_some_and(|(level, _)| depends_on_choice(name, *level));
+        if after_choice || token.as_ref().is_some_and(|(tied, _)| tied == name) {
             result.skip();
         } else {
             result.compare(name, expected, found, SINGLE);
@@ -88,7 +99,10 @@ fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation
     if quirks == Quirks::Fixed {
         steps_equal_one_call(case, found, &mut result);
     }
-    choice.map(|(_, finding)| finding).into_iter().chain(token).for_each(|finding| result.ambiguous(finding));
+    let findings = choice.into_iter().map(|(_, finding)| finding).chain(token.into_iter().map(|(_, finding)| finding));
+    for finding in findings {
+        result.ambiguous(finding);
+    }
     result
 }
 
@@ -96,57 +110,67 @@ fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation
 fn steps_equal_one_call(case: &SharedLlmCase, found: &Tensors, result: &mut Comparison) {
     let Some(at_once) = found.get("teacher_forced.logits") else { return };
     let vocab = case.architecture.vocab_size;
-    let rows = at_once.to_f32();
-    for (step, row) in rows.chunks_exact(vocab).skip(case.running_ids.len()).enumerate() {
+    for (step, row) in at_once.to_f32().chunks_exact(vocab).skip(case.running_ids.len()).enumerate() {
         let row = Tensor::from_f32([1, 1, vocab], row.to_vec()).unwrap();
         result.compare(&format!("decode.{step}.logits"), &row, found, SINGLE);
     }
 }
 
-/// The first level where other halves were chosen than expected, all of them within a tie.
-fn tied_choice(expected: &Tensors, found: &Tensors) -> Option<(usize, String)> {
+/// The first level at which other halves were chosen than expected, all of them within a tie.
+fn tied_choice(expected: &Tensors, found: &Tensors, quirks: Quirks) -> Option<(usize, String)> {
+    let chosen = |tensors: &Tensors, level| integers(tensors.get(&format!("tree.d{level}.chosen"))?);
     for level in 0.. {
-        let name = format!("tree.d{level}.chosen");
-        let chosen = [integers(expected.get(&name)?)?, integers(found.get(&name)?)?];
-        let gap = |similarity: &[f32], chunk: usize, fixed: bool| {
-            let chunks = similarity.len() / 2;
-            let pair = if fixed { [chunk, chunks + chunk] } else { [2 * chunk, 2 * chunk + 1] };
-            (similarity[pair[0]] - similarity[pair[1]]).abs()
-        };
+        let (chosen, found) = (chosen(expected, level)?, chosen(found, level)?);
         let similarity = expected.get(&format!("tree.d{level}.sim"))?.to_f32();
-        let fixed = !expected.contains_key("tree.d0.enc_vectors");
-        let other: Vec<usize> = (0..chosen[0].len()).filter(|&i| chosen[0].get(i) != chosen[1].get(i)).collect();
-        if !other.is_empty() {
-            let widest = other.iter().map(|&chunk| gap(&similarity, chunk, fixed)).fold(0.0, f32::max);
-            let finding =
-                format!("{name}: other halves of chunks {other:?}, whose similarities are {widest:.2e} apart");
-            return (widest <= TIE).then_some((level, finding));
+        let count = chosen.len();
+        let gap = |chunk: usize| match quirks {
+            Quirks::Faithful => (similarity[2 * chunk] - similarity[2 * chunk + 1]).abs(),
+            Quirks::Fixed => (similarity[chunk] - similarity[count + chunk]).abs(),
+        };
+        let other: Vec<usize> = (0..count).filter(|&chunk| found.get(chunk) != chosen.get(chunk)).collect();
+        if other.is_empty() {
+            continue;
         }
+        let widest = other.iter().map(|&chunk| gap(chunk)).fold(0.0, f32::max);
+        let finding = format!("level {level} chose the other half of chunks {other:?}, at most {widest:.2e} apart");
+        return (widest <= TIE).then_some((level, finding));
     }
     None
 }
 
-/// Whether `name` is computed from the halves chosen at `level`.
-fn follows_from_choice(name: &str, level: usize) -> bool {
-    let Some(rest) = name.strip_prefix("tree.d").or_else(|| name.strip_prefix("enc.d")) else { return true };
-    let Some((number, part)) = rest.split_once('.') else { return true };
-    let own = number.parse::<usize>().unwrap_or(0);
-    own > level || (own == level && (part == "chosen" || part.starts_with("encoded") || name.starts_with("enc.")))
+/// Whether the golden tensor `name` follows from what was chosen at `level`.
+fn depends_on_choice(name: &str, level: usize) -> bool {
+    let at = |prefix: &str| {
+        let (digits, part) = name.strip_prefix(prefix)?.split_once('.')?;
+        Some((digits.parse::<usize>().ok()?, part.to_owned()))
+    };
+    if let Some((w, part)) = at("tree.d") {
+        let of_this_choice = part == "chosen" || part.starts_with("encoded_");
+        return part != "query_vector" && (w > level || (w == level && of_this_choice));
+    }
+    if let Some((w, _)) = at("enc.d") {
+        return w >= level;
+    }
+    !name.starts_with("pos.") && name != "prefill.hidden.0" && !name.ends_with(".position_id")
 }
 
-/// Says so if another token was generated than expected, with a logit within a tie.
-fn tied_token(case: &SharedLlmCase, quirks: Quirks, found: &Tensors) -> Option<String> {
-    let all = case.expected(quirks);
-    let (expected, found) = (integers(all.get("generate.tokens")?)?, integers(found.get("generate.tokens")?)?);
-    let at = expected.iter().zip(&found).position(|(e, f)| e != f)?;
-    let step = at.checked_sub(case.running_ids.len())?;
-    let logits = match step.checked_sub(1) {
-        None => all.get("prefill.logits")?,
-        Some(fed) => all.get(&format!("decode.{fed}.logits"))?,
-    };
-    let logits = logits.to_f32();
-    let last = &logits[logits.len() - case.architecture.vocab_size..];
-    let gap = last[usize::try_from(expected[at]).ok()?] - last[usize::try_from(found[at]).ok()?];
-    (gap.abs() <= LOGIT_TIE.of(last))
-        .then(|| format!("generate.tokens: {} instead of {} at {at}, {gap:.2e} apart", found[at], expected[at]))
+/// The first token that was decided otherwise than expected, with a logit within a tie.
+fn tied_token(expected: &Tensors, found: &Tensors) -> Option<(String, String)> {
+    let id = |tensors: &Tensors, name: &str| integers(tensors.get(name)?)?.first().copied();
+    for step in 0.. {
+        let name = format!("decode.{step}.input_id");
+        let (expected_id, found_id) = (id(expected, &name)?, id(found, &name)?);
+        if expected_id == found_id {
+            continue;
+        }
+        let decided_by = if step == 0 { "prefill.logits".to_owned() } else { format!("decode.{}.logits", step - 1) };
+        let logits = expected.get(&decided_by)?;
+        let row = logits.len() - logits.shape().last()?;
+        let values = logits.to_f32();
+        let logit = |id: i64| values.get(row + usize::try_from(id).ok()?).copied();
+        let gap = logit(expected_id)? - logit(found_id)?;
+        let finding = format!("{name}: {found_id} instead of {expected_id}, {gap:.2e} apart");
+        return (gap.abs() <= TIE).then_some((name, finding));
+    }
+    None
 }

@@ -102,6 +102,7 @@ fn profile() -> ProfileReport {
             measurements.push(Measurement {
                 configuration: Configuration {
                     method: method.into(),
+                    decoder: "llama, 30 layers of 576, 9/3 heads of 64".into(),
                     engine: "ort-cpu fp32".into(),
                     threads: 2,
                     settings: if plain { Vec::new() } else { pairs(&[("max chunk length", "2048"), ("width", "1")]) },
@@ -117,8 +118,10 @@ fn profile() -> ProfileReport {
                     1_080_000_000 + 3000 * context as u64
                 },
                 state_bytes: 46_080 * kept as u64,
+                plain_state_bytes: 46_080 * (context as u64 + 22),
                 operations: Some((if plain { plain_s } else { homer_s } * 9e10) as u64),
                 floor_fraction: (!plain).then_some(0.87),
+                operators: Vec::new(),
             });
         }
     }

@@ -21,7 +21,7 @@ fn a_full_report_is_small_balanced_and_complete() {
     let tags = tags(&page);
     assert_eq!(count(&tags, "h1"), 1);
     assert_eq!(count(&tags, "section"), 5);
-    assert_eq!(tags.iter().filter(|tag| has_class(tag, "chart")).count(), 4);
+    assert_eq!(tags.iter().filter(|tag| has_class(tag, "chart")).count(), 5);
     assert_eq!(tags.iter().filter(|tag| has_class(tag, "node")).count(), 63);
     let rows = tags.iter().filter(|tag| tag.attributes.iter().any(|(name, _)| *name == "data-verdict")).count();
     let listed: usize = report().verifications.iter().map(|v| v.counts.total().min(400)).sum();
