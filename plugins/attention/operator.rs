@@ -8,7 +8,9 @@ use ort::operator::{
 use ort::value::TensorElementType::{Float32, Int64};
 
 use super::{Geometry, Inputs, Outputs, Past, attend};
-use crate::operator::{error, expect_shape, input, integer, length, optional_input, output, tensor};
+use crate::operator::{
+    error, expect_shape, input, integer, length, optional_input, output, output_like_first_input, tensor,
+};
 use crate::parallel::SessionThreads;
 
 /// The operator of `contract.md`, for the CPU provider.
@@ -50,10 +52,7 @@ impl Operator for GroupQueryAttention {
     }
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        match context.inputs().first() {
-            Some(query) => context.set_output(0, query),
-            None => Ok(()),
-        }
+        output_like_first_input(context)
     }
 }
 

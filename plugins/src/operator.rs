@@ -1,7 +1,7 @@
 //! What the custom operators of ONNX Runtime share: reading inputs and attributes with errors that name them.
 
-use ort::operator::{ComputeContext, KernelContext};
-use ort::value::{PrimitiveTensorElementType, ValueRef, ValueRefMut};
+use ort::operator::{ComputeContext, KernelContext, ShapeInferenceContext};
+use ort::value::{PrimitiveTensorElementType, ValueRef, ValueRefMut, ValueType};
 
 /// An error of an operator, as ONNX Runtime wants it.
 pub(crate) fn error(message: impl std::fmt::Display) -> ort::Error {
@@ -22,6 +22,19 @@ pub(crate) fn input<'a>(context: &'a ComputeContext, index: usize, name: &str) -
 /// Input `index`, or `None` where the node does not have it.
 pub(crate) fn optional_input(context: &ComputeContext, index: usize) -> ort::Result<Option<ValueRef<'_>>> {
     if index < context.num_inputs()? { context.input(index) } else { Ok(None) }
+}
+
+/// Declares output 0 to have the shape of input 0. Nothing is declared where a dimension of it is neither known nor named:
+/// ONNX Runtime would take that for a length of -1.
+pub(crate) fn output_like_first_input(context: &mut ShapeInferenceContext) -> ort::Result<()> {
+    match context.inputs().first() {
+        Some(first @ ValueType::Tensor { shape, dimension_symbols, .. })
+            if shape.iter().zip(dimension_symbols.iter()).all(|(&dim, name)| dim >= 0 || !name.is_empty()) =>
+        {
+            context.set_output(0, first)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The shape and elements of an input of rank `N`.

@@ -6,7 +6,7 @@ use ort::operator::{
 use ort::value::TensorElementType::Float32;
 
 use super::swiglu;
-use crate::operator::{error, input};
+use crate::operator::{error, input, output_like_first_input};
 use crate::parallel::SessionThreads;
 
 /// The operator of `contract.md`, for the CPU provider.
@@ -33,10 +33,7 @@ impl Operator for SwiGlu {
     }
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        match context.inputs().first() {
-            Some(gate) => context.set_output(0, gate),
-            None => Ok(()),
-        }
+        output_like_first_input(context)
     }
 }
 

@@ -39,8 +39,17 @@ impl Sequence {
     }
 
     /// The sequence whose rows `cache` holds, at positions from 0 on without gaps.
-    pub(super) fn over(cache: Cache) -> Self {
+    pub(super) fn of_cache(cache: Cache) -> Self {
         Self { next_position: cache.len() as i64, cache, injected: None }
+    }
+
+    /// An empty sequence whose bottom layers attend to `injected`, with room for `capacity` rows.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::new`].
+    pub fn over(engines: &Engines<'_>, injected: Injected, capacity: usize) -> Result<Self, PipelineError> {
+        Ok(Self { injected: Some(injected), ..Self::new(engines, capacity)? })
     }
 
     /// A continuation of `state` with room for `extra` more rows. The state is copied, not changed.

@@ -89,6 +89,25 @@ pub enum PipelineError {
         /// Height of the tree.
         height: usize,
     },
+    /// The bundle was exported with other settings than the run's.
+    #[error("the bundle's method is {found}, the run's {expected}")]
+    Settings {
+        /// The bundle's method.
+        found: String,
+        /// The run's.
+        expected: String,
+    },
+    /// The released code has no rotation for a single token behind so many chunks.
+    #[error(
+        "{chunks} chunks are too many for heads of {head_dim} as released, where the number of chunks + 1 has to be less; \
+         use fewer or longer chunks, or export with the quirks fixed"
+    )]
+    ManyChunks {
+        /// Chunks of the context.
+        chunks: usize,
+        /// Width of a head.
+        head_dim: usize,
+    },
     /// The context is longer than the model can attend to.
     #[error(
         "a sequence of {length} tokens is longer than the model's sliding window of {window}, which is not supported"

@@ -110,7 +110,7 @@ pub fn read_slots(
         append(engines, &mut cache, maps, &scope, taps)?;
         on_batch(first + segments);
     }
-    Ok(Sequence::over(cache))
+    Ok(Sequence::of_cache(cache))
 }
 
 /// Segments `[segments, W]` to maps `[L, segments * n, H]`.

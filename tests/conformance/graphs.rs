@@ -1,9 +1,9 @@
 //! The exported graphs as rows of the table: a bundle is written, opened and run, as the command does it.
 
-use super::{Implementation, rcc_graphs};
+use super::{Implementation, graphs_sharedllm, rcc_graphs};
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
-use accordion::checkpoint::{Checkpoint, config_json};
-use accordion::goldens::{HomerCase, RccCase};
+use accordion::checkpoint::{Checkpoint, config_json, sharedllm_json};
+use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
 use accordion::pipeline::decode::{Continuation, Sequence};
 use accordion::pipeline::homer::{Prompt, compress};
 use accordion::pipeline::{ContextState, Engines};
@@ -12,9 +12,11 @@ use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::tensor::Tensor;
 use accordion_graphs::blocks::{Target, rope};
 use accordion_graphs::plan::homer::HomerPlan;
+use accordion_graphs::plan::sharedllm::Quirks;
 use anyhow::Result;
 use std::collections::BTreeMap;
 use std::path::Path;
+use tempfile::TempDir;
 
 /// Graphs of one target, with or without our kernels, at one batch width.
 pub(crate) struct Graphs {
@@ -39,20 +41,41 @@ impl Graphs {
             row("ort-cpu fused, width max", Target::OrtCpu, true, usize::MAX),
         ]
     }
+}
 
-    /// The checkpoint exported beside itself.
-    fn bundle(&self, checkpoint: &Path, method: MethodSettings) -> Result<Bundle> {
-        let out = checkpoint.with_file_name("bundle");
-        let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
-        export(&Checkpoint::open(checkpoint)?, &out, &options)?;
-        Ok(Bundle::open(out)?)
-    }
+/// A bundle in a folder of its own, and how its graphs are run.
+pub(crate) struct Opened {
+    bundle: Bundle,
+    fused_operators: bool,
+    _folder: TempDir,
+}
 
-    fn engines<'b>(&self, bundle: &'b Bundle) -> Result<Engines<'b>> {
+impl Opened {
+    pub(crate) fn engines(&self) -> Result<Engines<'_>> {
         let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
         let options = OrtOptions { fused_operators: self.fused_operators };
-        let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options)?;
-        Ok(Engines::new(bundle, Box::new(loader)))
+        let loader = OrtCpu::new(runtime, self.bundle.weights().clone(), &options)?;
+        Ok(Engines::new(&self.bundle, Box::new(loader)))
+    }
+}
+
+impl Graphs {
+    /// A checkpoint of `weights` and `config`, exported and opened.
+    pub(crate) fn open(&self, weights: &Path, config: &serde_json::Value, method: MethodSettings) -> Result<Opened> {
+        let folder = tempfile::tempdir()?;
+        let checkpoint = folder.path().join("checkpoint");
+        std::fs::create_dir(&checkpoint)?;
+        std::fs::copy(weights, checkpoint.join("model.safetensors"))?;
+        std::fs::write(checkpoint.join("config.json"), config.to_string())?;
+        self.open_in(folder, &checkpoint, method)
+    }
+
+    /// `checkpoint`, which lies in `folder`, exported beside itself and opened.
+    fn open_in(&self, folder: TempDir, checkpoint: &Path, method: MethodSettings) -> Result<Opened> {
+        let out = folder.path().join("bundle");
+        let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
+        export(&Checkpoint::open(checkpoint)?, &out, &options)?;
+        Ok(Opened { bundle: Bundle::open(&out)?, fused_operators: self.fused_operators, _folder: folder })
     }
 }
 
@@ -62,15 +85,10 @@ impl Implementation for Graphs {
     }
 
     fn homer(&mut self, case: &HomerCase, plan: &HomerPlan) -> Result<Tensors> {
-        let folder = tempfile::tempdir()?;
-        let checkpoint = folder.path().join("checkpoint");
-        std::fs::create_dir(&checkpoint)?;
-        std::fs::copy(case.weights_path(), checkpoint.join("model.safetensors"))?;
-        std::fs::write(checkpoint.join("config.json"), config_json(&case.architecture).to_string())?;
         let tree_heights = vec![plan.tree_height];
         let method = MethodSettings::Homer { settings: case.settings, tree_heights, significance: None };
-        let bundle = self.bundle(&checkpoint, method)?;
-        let mut engines = self.engines(&bundle)?;
+        let opened = self.open(case.weights_path(), &config_json(&case.architecture), method)?;
+        let mut engines = opened.engines()?;
 
         let mut found = Tensors::new();
         let (frequencies, _) = rope::frequencies(&case.architecture.rope, case.architecture.head_dim);
@@ -89,8 +107,19 @@ impl Implementation for Graphs {
     fn rcc(&mut self, case: &RccCase) -> Result<Tensors> {
         let folder = tempfile::tempdir()?;
         let checkpoint = rcc_graphs::checkpoint(case, folder.path())?;
-        let bundle = self.bundle(&checkpoint, MethodSettings::Rcc(case.settings))?;
-        rcc_graphs::run(case, &mut self.engines(&bundle)?, self.width)
+        let opened = self.open_in(folder, &checkpoint, MethodSettings::Rcc(case.settings))?;
+        rcc_graphs::run(case, &mut opened.engines()?, self.width)
+    }
+
+    fn sharedllm(&mut self, case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
+        let settings = case.settings(quirks);
+        let config = sharedllm_json(&case.architecture, &case.model, &settings);
+        let opened = self.open(case.weights_path(), &config, MethodSettings::SharedLlm(settings))?;
+        graphs_sharedllm::run(&opened, case, quirks, self.width)
+    }
+
+    fn omits_sharedllm(&self, case: &SharedLlmCase, name: &str) -> bool {
+        graphs_sharedllm::omits(case, name)
     }
 
     /// ONNX Runtime's attention for CPU takes heads of a multiple of 8; the export refuses others.

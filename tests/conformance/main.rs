@@ -8,6 +8,7 @@
 
 mod compare;
 mod graphs;
+mod graphs_sharedllm;
 mod homer;
 mod part;
 mod rcc;
@@ -52,6 +53,11 @@ trait Implementation {
     /// Runs one variant of the whole case and returns everything it computed, by golden name.
     fn sharedllm(&mut self, _case: &SharedLlmCase, _quirks: Quirks) -> anyhow::Result<Tensors> {
         Err(NotDefined("no implementation").into())
+    }
+
+    /// As [`Self::omits`], of a SharedLLM case.
+    fn omits_sharedllm(&self, _case: &SharedLlmCase, name: &str) -> bool {
+        self.omits(name)
     }
 
     /// Whether it is defined for the case; a row says where it is not.

@@ -2,9 +2,10 @@
 
 use super::rope::{self, Angles};
 use super::{Residual, Target, Transformer};
+use crate::architecture::Architecture;
 use crate::dtype::DType;
 use crate::functions;
-use crate::onnx::{Dim, Scope, Value};
+use crate::onnx::{Attribute, Dim, Scope, Value};
 
 /// What all layers of a graph share about its rows: how many there are, and their rotary angles.
 ///
@@ -72,9 +73,9 @@ impl<'a> Rows<'a> {
     pub fn attend(&self, layer: &Scope, x: &Value, past: Option<[&Value; 2]>) -> Attended {
         let (query, key, value) = self.projections(layer, x);
         let attn = self.model.attention_scope(layer);
-        let (mixed, key_cache, value_cache) = match self.model.target {
-            Target::Portable => self.standard(&query, &key, &value, past),
-            Target::OrtCpu => self.contributed(&attn, &query, &key, &value, past),
+        let (mixed, key_cache, value_cache) = match (&self.cache, past) {
+            (Some(cache), Some(past)) => self.attention_with_past(&attn, [&query, &key, &value], cache, past),
+            _ => causal_attention(self.model, &attn, [&query, &key, &value]),
         };
         let projected = self.model.attention_output(layer, &mixed.flatten_rows());
         let residual = self.model.residual(layer, x, &projected);
@@ -88,65 +89,108 @@ impl<'a> Rows<'a> {
 
     /// Only the keys and values of layer `layer` for `x [batch * sequence, D]`, `[batch, G, sequence, d]`, keys rotated.
     pub fn keys_values(&self, layer: &Scope, x: &Value) -> [Value; 2] {
-        let (_, key, value) = self.projections(layer, x);
-        [key, value].map(|x| self.heads_first(&x, self.model.arch.num_kv_heads()))
+        let normed = self.model.attention_input(layer, x);
+        let [key, value] = self.model.keys_values(layer, &normed);
+        [self.rotated_keys(layer, &key), self.by_sequence(layer, &value, &self.key_shape)]
+            .map(|x| heads_first(&x, self.model.arch.num_kv_heads()))
     }
 
     /// Rotated queries `[batch, sequence, H * d]`, rotated keys and values `[batch, sequence, G * d]`.
     fn projections(&self, layer: &Scope, x: &Value) -> (Value, Value, Value) {
-        let arch = self.model.arch;
-        let attn = self.model.attention_scope(layer);
         let normed = self.model.attention_input(layer, x);
         let [query, key, value] = self.model.queries_keys_values(layer, &normed);
-        let by_sequence = |flat: &Value, shape: &Value| {
-            flat.within(&attn).reshape_as(shape, &[self.batch.clone(), self.sequence.clone(), flat.dim(1)])
-        };
-        let rotate = |x: &Value, heads| x.rotary(&self.angles.cos, &self.angles.sin, heads);
-        let query = rotate(&by_sequence(&query, &self.query_shape), arch.num_heads());
-        let key = rotate(&by_sequence(&key, &self.key_shape), arch.num_kv_heads());
-        (query, key, by_sequence(&value, &self.key_shape))
+        let query = self.by_sequence(layer, &query, &self.query_shape).rotary(
+            &self.angles.cos,
+            &self.angles.sin,
+            self.model.arch.num_heads(),
+        );
+        (query, self.rotated_keys(layer, &key), self.by_sequence(layer, &value, &self.key_shape))
     }
 
-    /// `x [batch, sequence, heads * d]` as `[batch, heads, sequence, d]`.
-    fn heads_first(&self, x: &Value, heads: usize) -> Value {
-        let shape = [self.batch.clone(), self.sequence.clone(), heads.into(), self.model.arch.head_dim().into()];
-        x.reshape(&shape).transpose(&[0, 2, 1, 3])
+    fn rotated_keys(&self, layer: &Scope, key: &Value) -> Value {
+        let key = self.by_sequence(layer, key, &self.key_shape);
+        key.rotary(&self.angles.cos, &self.angles.sin, self.model.arch.num_kv_heads())
     }
 
-    /// Standard operators, heads first.
-    fn standard(&self, q: &Value, k: &Value, v: &Value, past: Option<[&Value; 2]>) -> (Value, Value, Value) {
-        let [h, g] = [self.model.arch.num_heads(), self.model.arch.num_kv_heads()];
-        let (q4, k4, v4) = (self.heads_first(q, h), self.heads_first(k, g), self.heads_first(v, g));
-        let (out, key, value) = match (&self.cache, past) {
-            (Some(CachedRows::Growing { visible }), Some(past)) => q4.attention(&k4, &v4, visible, past),
-            _ => (q4.causal_attention(&k4, &v4), k4, v4),
-        };
-        (out.transpose(&[0, 2, 1, 3]).reshape_as(&self.query_shape, q.shape()), key, value)
+    /// `flat [batch * sequence, width]` as `[batch, sequence, width]`, which `shape` holds at run time.
+    fn by_sequence(&self, layer: &Scope, flat: &Value, shape: &Value) -> Value {
+        let attn = self.model.attention_scope(layer);
+        flat.within(&attn).reshape_as(shape, &[self.batch.clone(), self.sequence.clone(), flat.dim(1)])
     }
 
-    /// Our functions, whose kernels take the projections as they are.
-    fn contributed(
+    /// Attention over the rows that `cache` says of `past` and the new ones.
+    fn attention_with_past(
         &self,
         attn: &Scope,
-        q: &Value,
-        k: &Value,
-        v: &Value,
-        past: Option<[&Value; 2]>,
+        [query, key, value]: [&Value; 3],
+        cache: &CachedRows,
+        past: [&Value; 2],
     ) -> (Value, Value, Value) {
-        let [h, g] = [self.model.arch.num_heads(), self.model.arch.num_kv_heads()];
-        let heads = vec![("num_heads", h.into()), ("kv_num_heads", g.into())];
-        let out = (DType::F32, q.shape().to_vec());
-        let cache =
-            |rows: Dim| (DType::F32, vec![self.batch.clone(), g.into(), rows, self.model.arch.head_dim().into()]);
-        let results =
-            if let (Some(CachedRows::InPlace { past_length }), Some([past_key, past_value])) = (&self.cache, past) {
-                let cache = cache(past_key.dim(2));
-                let inputs = [q, k, v, past_key, past_value, past_length];
-                attn.call(&functions::CACHED_ATTENTION, &inputs, heads, vec![out, cache.clone(), cache])
-            } else {
-                let cache = cache(self.sequence.clone());
-                attn.call(&functions::CAUSAL_ATTENTION, &[q, k, v], heads, vec![out, cache.clone(), cache])
-            };
-        (results[0].clone(), results[1].clone(), results[2].clone())
+        let arch = self.model.arch;
+        match cache {
+            CachedRows::Growing { visible } => {
+                let query4 = heads_first(query, arch.num_heads());
+                let [key, value] = [key, value].map(|x| heads_first(x, arch.num_kv_heads()));
+                let (mixed, key, value) = query4.attention(&key, &value, visible, past);
+                (rows_first(&mixed, query.dim(2)), key, value)
+            }
+            CachedRows::InPlace { past_length } => {
+                let out = (DType::F32, query.shape().to_vec());
+                let cache = (DType::F32, past[0].shape().to_vec());
+                let inputs = [query, key, value, past[0], past[1], past_length];
+                let results =
+                    attn.call(&functions::CACHED_ATTENTION, &inputs, heads(arch), vec![out, cache.clone(), cache]);
+                (results[0].clone(), results[1].clone(), results[2].clone())
+            }
+        }
     }
+}
+
+/// Causal attention among the rows of each sequence: queries `[batch, sequence, H * d]`, keys and values `[batch,
+/// sequence, G * d]`. Returns the result, and keys and values heads first. For ONNX Runtime our functions, whose kernels
+/// take the projections as they are.
+pub(super) fn causal_attention(
+    model: &Transformer<'_>,
+    attn: &Scope,
+    [query, key, value]: [&Value; 3],
+) -> (Value, Value, Value) {
+    let arch = model.arch;
+    match model.target {
+        Target::Portable => {
+            let query4 = heads_first(query, arch.num_heads());
+            let [key, value] = [key, value].map(|x| heads_first(x, arch.num_kv_heads()));
+            (rows_first(&query4.causal_attention(&key, &value), query.dim(2)), key, value)
+        }
+        Target::OrtCpu => {
+            let out = (DType::F32, query.shape().to_vec());
+            let cache = [query.dim(0), arch.num_kv_heads().into(), query.dim(1), arch.head_dim().into()];
+            let cache = (DType::F32, cache.to_vec());
+            let inputs = [query, key, value];
+            let results =
+                attn.call(&functions::CAUSAL_ATTENTION, &inputs, heads(arch), vec![out, cache.clone(), cache]);
+            (results[0].clone(), results[1].clone(), results[2].clone())
+        }
+    }
+}
+
+fn heads(arch: &Architecture) -> Vec<(&'static str, Attribute)> {
+    vec![("num_heads", arch.num_heads().into()), ("kv_num_heads", arch.num_kv_heads().into())]
+}
+
+/// `x [batch, sequence, heads * d]` as `[batch, heads, sequence, d]`.
+pub(super) fn heads_first(x: &Value, heads: usize) -> Value {
+    let head_dim = match x.dim(2) {
+        Dim::Known(width) => width / heads.max(1),
+        Dim::Symbol(_) => {
+            x.scope().fail(format!("heads of {x:?}: the width has to be known"));
+            1
+        }
+    };
+    x.reshape(&[x.dim(0), x.dim(1), heads.into(), head_dim.into()]).transpose(&[0, 2, 1, 3])
+}
+
+/// `x [batch, heads, sequence, d]` as `[batch, sequence, width]`, `width = heads * d`.
+pub(super) fn rows_first(x: &Value, width: Dim) -> Value {
+    let rows = x.transpose(&[0, 2, 1, 3]);
+    rows.reshape(&[rows.dim(0), rows.dim(1), width])
 }

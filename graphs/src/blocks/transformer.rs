@@ -31,6 +31,11 @@ impl Residual {
         Self { stream: pick(&self.stream), parallel_input: self.parallel_input.as_ref().map(pick) }
     }
 
+    /// The same with another stream, which a further part of the layer left.
+    pub(super) fn with_stream(&self, stream: Value) -> Self {
+        Self { stream, ..self.clone() }
+    }
+
     /// The MLP's input.
     fn mlp_input(&self) -> &Value {
         self.parallel_input.as_ref().unwrap_or(&self.stream)
@@ -53,6 +58,12 @@ impl<'a> Transformer<'a> {
     /// `taps` if that is not empty.
     pub fn at(arch: &'a Architecture, target: Target, body: &str, taps: &str) -> Self {
         Self { arch, target, body: body.to_owned(), taps: taps.to_owned() }
+    }
+
+    /// The same model, with its taps behind `taps`.
+    #[must_use]
+    pub fn tapped_as(&self, taps: &str) -> Self {
+        Self { taps: taps.to_owned(), ..self.clone() }
     }
 
     /// Path of the embedding, layers and final norm in a checkpoint of `arch` alone.
@@ -103,6 +114,7 @@ impl<'a> Transformer<'a> {
     /// Logits `[rows, V]` of `x [rows, D]`: final norm and output projection.
     pub fn head(&self, g: &Scope, x: &Value) -> Value {
         let normed = self.final_norm(g, x);
+        self.scope(g).tap("final_norm", &normed);
         let head = g.scope(match self.arch {
             Architecture::Llama(_) => "lm_head",
             Architecture::GptNeox(_) => "embed_out",
@@ -116,7 +128,7 @@ impl<'a> Transformer<'a> {
     }
 
     /// The norm `name` of `scope` over `x [rows, D]`.
-    fn norm(&self, scope: &Scope, name: &str, x: &Value) -> Value {
+    pub(super) fn norm(&self, scope: &Scope, name: &str, x: &Value) -> Value {
         let norm = scope.scope(name);
         let x = x.within(&norm);
         match self.arch {
@@ -129,7 +141,7 @@ impl<'a> Transformer<'a> {
     }
 
     /// The linear layer `name` of `scope` over `x [rows, from]`.
-    fn project(&self, scope: &Scope, name: &str, x: &Value, [from, to]: [usize; 2], bias: bool) -> Value {
+    pub(super) fn project(&self, scope: &Scope, name: &str, x: &Value, [from, to]: [usize; 2], bias: bool) -> Value {
         let g = scope.scope(name);
         let bias = bias.then(|| g.weight("bias", &[to]));
         linear(&g, self.target, x, &g.weight("weight", &[to, from]), bias.as_ref())
@@ -152,15 +164,43 @@ impl<'a> Transformer<'a> {
     pub(super) fn queries_keys_values(&self, layer: &Scope, normed: &Value) -> [Value; 3] {
         let attn = self.attention_scope(layer);
         match self.arch {
-            Architecture::Llama(m) => {
-                let [q, kv] = [m.num_heads, m.num_kv_heads].map(|heads| heads * m.head_dim);
-                [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]
-                    .map(|(name, width)| self.project(&attn, name, normed, [m.hidden_size, width], m.qkv_bias))
+            Architecture::Llama(_) => {
+                let query = self.queries(layer, normed);
+                let [key, value] = self.keys_values(layer, normed);
+                [query, key, value]
             }
             Architecture::GptNeox(m) => {
                 let shape = [m.hidden_size, 3 * m.hidden_size];
                 let fused = self.project(&attn, "query_key_value", normed, shape, m.attention_bias);
                 split_by_head(&attn, m, &fused)
+            }
+        }
+    }
+
+    /// Only the queries of normalised rows.
+    pub(super) fn queries(&self, layer: &Scope, normed: &Value) -> Value {
+        match self.arch {
+            Architecture::Llama(m) => {
+                let shape = [m.hidden_size, m.num_heads * m.head_dim];
+                self.project(&self.attention_scope(layer), "q_proj", normed, shape, m.qkv_bias)
+            }
+            Architecture::GptNeox(_) => {
+                let [query, ..] = self.queries_keys_values(layer, normed);
+                query
+            }
+        }
+    }
+
+    /// Only the keys and values of normalised rows.
+    pub(super) fn keys_values(&self, layer: &Scope, normed: &Value) -> [Value; 2] {
+        match self.arch {
+            Architecture::Llama(m) => ["k_proj", "v_proj"].map(|name| {
+                let shape = [m.hidden_size, m.num_kv_heads * m.head_dim];
+                self.project(&self.attention_scope(layer), name, normed, shape, m.qkv_bias)
+            }),
+            Architecture::GptNeox(_) => {
+                let [_, key, value] = self.queries_keys_values(layer, normed);
+                [key, value]
             }
         }
     }

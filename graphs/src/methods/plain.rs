@@ -7,7 +7,7 @@ use crate::onnx::{Dim, Scope, Value};
 
 /// The graphs of the method.
 pub fn graphs(source: &Source) -> Graphs {
-    Graphs::from([("decoder".to_owned(), decoder(source))])
+    Graphs::from([("decoder".to_owned(), decoder(source, 0))])
 }
 
 /// The decoder with past, under the names the ecosystem uses.
@@ -18,7 +18,10 @@ pub fn graphs(source: &Source) -> Graphs {
 ///
 /// The portable cache is `[batch, G, past, d]` and grows by `sequence`. For ONNX Runtime on CPU it is
 /// `[batch, G, capacity, d]` with an input `past_length [1]`, and past and present may be one buffer.
-pub fn decoder(source: &Source) -> Scope {
+///
+/// The bottom `injected_layers` attend to a compressed context between attention and MLP, if there are any: inputs
+/// `injected.<l>.key` and `.value [batch, G, injected, d]`, as [`crate::blocks::Transformer::cross_attend`] takes them.
+pub fn decoder(source: &Source, injected_layers: usize) -> Scope {
     let g = source.graph("decoder");
     let (arch, model) = (&source.arch, source.decoder());
     let [batch, sequence] = [Dim::from("batch"), Dim::from("sequence")];
@@ -26,18 +29,23 @@ pub fn decoder(source: &Source) -> Scope {
     let (ids, positions) = (rows_of("input_ids"), rows_of("position_ids"));
     let keep = g.input("num_logits_to_keep", DType::I64, &[1.into()]);
     let (past, cache) = past_inputs(&g, source, arch.num_layers(), &positions);
+    let injected_shape = [batch.clone(), arch.num_kv_heads().into(), "injected".into(), arch.head_dim().into()];
+    let injected: Vec<[Value; 2]> = (0..injected_layers)
+        .map(|l| ["key", "value"].map(|part| g.input(&format!("injected.{l}.{part}"), DType::F32, &injected_shape)))
+        .collect();
     let rows = Rows::new(&g, &model, &positions, cache);
     let mut x = model.embed(&g, &ids);
     g.tap("embed", &x);
     for (l, [past_key, past_value]) in past.iter().enumerate() {
         let layer = model.layer(&g, l);
         let attended = rows.attend(&layer, &x, Some([past_key, past_value]));
-        // Only the last layer's cache needs all rows; its MLP is run for the rows whose logits are asked for.
-        let residual = if l + 1 == arch.num_layers() {
-            attended.residual.pick(|x| last_rows(x, &positions, &keep))
-        } else {
-            attended.residual
+        let residual = match injected.get(l) {
+            Some(context) => model.cross_attend(&layer, &attended.residual, &positions, context.each_ref()),
+            None => attended.residual,
         };
+        // Only the last layer's cache needs all rows; its MLP is run for the rows whose logits are asked for.
+        let residual =
+            if l + 1 == arch.num_layers() { residual.pick(|x| last_rows(x, &positions, &keep)) } else { residual };
         x = model.mlp_residual(&layer, &residual);
         g.output(&format!("present.{l}.key"), &attended.key);
         g.output(&format!("present.{l}.value"), &attended.value);

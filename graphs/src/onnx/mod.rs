@@ -18,6 +18,7 @@ pub use function::Operator;
 pub use scope::{Scope, Value};
 pub use serialize::{GraphSignature, Model, ValueInfo, tap_outputs};
 pub use shape::Dim;
+pub(crate) use shape::product;
 pub use subgraph::{Step, Subgraph};
 
 /// Opset of the default ONNX domain that all graphs use.

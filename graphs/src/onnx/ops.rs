@@ -108,16 +108,34 @@ impl Value {
         self.binary("Max", other, self.dtype())
     }
 
+    /// Remainder of the integer division `self / other`.
+    #[must_use]
+    pub fn modulo(&self, other: &Value) -> Value {
+        self.binary("Mod", other, self.dtype())
+    }
+
     /// `self < other`.
     #[must_use]
     pub fn less(&self, other: &Value) -> Value {
         self.binary("Less", other, DType::Bool)
     }
 
+    /// `self == other`.
+    #[must_use]
+    pub fn equal(&self, other: &Value) -> Value {
+        self.binary("Equal", other, DType::Bool)
+    }
+
     /// `self >= other`.
     #[must_use]
     pub fn greater_or_equal(&self, other: &Value) -> Value {
         self.binary("GreaterOrEqual", other, DType::Bool)
+    }
+
+    /// Logical and.
+    #[must_use]
+    pub fn and(&self, other: &Value) -> Value {
+        self.binary("And", other, DType::Bool)
     }
 
     /// Logical or.
@@ -212,6 +230,17 @@ impl Value {
         self.one("LayerNormalization", &[gain, bias], attributes, self.dtype(), self.shape().to_vec())
     }
 
+    /// Rotary embedding in the rotate-half layout of whole heads: `self [batch, heads, sequence, d]`, `cos` and `sin`
+    /// `[batch, sequence, d / 2]`.
+    #[must_use]
+    pub fn rotary_heads(&self, cos: &Value, sin: &Value) -> Value {
+        self.expect_rank("RotaryEmbedding", 4);
+        if cos.shape()[..2] != [self.dim(0), self.dim(2)] {
+            self.scope.fail(format!("RotaryEmbedding of {self:?} with angles {cos:?}: rows differ"));
+        }
+        self.one("RotaryEmbedding", &[cos, sin], vec![], self.dtype(), self.shape().to_vec())
+    }
+
     /// Rotary embedding in the rotate-half layout of the first `r` dimensions of every head: `self [batch, sequence,
     /// num_heads * d]`, `cos` and `sin` `[batch, sequence, r / 2]`.
     #[must_use]
@@ -237,6 +266,17 @@ impl Value {
             v.expect_rank("Attention", 4);
         }
         self.one("Attention", &[key, value], vec![("is_causal", 1_i64.into())], self.dtype(), self.shape().to_vec())
+    }
+
+    /// Scaled attention of the queries `self [batch, H, T, d]` over all of `key` and `value` `[batch, G, S, d]`, or over
+    /// those that `visible`, which broadcasts to `[batch, H, T, S]`, says.
+    #[must_use]
+    pub fn attention_over(&self, key: &Value, value: &Value, visible: Option<&Value>) -> Value {
+        for v in [self, key, value] {
+            v.expect_rank("Attention", 4);
+        }
+        let inputs: Vec<&Value> = [key, value].into_iter().chain(visible).collect();
+        self.one("Attention", &inputs, vec![], self.dtype(), self.shape().to_vec())
     }
 
     /// Scaled attention over keys and values `[batch, G, T, d]` that follow those of `past` `[batch, G, P, d]`; a row
@@ -355,8 +395,15 @@ impl Value {
     /// `self[indices]` along the first dimension.
     #[must_use]
     pub fn gather(&self, indices: &Value) -> Value {
-        let shape = with(indices.shape(), self.shape().get(1..).unwrap_or_default());
-        self.one("Gather", &[indices], vec![("axis", 0_i64.into())], self.dtype(), shape)
+        self.gather_along(0, indices)
+    }
+
+    /// The entries `indices` of dimension `axis`, whose place the dimensions of `indices` take.
+    #[must_use]
+    pub fn gather_along(&self, axis: usize, indices: &Value) -> Value {
+        let (before, after) = self.shape().split_at(axis.min(self.shape().len()));
+        let shape = with(&with(before, indices.shape()), after.get(1..).unwrap_or_default());
+        self.one("Gather", &[indices], vec![("axis", axis.into())], self.dtype(), shape)
     }
 
     /// For every entry of the first `batch_dims` dimensions, the rows that `indices [..batch.., K]` name.
@@ -390,6 +437,28 @@ impl Value {
         }
         let axes = self.scope.ints(&[axis as i64]);
         self.one(op, &[&axes], vec![("keepdims", 0_i64.into())], self.dtype(), shape)
+    }
+
+    /// Euclidean norm along `axis`, which stays as a dimension of 1.
+    #[must_use]
+    pub fn norm_l2(&self, axis: usize) -> Value {
+        let mut shape = self.shape().to_vec();
+        if let Some(dim) = shape.get_mut(axis) {
+            *dim = Dim::Known(1);
+        }
+        let axes = self.scope.ints(&[axis as i64]);
+        self.one("ReduceL2", &[&axes], vec![("keepdims", 1_i64.into())], self.dtype(), shape)
+    }
+
+    /// Index of the largest entry along `axis`, which disappears; among equals the first.
+    #[must_use]
+    pub fn arg_max(&self, axis: usize) -> Value {
+        let mut shape = self.shape().to_vec();
+        if axis < shape.len() {
+            shape.remove(axis);
+        }
+        let attributes = vec![("axis", axis.into()), ("keepdims", 0_i64.into())];
+        self.one("ArgMax", &[], attributes, DType::I64, shape)
     }
 
     /// The largest element, without dimensions.

@@ -9,7 +9,7 @@ use std::ops::{Add, AddAssign};
 pub struct OperationCount {
     /// In matrix products with weights.
     pub linear: u64,
-    /// In causal attention, counting only the half of the score matrix that the mask leaves.
+    /// In attention, counting only the part of the score matrix that the mask leaves.
     pub attention: u64,
 }
 

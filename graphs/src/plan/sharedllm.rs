@@ -1,7 +1,8 @@
 //! SharedLLM: how a context splits into chunks, how a chunk splits into a tree of nodes, and how many tokens of each node
 //! are kept.
 
-use super::{PlanError, PromptLengths};
+use super::{OperationCount, PlanError, PromptLengths};
+use crate::architecture::Architecture;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -196,9 +197,94 @@ impl SharedLlmPlan {
         self.chunks * self.kept_per_chunk
     }
 
+    /// Operations of the whole prompt, including the output projection of the last row: the lower model `lower` over the
+    /// tree, and the model `upper`, whose bottom `injected_layers` attend to what is kept. What reaches no result is not
+    /// counted: of the last lower layer only the keys and values of kept rows, of the one before it no other row's MLP, and
+    /// of halves that are compared only the last row behind the first layer's keys and values.
+    pub fn operations(&self, upper: &Architecture, lower: &Architecture, injected_layers: usize) -> OperationCount {
+        let (chunks, running) = (self.chunks, self.running as u64);
+        OperationCount::plain_prefill(upper, self.running)
+            + self.encoding(lower, injected_layers).times(chunks)
+            + self.search(lower).times(chunks)
+            + self.query(upper)
+            + OperationCount {
+                linear: 2 * RowCost::of(upper).queries_outputs * running,
+                attention: RowCost::of(upper).attention * running * self.injected_rows() as u64,
+            }
+            .times(injected_layers)
+    }
+
+    /// The lower layers over the nodes of a chunk, without the keys and values that the search needs anyway.
+    fn encoding(&self, lower: &Architecture, layers: usize) -> OperationCount {
+        let cost = RowCost::of(lower);
+        let kept = self.kept_per_chunk as u64;
+        let rows: u64 = self.levels.iter().map(|level| (level.nodes * level.node_len) as u64).sum();
+        let pairs: u64 = self.levels.iter().map(|l| (l.nodes * l.node_len * (l.node_len + 1) / 2) as u64).sum();
+        let whole = (layers as u64).saturating_sub(1);
+        let known = u64::from(self.settings.retrieval);
+        let keys_values = match whole {
+            0 => (1 - known) * kept,
+            _ => (whole - known) * rows + kept,
+        };
+        let mlp = if whole == 0 { 0 } else { (whole - 1) * rows + kept };
+        OperationCount {
+            linear: 2 * (cost.keys_values * keys_values + cost.queries_outputs * whole * rows + cost.mlp * mlp),
+            attention: cost.attention * whole * pairs,
+        }
+    }
+
+    /// Comparing the halves of a chunk and of its nodes, but the last.
+    fn search(&self, lower: &Architecture) -> OperationCount {
+        if !self.settings.retrieval {
+            return OperationCount::default();
+        }
+        let cost = RowCost::of(lower);
+        let compared = self.levels.iter().filter(|level| level.nodes == 1);
+        let halves: u64 = compared.clone().map(|_| 2).sum();
+        let seen: u64 = compared.map(|level| 2 * level.node_len as u64).sum();
+        OperationCount {
+            linear: 2
+                * (cost.keys_values * self.settings.chunk_len as u64 + (cost.queries_outputs + cost.mlp) * halves),
+            attention: cost.attention * seen,
+        }
+    }
+
+    /// What the halves are compared with: the last row of the running text after the first upper layer.
+    fn query(&self, upper: &Architecture) -> OperationCount {
+        if !self.settings.retrieval {
+            return OperationCount::default();
+        }
+        let (cost, running) = (RowCost::of(upper), self.running as u64);
+        OperationCount {
+            linear: 2 * (cost.keys_values * running + cost.queries_outputs + cost.mlp),
+            attention: cost.attention * running,
+        }
+    }
+
     /// Context tokens per kept one \[beta\].
     pub fn compression_ratio(&self) -> f64 {
         self.settings.chunk_len as f64 / self.kept_per_chunk as f64
+    }
+}
+
+/// What a row costs in one layer.
+struct RowCost {
+    /// Multiply-adds of the key and value projections.
+    keys_values: u64,
+    /// Multiply-adds of the query and output projections.
+    queries_outputs: u64,
+    /// Multiply-adds of the MLP.
+    mlp: u64,
+    /// Operations of attending to one row.
+    attention: u64,
+}
+
+impl RowCost {
+    fn of(arch: &Architecture) -> Self {
+        let [projections, mlp] = arch.layer_matrix_elements();
+        let width = (arch.num_heads() * arch.head_dim()) as u64;
+        let queries_outputs = 2 * arch.hidden_size() as u64 * width;
+        Self { keys_values: projections - queries_outputs, queries_outputs, mlp, attention: 4 * width }
     }
 }
 
@@ -210,6 +296,7 @@ fn out_of_range(what: &'static str, found: usize, expected: impl Into<String>) -
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::ops::Add;
 
     fn settings(chunk_len: usize, tree_depth: usize, keep: Keep) -> SharedLlmSettings {
         SharedLlmSettings { chunk_len, tree_depth, keep, retrieval: true, quirks: Quirks::Faithful }
@@ -252,5 +339,57 @@ mod tests {
         assert_eq!(all, "prompt length is 512, expected more than 1 x 512 tokens, so that a running text is left");
         let two = plan(2047, ChunkPolicy::Chunks(2)).unwrap();
         assert_eq!((two.running, two.injected_rows(), two.compressed()), (1024, 256, 0..1024));
+    }
+
+    fn model() -> Architecture {
+        use crate::architecture::{Llama, Rope, RopeScaling};
+        Architecture::from(Llama {
+            num_layers: 5,
+            hidden_size: 48,
+            intermediate_size: 80,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            vocab_size: 97,
+            max_positions: 64,
+            rms_norm_eps: 1e-5,
+            rope: Rope { theta: 1e4, scaling: RopeScaling::None },
+            tie_word_embeddings: false,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            sliding_window: None,
+            eos_token_ids: vec![],
+            bos_token_id: None,
+        })
+    }
+
+    #[test]
+    fn operations_are_those_of_the_parts() {
+        let arch = model();
+        let lengths = PromptLengths { prefix: 0, context: 128, suffix: 20 };
+        let count = |keep, retrieval, layers| {
+            let settings = SharedLlmSettings { retrieval, ..settings(64, 3, keep) };
+            let plan = SharedLlmPlan::new(lengths, settings, ChunkPolicy::Chunks(2)).unwrap();
+            plan.operations(&arch, &arch, layers)
+        };
+        let keys_values = 2 * 48 * 32;
+        // Where everything is kept and nothing compared: whole layers over every node, but for the last.
+        let nodes = [32, 16, 8, 8];
+        let layer = nodes.iter().map(|&n| OperationCount::layer(&arch, n, n)).fold(OperationCount::default(), Add::add);
+        let cross = OperationCount { linear: 2 * (2 * 48 * 64) * 20, attention: 4 * 64 * 20 * 128 };
+        let mut expected = OperationCount::plain_prefill(&arch, 20) + layer.times(2 * 2) + cross.times(3);
+        expected.linear += 2 * keys_values * 128;
+        assert_eq!(count(Keep::All, false, 3), expected);
+        // Comparing costs four rows of a layer per chunk, one of the upper model, and keys and values that the encoding
+        // then has; with one layer, they are all that the encoding needs.
+        let row = OperationCount::layer(&arch, 1, 1).linear - 2 * keys_values;
+        let search = 2 * (4 * row) + row + 2 * keys_values * 20;
+        assert_eq!(count(Keep::All, true, 3).linear - expected.linear, search);
+        let [with, without] = [true, false].map(|retrieval| count(Keep::Tokens(4), retrieval, 1).linear);
+        assert_eq!(with - without, search + 2 * keys_values * (128 - 2 * 16));
+        // One row each over 2 x (2 x 32 + 2 x 16) candidate rows and 20 of the running text.
+        let seen = count(Keep::All, true, 3).attention - expected.attention;
+        assert_eq!(seen, 4 * 64 * (2 * (2 * 32 + 2 * 16) + 20));
     }
 }
