@@ -10,8 +10,10 @@ use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::sharedllm::{ChunkPolicy, Quirks, SharedLlmPlan};
 use std::path::Path;
 
-/// Similarities and logits closer than this are a tie: twice the noise that is seen can exchange them.
-const TIE: f32 = 2e-5;
+/// Similarities closer than this are a tie: their noise is a tenth of it.
+const SIMILARITY_TIE: f32 = 2e-6;
+/// Logits closer than this are a tie: twice the noise that is seen.
+const LOGIT_TIE: f32 = 2e-5;
 
 /// Every case of `folder`.
 pub(crate) fn cases(table: &mut Table, folder: &Path) {
@@ -133,7 +135,7 @@ fn tied_choice(expected: &Tensors, found: &Tensors, quirks: Quirks) -> Option<(u
         }
         let widest = other.iter().map(|&chunk| gap(chunk)).fold(0.0, f32::max);
         let finding = format!("level {level} chose the other half of chunks {other:?}, at most {widest:.2e} apart");
-        return (widest <= TIE).then_some((level, finding));
+        return (widest <= SIMILARITY_TIE).then_some((level, finding));
     }
     None
 }
@@ -170,7 +172,76 @@ fn tied_token(expected: &Tensors, found: &Tensors) -> Option<(String, String)> {
         let logit = |id: i64| values.get(row + usize::try_from(id).ok()?).copied();
         let gap = logit(expected_id)? - logit(found_id)?;
         let finding = format!("{name}: {found_id} instead of {expected_id}, {gap:.2e} apart");
-        return (gap.abs() <= TIE).then_some((name, finding));
+        return (gap.abs() <= LOGIT_TIE).then_some((name, finding));
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::compare::Verdict;
+    use super::super::reference::Reference;
+    use super::*;
+    use accordion::tensor::Tensor;
+
+    /// The verdict on what the golden says, damaged, of case q4; `found` also holds what goes for golden.
+    fn verdict_after(damage: impl FnOnce(&mut SharedLlmCase, &mut Tensors)) -> Verdict {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/sharedllm");
+        let mut case = SharedLlmCase::open(&folder.join("case_q4.json")).unwrap();
+        let mut found = case.faithful.clone();
+        damage(&mut case, &mut found);
+        compare(&case, Quirks::Faithful, &found, &Reference).verdict()
+    }
+
+    fn choose_otherwise(found: &mut Tensors) {
+        let mut chosen = integers(&found["tree.d1.chosen"]).unwrap();
+        chosen[2] = 1 - chosen[2];
+        found.insert("tree.d1.chosen".into(), Tensor::from_i64([4], chosen).unwrap());
+        found.remove("prefill.logits");
+    }
+
+    fn change(tensors: &mut Tensors, name: &str, change: impl FnOnce(&mut Vec<f32>)) {
+        let mut values = tensors[name].to_f32();
+        change(&mut values);
+        tensors.insert(name.into(), Tensor::from_f32(tensors[name].shape(), values).unwrap());
+    }
+
+    #[test]
+    fn another_choice_is_excused_only_within_a_tie() {
+        assert_eq!(verdict_after(|_, _| {}), Verdict::Pass);
+        assert_eq!(verdict_after(|_, found| choose_otherwise(found)), Verdict::Fail);
+        let tie = |case: &mut SharedLlmCase, found: &mut Tensors| {
+            for tensors in [&mut case.faithful, found] {
+                change(tensors, "tree.d1.sim", |similarity| similarity[5] = similarity[4] + 1e-6);
+            }
+        };
+        let tied = verdict_after(|case, found| {
+            tie(case, found);
+            choose_otherwise(found);
+        });
+        assert_eq!(tied, Verdict::Ambiguous);
+        for held in ["tree.d0.encoded_ids", "tree.d1.cand_ids", "tree.d1.enc_vectors", "enc.d0.layer1.key"] {
+            let damaged = verdict_after(|case, found| {
+                tie(case, found);
+                choose_otherwise(found);
+                found.remove(held);
+            });
+            assert_eq!(damaged, Verdict::Fail, "{held}");
+        }
+    }
+
+    #[test]
+    fn another_token_is_excused_only_within_a_tie() {
+        let other = |found: &mut Tensors| {
+            found.insert("decode.2.input_id".into(), Tensor::from_i64([1, 1], vec![7]).unwrap());
+        };
+        assert_eq!(verdict_after(|_, found| other(found)), Verdict::Fail);
+        let tied = verdict_after(|case, found| {
+            for tensors in [&mut case.faithful, &mut *found] {
+                change(tensors, "decode.1.logits", |logits| logits[7] = logits[14] - 1e-5);
+            }
+            other(found);
+        });
+        assert_eq!(tied, Verdict::Ambiguous);
+    }
 }

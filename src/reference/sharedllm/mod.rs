@@ -158,3 +158,6 @@ impl<'a> RunningText<'a> {
         Ok(tokens)
     }
 }
+
+#[cfg(test)]
+mod tests;
