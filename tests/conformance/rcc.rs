@@ -82,9 +82,11 @@ fn compare(case: &RccCase, found: &Tensors, implementation: &dyn Implementation)
     result
 }
 
+/// Half precision: an `f32` computation from rounded weights differs from the golden by up to 3.4 of the type's rounding steps
+/// at the tensor's largest magnitude (`step_logits`); twice that is allowed, and the same ids are expected.
 fn bound(case: &RccCase, name: &str) -> Bound {
     match case.dtype_of(name) {
         DType::F32 => SINGLE,
-        _ => Bound { absolute: 0.0, relative: 20.0 * f32::exp2(-8.0) },
+        _ => Bound { absolute: 0.0, relative: 7.0 * f32::exp2(-8.0) },
     }
 }
