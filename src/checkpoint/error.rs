@@ -135,6 +135,14 @@ pub enum CheckpointError {
         /// What is wrong with them.
         problem: PlanError,
     },
+    /// A description of RCC's encoder beside weights without one.
+    #[error("{} describes an encoder, but the checkpoint has no tensor {tensor}", path.display())]
+    NoEncoder {
+        /// The file.
+        path: PathBuf,
+        /// The tensor by which an encoder is known.
+        tensor: String,
+    },
     /// Tensors of two encoders, of which one must be the right one.
     #[error("{} has both {first} and {second}, expected the tensors of one encoder", path.display())]
     TwoEncoders {

@@ -40,6 +40,7 @@ pub fn rope_text(rope: &Rope) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use accordion_graphs::architecture::GptNeox;
 
     #[test]
     fn every_difference_shows() {
@@ -64,5 +65,30 @@ mod tests {
         let distinct: std::collections::BTreeSet<_> = texts.iter().collect();
         assert_eq!(distinct.len(), texts.len(), "{texts:#?}");
         assert_eq!(texts[1], "theta 100000 unscaled");
+    }
+
+    #[test]
+    fn the_rotated_part_of_a_head_shows() {
+        let model = |rotary_dims| {
+            Architecture::GptNeox(GptNeox {
+                num_layers: 1,
+                hidden_size: 32,
+                intermediate_size: 8,
+                num_heads: 2,
+                vocab_size: 8,
+                max_positions: 8,
+                layer_norm_eps: 1e-5,
+                rope: Rope { theta: 1e4, scaling: RopeScaling::None },
+                rotary_dims,
+                parallel_residual: true,
+                tie_word_embeddings: false,
+                attention_bias: true,
+                eos_token_ids: Vec::new(),
+                bos_token_id: None,
+            })
+        };
+        let rope = |rotary_dims| identity_of(String::new(), &model(rotary_dims)).rope;
+        assert_eq!(rope(4), "theta 10000 unscaled rotated 4 of 16");
+        assert_eq!(rope(16), "theta 10000 unscaled");
     }
 }

@@ -33,7 +33,7 @@ fn tiny_tensors() -> Vec<(String, Vec<usize>)> {
     required_tensors(&tiny_model()).collect()
 }
 
-fn safetensors_header(tensors: &[(String, Vec<usize>)]) -> (Map<String, Value>, usize) {
+pub(crate) fn safetensors_header(tensors: &[(String, Vec<usize>)]) -> (Map<String, Value>, usize) {
     let mut header = Map::new();
     let mut end = 0;
     for (name, shape) in tensors {
@@ -44,7 +44,7 @@ fn safetensors_header(tensors: &[(String, Vec<usize>)]) -> (Map<String, Value>, 
     (header, end)
 }
 
-fn safetensors(header: &str, data_len: usize) -> Vec<u8> {
+pub(crate) fn safetensors(header: &str, data_len: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());
     bytes.extend(std::iter::repeat_n(1.0_f32.to_le_bytes(), data_len.div_ceil(4)).flatten().take(data_len));

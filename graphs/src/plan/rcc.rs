@@ -262,6 +262,10 @@ mod tests {
     fn refusals_name_what_was_found() {
         assert_eq!(plan(0, 8, 2).unwrap_err().to_string(), "context length is 0, expected at least 1 token");
         assert_eq!(plan(9, 8, 3).unwrap_err().to_string(), "ratio is 3, expected a divisor of the window, 8");
+        assert_eq!(
+            plan(9, 1 << 40, 2).unwrap_err().to_string(),
+            "window is 1099511627776, expected 1 to 1048576 tokens"
+        );
         let settings = RccSettings { window: 8, ratio: 2, pairs: false, first_state_is_embedding: true };
         let long = PromptLengths { prefix: 0, context: 1, suffix: 1201 };
         let found = RccPlan::new(long, settings).unwrap_err().to_string();

@@ -236,6 +236,7 @@ mod tests {
     fn refusals_name_what_was_found() {
         let refusal = |chunk_len, depth, keep| settings(chunk_len, depth, keep).levels().unwrap_err().to_string();
         assert!(refusal(62, 3, Keep::All).starts_with("chunk length is 62, expected a multiple of 4"));
+        assert!(refusal(1 << 40, 3, Keep::All).ends_with("expected at most 1048576 tokens"));
         assert!(refusal(64, 0, Keep::All).starts_with("tree depth is 0"));
         assert!(refusal(64, 3, Keep::Tokens(9)).starts_with("number of kept tokens is 9, expected 1 to 8"));
         assert!(refusal(64, 3, Keep::Fraction(0.01)).contains("which is 0 tokens of a node"));

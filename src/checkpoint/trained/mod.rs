@@ -52,7 +52,8 @@ pub(crate) fn find(
     let Some((model, settings)) = rcc::read(dir, config, architecture, rcc, weights)? else {
         return Ok(None);
     };
-    let description = if rcc.is_some() { RCC_FILE } else { super::CONFIG };
+    let described = rcc.is_some_and(|fields| fields.get("encoder").is_some());
+    let description = if described { RCC_FILE } else { super::CONFIG };
     check_tensors(rcc_tensors(&model, architecture, settings), weights, dir, description)?;
     Ok(Some(Trained { compressor: Compressor::Rcc(model), settings: TrainedSettings::Rcc(settings) }))
 }

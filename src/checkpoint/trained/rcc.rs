@@ -70,9 +70,9 @@ pub(super) fn read(
         return match rcc {
             None => Ok(None),
             // Going on without would silently leave the encoder unused.
-            Some(_) => Err(CheckpointError::MissingTensor {
-                path: dir.to_owned(),
-                name: format!("{body}.{}{EMBED_MAP}.weight, which {RCC_FILE} is about", NAMES[0]),
+            Some(fields) => Err(CheckpointError::NoEncoder {
+                path: fields.path().to_owned(),
+                tensor: format!("{body}.{}{EMBED_MAP}.weight", NAMES[0]),
             }),
         };
     };

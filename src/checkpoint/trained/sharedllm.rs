@@ -94,9 +94,9 @@ fn injected_layers(config: Fields<'_>) -> Result<usize, CheckpointError> {
 fn lower(config: Fields<'_>) -> Result<Llama, CheckpointError> {
     const NAME: &str = "encoder_config";
     let mut value = config.get(NAME).cloned().ok_or_else(|| config.missing(NAME))?;
-    if let Some(object) = value.as_object_mut() {
+    if let Some(object) = value.as_object_mut().filter(|object| object.get("model_type").is_none_or(Value::is_null)) {
         // It is a Llama's configuration, whether it says so or not.
-        object.entry("model_type").or_insert_with(|| json!("llama"));
+        object.insert("model_type".to_owned(), json!("llama"));
     }
     let scope = format!("{NAME}.");
     let fields = Fields::of(&value, &scope, config.path())?;
@@ -206,4 +206,166 @@ fn keep_of(number: &str) -> Option<Keep> {
     }
     let fraction = number.parse::<f64>().ok().filter(|fraction| fraction.is_finite() && *fraction <= 1.0)?;
     Some(if fraction > 0.0 { Keep::Fraction(fraction) } else { Keep::All })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::path::Path;
+
+    /// The configuration of the authors' smallest test, with some fields replaced.
+    fn with(changes: &Value) -> Value {
+        let llama = json!({
+            "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        });
+        let mut config = llama.clone();
+        config["encoder_config"] = llama;
+        config[INJECTED] = json!(-2);
+        for (name, value) in changes.as_object().unwrap() {
+            match name.strip_prefix("encoder_config.") {
+                Some(inner) => config["encoder_config"][inner] = value.clone(),
+                None => config[name] = value.clone(),
+            }
+        }
+        config
+    }
+
+    fn read_config(config: &Value) -> Result<(Llama, SharedLlmModel, SharedLlmSettings), String> {
+        let fields = Fields::of(config, "", Path::new("config.json")).unwrap();
+        let upper = config::architecture(fields).map_err(|e| e.to_string())?;
+        let (model, settings) = read(fields, &upper).map_err(|e| e.to_string())?.ok_or("no SharedLLM")?;
+        match upper {
+            Architecture::Llama(upper) => Ok((upper, model, settings)),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    fn keep_of(last_p: &Value) -> Result<Keep, String> {
+        read_config(&with(&json!({ "last_p": last_p }))).map(|(_, _, settings)| settings.keep)
+    }
+
+    #[test]
+    fn absent_fields_take_the_defaults_of_the_released_code() {
+        let (_, model, settings) = read_config(&with(&json!({}))).unwrap();
+        assert_eq!((model.injected_layers, model.lower.num_layers), (2, 5));
+        let expected = SharedLlmSettings {
+            chunk_len: 1024,
+            tree_depth: 3,
+            keep: Keep::Tokens(64),
+            retrieval: true,
+            quirks: Quirks::Faithful,
+        };
+        assert_eq!(settings, expected);
+        let plain = with(&json!({ "num_cross_attn_layers": null }));
+        assert_eq!(read_config(&plain).unwrap_err(), "no SharedLLM");
+        let nameless = with(&json!({ "encoder_config.model_type": null }));
+        assert_eq!(read_config(&nameless).unwrap().1, model);
+    }
+
+    #[test]
+    fn every_spelling_of_the_kept_tokens() {
+        for (text, keep) in [
+            (json!("64"), Keep::Tokens(64)),
+            (json!("32,32"), Keep::Tokens(32)),
+            (json!("\"4,4\""), Keep::Tokens(4)),
+            (json!("'(8, 4)'"), Keep::Tokens(8)),
+            (json!(" (32, 32) "), Keep::Tokens(32)),
+            (json!("5,"), Keep::Tokens(5)),
+            (json!("0.25"), Keep::Fraction(0.25)),
+            (json!("(0.5, 2)"), Keep::Fraction(0.5)),
+            (json!("-1"), Keep::All),
+            (json!("0"), Keep::All),
+            (json!("-0.5"), Keep::All),
+            (json!(16), Keep::Tokens(16)),
+            (json!(-1), Keep::All),
+            (json!(0.125), Keep::Fraction(0.125)),
+        ] {
+            assert_eq!(keep_of(&text), Ok(keep), "{text}");
+        }
+        for wrong in [
+            json!(""),
+            json!("all"),
+            json!("()"),
+            json!("1.5"),
+            json!("nan"),
+            json!("inf"),
+            json!("__import__('os')"),
+            json!("9999999999999999999999"),
+            json!(1_u64 << 40),
+            json!([32, 32]),
+            json!(true),
+        ] {
+            let message = keep_of(&wrong).unwrap_err();
+            assert!(message.starts_with("`last_p` in config.json is"), "{wrong}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        for changes in [
+            json!({}),
+            json!({"last_p": "0.25", "segment_tree_depth": 2, "do_retrieval": false, "encoder_config.num_hidden_layers": 2}),
+            json!({"last_p": "-1", "rope_scaling": {"type": "linear", "factor": 2}, "attention_bias": true}),
+            json!({"last_p": "7", "encoder_config.rope_scaling": {"type": "dynamic", "factor": 4}}),
+        ] {
+            let (upper, model, settings) = read_config(&with(&changes)).unwrap();
+            let written = sharedllm_json(&upper, &model, &settings);
+            assert_eq!(read_config(&written).unwrap(), (upper, model, settings), "{changes}");
+        }
+    }
+
+    #[test]
+    fn refusals_name_the_field() {
+        let yarn = json!({"type": "yarn", "factor": 2});
+        for (changes, message) in [
+            (json!({INJECTED: 2}), "`num_cross_attn_layers` in config.json is 2, expected -M for the bottom M layers"),
+            (json!({INJECTED: 2}), "a positive number puts cross attention into the top layers"),
+            (json!({INJECTED: 0}), "`num_cross_attn_layers` in config.json is 0"),
+            (json!({INJECTED: i64::MIN}), "`num_cross_attn_layers` in config.json is -9223372036854775808"),
+            (json!({INJECTED: "-2"}), "`num_cross_attn_layers` in config.json is \"-2\""),
+            (json!({INJECTED: -6}), "`num_cross_attn_layers` in config.json is -6, expected -1 to -5"),
+            (json!({"encoder_config": null}), "`encoder_config` is missing in config.json"),
+            (json!({"encoder_config": []}), "`encoder_config` in config.json is [], expected an object"),
+            (
+                json!({"encoder_config.num_hidden_layers": 1}),
+                "`encoder_config.num_hidden_layers` in config.json is 1, expected at least 2",
+            ),
+            (
+                json!({"encoder_config.hidden_size": 128}),
+                "`encoder_config.hidden_size` in config.json is 128, expected 64",
+            ),
+            (
+                json!({"encoder_config.num_attention_heads": 2}),
+                "`encoder_config.num_attention_heads` in config.json is 2",
+            ),
+            (
+                json!({"encoder_config.num_key_value_heads": 4}),
+                "`encoder_config.num_key_value_heads` in config.json is 4",
+            ),
+            (json!({"encoder_config.head_dim": 32}), "`encoder_config.head_dim` in config.json is 32"),
+            (json!({"encoder_config.model_type": "qwen2"}), "`encoder_config.model_type` in config.json is \"qwen2\""),
+            (
+                json!({"encoder_config.rope_scaling": {"type": "linear", "factor": 0}}),
+                "`encoder_config.rope_scaling.factor` in config.json is 0",
+            ),
+            (json!({"encoder_config.rope_scaling": yarn}), "encoder_config.rope_scaling type 'yarn' in config.json"),
+            (
+                json!({"rope_scaling": yarn}),
+                "rope_scaling type 'yarn' in config.json is not supported (supported: linear",
+            ),
+            (json!({"model_type": "qwen2"}), "`model_type` in config.json is \"qwen2\", expected \"llama\""),
+            (json!({"do_cross_attention": false}), "`do_cross_attention` in config.json is false, expected true"),
+            (json!({"encoder_is_model": true}), "`encoder_is_model` in config.json is true, expected false"),
+            (json!({"num_cross_attn_hidden_states": 2}), "`num_cross_attn_hidden_states` in config.json is 2"),
+            (json!({"encoder_hidden_size": 32}), "`encoder_hidden_size` in config.json is 32"),
+            (json!({"segment_tree_depth": 0}), "`segment_tree_depth` in config.json is 0"),
+            (json!({"do_retrieval": 1}), "`do_retrieval` in config.json is 1"),
+        ] {
+            let found = read_config(&with(&changes)).unwrap_err();
+            assert!(found.contains(message), "{changes}: {found}");
+        }
+    }
 }
