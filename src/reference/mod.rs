@@ -125,6 +125,19 @@ pub enum ReferenceError {
     Tensor(#[from] TensorError),
 }
 
+impl ReferenceError {
+    /// The same error where the weights' names follow on `path`.
+    fn within(self, path: &str) -> Self {
+        match self {
+            Self::Weight { name, source } => Self::Weight { name: format!("{path}.{name}"), source },
+            Self::WeightShape { name, found, expected } => {
+                Self::WeightShape { name: format!("{path}.{name}"), found, expected }
+            }
+            other => other,
+        }
+    }
+}
+
 type Result<T, E = ReferenceError> = std::result::Result<T, E>;
 
 fn expect_length(what: &'static str, found: usize, expected: usize) -> Result<()> {

@@ -51,11 +51,12 @@ impl Rcc {
         let encoder_source = |name: &str| source(&format!("{}.{name}", model.encoder_path));
         let encoder = match &model.encoder {
             architecture::Encoder::Transformer(encoder) => {
-                Encoder::Transformer(transformer::load(encoder, encoder_source)?)
+                transformer::load(encoder, encoder_source).map(Encoder::Transformer)
             }
-            architecture::Encoder::Mamba(mamba) => Encoder::Mamba(Mamba::load(mamba, encoder_source)?),
-            _ => return Err(ReferenceError::Family { what: "encoder" }),
-        };
+            architecture::Encoder::Mamba(mamba) => Mamba::load(mamba, encoder_source).map(Encoder::Mamba),
+            _ => Err(ReferenceError::Family { what: "encoder" }),
+        }
+        .map_err(|error| error.within(&model.encoder_path))?;
         let weights = Weights::new(&source);
         let layer_maps = (0..decoder.num_layers()).map(|layer| format!("{}.{layer}", model.layer_maps));
         let maps = std::iter::once(model.embed_map.clone()).chain(layer_maps);

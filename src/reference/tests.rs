@@ -1,9 +1,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use super::cache::Cache;
-use super::decode::{Continuation, ContinuationOffset};
+mod rcc;
+
+use super::array::Scope;
+use super::cache::{Cache, KeyValue};
+use super::decode::{Continuation, ContinuationOffset, EndOfText};
 use super::homer::{Compression, ContextState, Prompt, compress};
 use super::llama::Llama;
+use super::rope::Rotary;
+use super::transformer::Transformer;
 use super::{ReferenceError, plain};
 use crate::taps::NoTaps;
 use crate::tensor::Tensor;
@@ -60,6 +65,11 @@ fn weights(a: &architecture::Llama) -> BTreeMap<String, Tensor> {
             shapes.push((format!("model.layers.{layer}.{linear}.bias"), vec![out]));
         }
     }
+    random(shapes)
+}
+
+/// Tensors of `shapes` with reproducible values between -1/2 and 1/2.
+fn random(shapes: Vec<(String, Vec<usize>)>) -> BTreeMap<String, Tensor> {
     let mut state = 1_u32;
     let mut random = move || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -135,6 +145,68 @@ fn a_context_can_be_continued_twice() {
     };
     assert_eq!(feed(), feed());
     assert_eq!(context.cache.rows(), 10);
+}
+
+/// A model that counts to three: after 0 comes 1, after 1 comes 2, after 2 comes 0.
+struct Counter;
+
+impl Transformer for Counter {
+    fn num_layers(&self) -> usize {
+        0
+    }
+
+    fn empty_cache(&self) -> Cache {
+        Cache::default()
+    }
+
+    fn embed(&self, ids: &[u32]) -> Result<Array2<f32>, ReferenceError> {
+        Ok(Array2::from_shape_fn((ids.len(), 1), |(row, _)| ids[row] as f32))
+    }
+
+    fn rotary(&self, positions: &[i64]) -> Rotary {
+        Rotary::new(&multi_query_with_biases().rope, 2, positions)
+    }
+
+    fn layer(
+        &self,
+        _layer: usize,
+        _x: &Array2<f32>,
+        _rotary: &Rotary,
+        _past: Option<&KeyValue>,
+        _taps: &mut Scope<'_>,
+    ) -> Result<(Array2<f32>, KeyValue), ReferenceError> {
+        panic!("there is no layer")
+    }
+
+    fn final_norm(&self, hidden: &Array2<f32>) -> Array2<f32> {
+        hidden.clone()
+    }
+
+    fn logits(&self, hidden: &Array2<f32>) -> Array2<f32> {
+        Array2::from_shape_fn((hidden.nrows(), 3), |(row, id)| {
+            f32::from(u8::from(id == (hidden[[row, 0]] as usize + 1) % 3))
+        })
+    }
+}
+
+#[test]
+fn an_id_ends_a_text_at_once_or_from_the_second_on() {
+    let decode = |ids: &[u32], keeps_first| {
+        let mut continuation = Continuation::after(Cache::default());
+        let logits = continuation.feed(&Counter, &[0, 1, 2], &mut NoTaps).unwrap();
+        let end = EndOfText { ids, keeps_first };
+        let generated = continuation.greedy(&Counter, &logits.row(2), 4, end, &mut NoTaps).unwrap();
+        // One row of logits per step, the one that ended the text included.
+        assert_eq!(generated.step_logits.nrows(), generated.position_ids.len());
+        assert_eq!(continuation.next_position, 3 + generated.position_ids.len() as i64);
+        generated.tokens
+    };
+    for keeps_first in [false, true] {
+        assert_eq!(decode(&[], keeps_first), [0, 1, 2, 0, 1]);
+        assert_eq!(decode(&[7, 2], keeps_first), [0, 1]);
+    }
+    assert_eq!(decode(&[0], false), [] as [u32; 0]);
+    assert_eq!(decode(&[0], true), [0, 1, 2]);
 }
 
 #[test]
@@ -220,7 +292,7 @@ fn the_reference_uses_nothing_of_the_workspace_but_the_shared_facts() {
     let mut found = 0;
     for file in std::fs::read_dir(folder).unwrap() {
         let path = file.unwrap().path();
-        if path.ends_with("tests.rs") {
+        if path.is_dir() || path.ends_with("tests.rs") {
             continue; // names the others, to look for them
         }
         for used in workspace_paths(&std::fs::read_to_string(&path).unwrap()) {

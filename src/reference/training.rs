@@ -38,7 +38,7 @@ mod tests {
         let labels = [vec![Some(0), Some(0), Some(1)], vec![Some(1), None]];
         // -ln(1/2) and -ln(3/4); the last row and the row before an ignored label predict nothing.
         let loss = next_token_loss(&logits, &labels).unwrap();
-        assert!((loss - (2_f32.ln() + (4.0_f32 / 3.0).ln()) / 2.0).abs() < 1e-6, "{loss}");
+        assert!((2.0 * loss - 2_f32.ln() - (4.0_f32 / 3.0).ln()).abs() < 1e-6, "{loss}");
         assert!(next_token_loss(&logits, &labels[..1]).is_err());
     }
 }

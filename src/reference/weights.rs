@@ -1,4 +1,4 @@
-//! Weights by name, and what is loaded from them as one piece.
+//! Weights by name, and the small modules that are made of them.
 
 use super::{ReferenceError, Result};
 use crate::tensor::Tensor;
