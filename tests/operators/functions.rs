@@ -128,7 +128,7 @@ fn strided_compression_takes_the_rows_of_every_segment() {
         assert_eq!(shape, [4, 3]);
         for (slot, row) in [1, 4, 7, 10].into_iter().enumerate() {
             for out in 0..3 {
-                let value = |i: usize| if mean { (x[row * 4 + i] + x2[row * 4 + i]) / 2.0 } else { x[row * 4 + i] };
+                let value = |i: usize| if mean { 0.5 * (x[row * 4 + i] + x2[row * 4 + i]) } else { x[row * 4 + i] };
                 let expected: f32 = (0..4).map(|i| value(i) * weight[out * 4 + i]).sum();
                 let found = found[slot * 3 + out];
                 assert!((found - expected).abs() < 1e-6, "{} [{slot}, {out}]: {found}, {expected}", operator.name);

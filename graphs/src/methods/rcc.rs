@@ -38,11 +38,21 @@ pub fn encoder(source: &Source, model: &RccModel, settings: RccSettings) -> Scop
                 0 => g.scope(&model.embed_map),
                 i => g.scope(&model.layer_maps).scope(i - 1),
             };
-            compress.projected(&place, &states[settings.states_of_map(map)]).within(&g).unsqueeze(0)
+            compress.projected(&place, &states[settings.states_of_map(map)])
         })
         .collect();
-    g.output("maps", &g.concat(&maps.iter().collect::<Vec<_>>(), 0));
+    g.output("maps", &stacked(&g, &maps));
     g
+}
+
+/// Tensors stacked along a new first axis.
+///
+/// ONNX Runtime computes first what the last made of a node's inputs needs. Made from the back, the maps are computed in
+/// their order, and a state is freed as soon as its map is done; made from the front, all states are kept to the end.
+fn stacked(g: &Scope, maps: &[Value]) -> Value {
+    let mut rows: Vec<Value> = maps.iter().rev().map(|map| map.within(g).unsqueeze(0)).collect();
+    rows.reverse();
+    g.concat(&rows.iter().collect::<Vec<_>>(), 0)
 }
 
 /// The encoder's states that reach the decoder, each `[segments * W, He]`.

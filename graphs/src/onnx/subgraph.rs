@@ -38,11 +38,8 @@ pub struct Step {
 
 impl Scope {
     /// A loop over `axis` of all `sequences`, from `state`: `step` is given a scope of its own, the state, and an element of
-    /// every sequence without that axis. Returns the last state, and the results with the axis.
-    ///
-    /// # Errors
-    ///
-    /// As any operator: kept in the scope.
+    /// every sequence without that axis. Returns the last state, and the results with
+    /// the axis. A step declares no inputs of its own, and reads no weights.
     pub fn scan(
         &self,
         state: &[&Value],
