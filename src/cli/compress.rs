@@ -80,7 +80,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     };
     arguments.compression.truncate(&bundle, &mut suffixes, output);
     let prompt = PromptIds { prefix, context, suffix: suffixes.pop().unwrap_or_default() };
-    compression.check(&bundle, prompt.lengths())?;
+    match question {
+        Some(_) => compression.check(&bundle, prompt.lengths())?,
+        None => compression.check_context(&bundle, prompt.lengths())?,
+    }
 
     let mut engines = arguments.engine.engines(&bundle, output)?;
     let bar = output.bar("compressing", 0);

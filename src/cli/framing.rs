@@ -48,10 +48,7 @@ impl FramingArguments {
         ensure!(!rcc || self.system.is_none(), "--system needs a chat template, and rcc uses none; use --prefix");
         if self.instruction.is_some() {
             ensure!(rcc, "--instruction is for rcc, and the method is {}", method.name());
-            ensure!(
-                questions == 1,
-                "--instruction compresses the question with the context: give exactly one --prompt"
-            );
+            ensure!(questions <= 1, "--instruction compresses the question with the context: ask one at a time");
         }
         Ok(())
     }

@@ -101,25 +101,35 @@ impl Compression {
         }
     }
 
+    /// Checks, without running anything, that prefix and context of `lengths` can be compressed for no prompt in
+    /// particular.
+    ///
+    /// # Errors
+    ///
+    /// What the method keeps of a context depends on the prompt; else as [`Self::check`].
+    pub fn check_context(&self, bundle: &Bundle, lengths: PromptLengths) -> Result<(), PipelineError> {
+        match self {
+            Self::Homer(_) | Self::SharedLlm(_) => Err(PipelineError::NeedsPrompt { method: self.method() }),
+            Self::Plain { .. } | Self::Rcc(_) => self.check(bundle, PromptLengths { suffix: 0, ..lengths }),
+        }
+    }
+
     /// The state of prefix and context alone, without logits, behind which any prompt can be read. `prompt` has no
     /// suffix.
     ///
     /// # Errors
     ///
-    /// What the method keeps depends on the prompt; else as [`Self::compress`].
+    /// As [`Self::check_context`], or a graph fails.
     pub fn read_context(
         &self,
         engines: &mut Engines<'_>,
         prompt: &PromptIds,
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<ContextState, PipelineError> {
+        self.check_context(engines.bundle(), prompt.lengths())?;
         match self {
-            Self::Plain { .. } => {
-                let state = self.compress(engines, prompt, on_progress)?;
-                Ok(ContextState { logits: Vec::new(), ..state })
-            }
             Self::Rcc(rcc) => rcc.document(engines, prompt, on_progress),
-            Self::Homer(_) | Self::SharedLlm(_) => Err(PipelineError::NeedsPrompt { method: self.method() }),
+            _ => Ok(ContextState { logits: Vec::new(), ..self.compress(engines, prompt, on_progress)? }),
         }
     }
 }

@@ -417,6 +417,9 @@ impl Reader<'_> {
     }
 
     fn tensor(&mut self, name: &str, expected: DType) -> Result<Tensor, StateError> {
+        if self.maps.index().get(name).is_none() {
+            return Err(self.invalid(format!("tensor {name} is missing")));
+        }
         let tensor = self.maps.tensor(name).map_err(Box::new)?;
         self.taken.insert(name.to_owned());
         if tensor.dtype() == expected {

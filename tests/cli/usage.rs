@@ -42,7 +42,7 @@ fn what_is_not_understood_ends_with_2() {
     let commands = commands();
     let with_flag = commands.iter().filter(|name| *name != "help").map(|name| vec![name.as_str(), "--no-such-flag"]);
     let others =
-        [vec![], vec!["no-such-command"], vec!["export"], vec!["export", "rcc", "a", "b"], vec!["--threads", "0"]];
+        [vec![], vec!["no-such-command"], vec!["export"], vec!["export", "zip", "a", "b"], vec!["--threads", "0"]];
     for arguments in with_flag.chain(others) {
         let run = accordion(&arguments);
         assert_eq!((run.code, run.out.as_str()), (Some(2), ""), "{arguments:?}: {run:?}");
