@@ -108,16 +108,13 @@ impl Half<'_> {
     /// Its part `[batch, n, half]` of `halves [batch, n, 2, half]`.
     fn of(&self, halves: &Value) -> Value {
         let g = halves.scope();
-        let one = match self.chosen {
-            Some(chosen) => {
-                let chosen = chosen.within(g);
-                let side = if self.next { chosen } else { g.int(1) - chosen };
-                halves.gather_rows(&side.unsqueeze(2), 2)
-            }
-            None => {
-                let side = i64::from(self.next);
-                halves.slice(2, &g.ints(&[side]), &g.ints(&[side + 1]), 1.into())
-            }
+        let one = if let Some(chosen) = self.chosen {
+            let chosen = chosen.within(g);
+            let side = if self.next { chosen } else { g.int(1) - chosen };
+            halves.gather_rows(&side.unsqueeze(2), 2)
+        } else {
+            let side = i64::from(self.next);
+            halves.slice(2, &g.ints(&[side]), &g.ints(&[side + 1]), 1.into())
         };
         one.reshape(&[halves.dim(0), halves.dim(1), halves.dim(3)])
     }
