@@ -6,6 +6,7 @@ mod calibrate;
 mod common;
 mod demo;
 mod doctor;
+mod eval;
 mod export;
 mod fetch;
 mod import;
@@ -70,6 +71,7 @@ enum Command {
     Verify(verify::Arguments),
     Profile(profile::Arguments),
     Run(Box<run::Arguments>),
+    Eval(Box<eval::Arguments>),
     Report(report::Arguments),
     Doctor(doctor::Arguments),
     Completions(shell::CompletionArguments),
@@ -101,6 +103,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Verify(arguments) => verify::run(&arguments, &output),
         Command::Profile(arguments) => profile::run(&arguments, &output),
         Command::Run(arguments) => run::run(&arguments, &output),
+        Command::Eval(arguments) => eval::run(&arguments, &output),
         Command::Report(arguments) => report::run(&arguments, &output),
         Command::Doctor(arguments) => doctor::run(&arguments, &output),
         Command::Completions(arguments) => shell::completions(&arguments),

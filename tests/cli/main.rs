@@ -5,6 +5,7 @@
 mod calibrate;
 mod demo;
 mod doctor;
+mod eval;
 mod export;
 mod fetch;
 mod inspect;
