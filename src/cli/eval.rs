@@ -9,8 +9,8 @@ use super::output::Output;
 use accordion::bundle::{Bundle, Method};
 use accordion::checkpoint::Tokenizer;
 use accordion::eval::contender::Contender;
-use accordion::eval::haystack::{Frame, Haystack};
-use accordion::eval::needle::{Grid, Needle};
+use accordion::eval::haystack::{Frame, Grid, Haystack};
+use accordion::eval::needle::Needle;
 use accordion::eval::passkey::{AuthorsPasskey, Passkey};
 use accordion::eval::perplexity::{Perplexity, Protocol};
 use accordion::eval::reconstruct::Reconstruct;
@@ -50,8 +50,6 @@ enum TaskArguments {
 #[command(after_help = TEXT_HELP)]
 struct PasskeyArguments {
     #[command(flatten)]
-    common: CommonArguments,
-    #[command(flatten)]
     grid: GridArguments,
     #[command(flatten)]
     framing: FramingArguments,
@@ -67,14 +65,14 @@ struct PasskeyArguments {
     /// Tell in which node of the tree the number was lost
     #[arg(long)]
     explain: bool,
+    #[command(flatten)]
+    common: CommonArguments,
 }
 
 /// Hide a sentence at every depth of every length and ask about it
 #[derive(Debug, Args)]
 #[command(after_help = TEXT_HELP)]
 struct NeedleArguments {
-    #[command(flatten)]
-    common: CommonArguments,
     #[command(flatten)]
     grid: GridArguments,
     #[command(flatten)]
@@ -86,10 +84,10 @@ struct NeedleArguments {
     #[arg(long, value_name = "TEXT", default_value = Needle::SENTENCE, requires = "question", requires = "keywords")]
     needle: String,
     /// What is asked about it
-    #[arg(long, value_name = "TEXT", default_value = Needle::QUESTION)]
+    #[arg(long, value_name = "TEXT", default_value = Needle::QUESTION, requires = "needle")]
     question: String,
     /// A part of the sentence that an answer must have; may be given several times
-    #[arg(long = "keyword", value_name = "TEXT", id = "keywords", default_values = Needle::KEYWORDS)]
+    #[arg(long = "keyword", value_name = "TEXT", id = "keywords", default_values = Needle::KEYWORDS, requires = "needle")]
     keywords: Vec<String>,
     /// Most tokens to generate; they are part of the length
     #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=4096))]
@@ -97,14 +95,14 @@ struct NeedleArguments {
     /// Tell in which node of the tree the key words were lost
     #[arg(long)]
     explain: bool,
+    #[command(flatten)]
+    common: CommonArguments,
 }
 
 /// Predict what follows a compressed text
 #[derive(Debug, Args)]
 #[command(after_help = TEXT_HELP)]
 struct PerplexityArguments {
-    #[command(flatten)]
-    common: CommonArguments,
     /// Tokens of the past
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "4096", value_parser = clap::value_parser!(u32).range(1..))]
     length: Vec<u32>,
@@ -126,14 +124,14 @@ struct PerplexityArguments {
     /// The text, UTF-8
     #[arg(long, value_name = "FILE")]
     text: Option<String>,
+    #[command(flatten)]
+    common: CommonArguments,
 }
 
 /// Continue a passage of the compressed text from a cue of 10 to 20 tokens
 #[derive(Debug, Args)]
 #[command(after_help = TEXT_HELP)]
 struct ReconstructArguments {
-    #[command(flatten)]
-    common: CommonArguments,
     /// Tokens of the context
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "2048", value_parser = clap::value_parser!(u32).range(1..))]
     length: Vec<u32>,
@@ -146,6 +144,8 @@ struct ReconstructArguments {
     /// The text, UTF-8
     #[arg(long, value_name = "FILE")]
     text: Option<String>,
+    #[command(flatten)]
+    common: CommonArguments,
 }
 
 const TEXT_HELP: &str = "Without a text it is the novel Emma, fetched into the cache. The same seed asks the same questions; \

@@ -1,7 +1,7 @@
 //! Texts in which something is hidden: windows of a text, and a sentence planted in them.
 
 use super::EvalError;
-use super::task::{Case, Goal, Sample, below};
+use super::task::{Case, Goal, Sample, Settings, below};
 use crate::checkpoint::Tokenizer;
 use crate::pipeline::prompt::{Framing, PromptIds, encode_affixes};
 use rand_chacha::ChaCha8Rng;
@@ -49,6 +49,32 @@ impl Haystack {
     }
 }
 
+/// Lengths, depths and samples.
+#[derive(Debug, Clone)]
+pub struct Grid {
+    /// Tokens of prompt and answer.
+    pub lengths: Vec<usize>,
+    /// Where the sentence stands, in percent.
+    pub depths: Vec<u8>,
+    /// Samples at every point.
+    pub samples: usize,
+    /// Seed of everything random.
+    pub seed: u64,
+}
+
+impl Grid {
+    /// All points, by length, depth and sample.
+    pub fn cases(&self) -> Vec<Case> {
+        let by_depth = |&length: &usize| self.depths.iter().map(move |&depth| (length, Some(depth)));
+        let points = self.lengths.iter().flat_map(by_depth);
+        points
+            .flat_map(|(length, depth)| {
+                (0..self.samples).map(move |sample| Case { length, depth, sample, opening: false })
+            })
+            .collect()
+    }
+}
+
 /// A sentence to plant, and what is asked about it.
 #[derive(Debug, Clone, Copy)]
 pub struct Planted<'a> {
@@ -72,6 +98,21 @@ pub struct Frame<'a> {
 }
 
 impl Frame<'_> {
+    /// What decides the samples that are hidden in `haystack`.
+    pub fn settings(&self, haystack: &Haystack) -> Settings {
+        let framing = match self.framing {
+            Framing::Chat { system: None } => "chat".to_owned(),
+            Framing::Chat { system: Some(system) } => format!("chat, system message {system:?}"),
+            Framing::Raw { prefix } => format!("raw, prefix {prefix:?}"),
+        };
+        Settings::from([
+            ("protocol".to_owned(), "own".to_owned()),
+            ("haystack".to_owned(), haystack.sha256.clone()),
+            ("framing".to_owned(), framing),
+            ("new_tokens".to_owned(), self.new_tokens.to_string()),
+        ])
+    }
+
     /// The prompt of `case`: a window of `haystack` with the sentence at the case's depth, and the question. Prompt and new
     /// tokens together are exactly as long as the case.
     ///

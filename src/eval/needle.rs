@@ -1,50 +1,9 @@
 //! Needle in a haystack: a sentence at every depth of every length, and a question about it.
 
 use super::EvalError;
-use super::haystack::{Frame, Haystack, Planted};
+use super::haystack::{Frame, Grid, Haystack, Planted};
 use super::task::{Case, Goal, Sample, Settings, Task, stream};
 use crate::pipeline::prompt::Framing;
-
-/// Lengths, depths and samples.
-#[derive(Debug, Clone)]
-pub struct Grid {
-    /// Tokens of prompt and answer.
-    pub lengths: Vec<usize>,
-    /// Where the sentence stands, in percent.
-    pub depths: Vec<u8>,
-    /// Samples at every point.
-    pub samples: usize,
-    /// Seed of everything random.
-    pub seed: u64,
-}
-
-impl Grid {
-    /// All points, by length, depth and sample.
-    pub fn cases(&self) -> Vec<Case> {
-        let by_depth = |&length: &usize| self.depths.iter().map(move |&depth| (length, Some(depth)));
-        let points = self.lengths.iter().flat_map(by_depth);
-        points
-            .flat_map(|(length, depth)| {
-                (0..self.samples).map(move |sample| Case { length, depth, sample, opening: false })
-            })
-            .collect()
-    }
-}
-
-/// What decides samples with a planted sentence.
-pub(super) fn settings(frame: &Frame<'_>, haystack: &Haystack, protocol: &str) -> Settings {
-    let framing = match frame.framing {
-        Framing::Chat { system: None } => "chat".to_owned(),
-        Framing::Chat { system: Some(system) } => format!("chat, system message {system:?}"),
-        Framing::Raw { prefix } => format!("raw, prefix {prefix:?}"),
-    };
-    Settings::from([
-        ("protocol".to_owned(), protocol.to_owned()),
-        ("haystack".to_owned(), haystack.sha256.clone()),
-        ("framing".to_owned(), framing),
-        ("new_tokens".to_owned(), frame.new_tokens.to_string()),
-    ])
-}
 
 /// A sentence, a question about it, and the words of a right answer.
 #[derive(Debug)]
@@ -95,7 +54,7 @@ impl Task for Needle<'_> {
     }
 
     fn settings(&self) -> Settings {
-        let mut settings = settings(&self.frame, self.haystack, "own");
+        let mut settings = self.frame.settings(self.haystack);
         settings.insert("needle".to_owned(), self.sentence.clone());
         settings.insert("question".to_owned(), self.question.clone());
         settings.insert("keywords".to_owned(), self.keywords.join(", "));

@@ -1,8 +1,8 @@
 //! Passkey retrieval: a number is hidden in a long text, and asked for.
 
-use super::haystack::{Frame, Haystack, Planted, marked};
+use super::EvalError;
+use super::haystack::{Frame, Grid, Haystack, Planted, marked};
 use super::task::{Case, Goal, Sample, Settings, Task, below, stream};
-use super::{EvalError, needle};
 use crate::checkpoint::Tokenizer;
 use crate::pipeline::decode::Continuation;
 use crate::pipeline::prompt::{Framing, PromptIds, leading_ids, read_text};
@@ -25,7 +25,7 @@ pub struct Passkey<'a> {
     /// The text to hide in.
     pub haystack: &'a Haystack,
     /// The grid.
-    pub grid: needle::Grid,
+    pub grid: Grid,
 }
 
 impl Task for Passkey<'_> {
@@ -38,7 +38,7 @@ impl Task for Passkey<'_> {
     }
 
     fn settings(&self) -> Settings {
-        needle::settings(&self.frame, self.haystack, "own")
+        self.frame.settings(self.haystack)
     }
 
     fn cases(&self) -> Vec<Case> {
