@@ -4,7 +4,7 @@
 //! Data flows one way:
 //!
 //! [`checkpoint`] → plan and graphs ([`accordion_graphs`]) → [`bundle`] → [`runtime`] → [`pipeline`] →
-//! [`verify`] / [`profile`] → [`report`].
+//! [`verify`] / [`profile`] / [`eval`] → [`report`].
 //!
 //! [`reference`](mod@reference) computes the same methods a second time, in plain `ndarray`, and shares nothing with the graphs but the
 //! [plan](accordion_graphs::plan) and the [architecture](accordion_graphs::architecture).
@@ -13,6 +13,7 @@ pub mod bundle;
 pub mod checkpoint;
 pub mod convert;
 pub mod environment;
+pub mod eval;
 pub mod fetch;
 pub mod goldens;
 pub mod models;

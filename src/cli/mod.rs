@@ -9,6 +9,7 @@ mod compression;
 mod convert;
 mod demo;
 mod doctor;
+mod eval;
 mod export;
 mod fetch;
 mod framing;
@@ -76,6 +77,7 @@ enum Command {
     Profile(profile::Arguments),
     Compress(Box<compress::Arguments>),
     Run(Box<run::Arguments>),
+    Eval(Box<eval::Arguments>),
     Report(report::Arguments),
     Doctor(doctor::Arguments),
     Completions(shell::CompletionArguments),
@@ -109,6 +111,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Profile(arguments) => profile::run(&arguments, &output),
         Command::Compress(arguments) => compress::run(&arguments, &output),
         Command::Run(arguments) => run::run(&arguments, &output),
+        Command::Eval(arguments) => eval::run(&arguments, &output),
         Command::Report(arguments) => report::run(&arguments, &output),
         Command::Doctor(arguments) => doctor::run(&arguments, &output),
         Command::Completions(arguments) => shell::completions(&arguments),

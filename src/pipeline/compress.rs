@@ -5,7 +5,7 @@ use super::rcc::Rcc;
 use super::sharedllm::SharedLlm;
 use super::{ContextState, Engines, PipelineError, homer, plain};
 use crate::bundle::Bundle;
-use crate::taps::NoTaps;
+use crate::taps::{NoTaps, TapSink};
 use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::methods::homer::graph_name;
 use accordion_graphs::plan::PromptLengths;
@@ -95,7 +95,7 @@ impl Compression {
                 let ids = prompt.concatenated();
                 plain::prefill(engines, &ids, |done| on_progress(done, ids.len()))
             }
-            Self::Homer(homer) => homer.compress(engines, prompt, on_progress),
+            Self::Homer(homer) => homer.compress(engines, prompt, &mut NoTaps, on_progress),
             Self::Rcc(rcc) => rcc.compress(engines, prompt, on_progress),
             Self::SharedLlm(shared) => shared.compress(engines, prompt, on_progress),
         }
@@ -162,10 +162,17 @@ impl Homer {
         Ok(plan)
     }
 
-    fn compress(
+    /// The state of `prompt`; what `taps` wants of the tree goes there. `on_progress` hears how many of how many nodes are
+    /// done.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::plan`], or a graph fails.
+    pub fn compress(
         &self,
         engines: &mut Engines<'_>,
         prompt: &PromptIds,
+        taps: &mut dyn TapSink,
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<ContextState, PipelineError> {
         let plan = self.plan(engines.bundle(), prompt.lengths())?;
@@ -182,6 +189,6 @@ impl Homer {
             done += 1;
             on_progress(done, total);
         };
-        homer::compress(engines, &plan, prompt.into(), &bias, self.width, &mut NoTaps, &mut on_node)
+        homer::compress(engines, &plan, prompt.into(), &bias, self.width, taps, &mut on_node)
     }
 }

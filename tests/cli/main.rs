@@ -7,6 +7,7 @@ mod compress;
 mod convert;
 mod demo;
 mod doctor;
+mod eval;
 mod export;
 mod fetch;
 mod inspect;
