@@ -79,6 +79,7 @@ fn outcome(
             sampling: SamplingSettings::GREEDY,
             stop_strings: Vec::new(),
             max_tokens: new_tokens,
+            keep_first: false,
             continuation,
             // How plain fares beyond its trained positions is part of the question.
             max_positions: usize::MAX,
