@@ -15,7 +15,7 @@ use accordion::pipeline::rcc::Rcc;
 use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::profile::ceilings::Ceilings;
 use accordion::profile::load::busy_share;
-use accordion::profile::measure::{Effort, Step, measure, random_tokens, record, work};
+use accordion::profile::measure::{Effort, Step, measure, measure_saved, random_tokens, record, work};
 use accordion::profile::regression::compare;
 use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow, SCHEMA, decoder_in_words};
 use accordion::profile::stats::Protocol;
@@ -67,6 +67,9 @@ pub(crate) struct Arguments {
     /// Leaves that may be built in one batch: a number, or max
     #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
     width: usize,
+    /// Measure questions about a context that `accordion compress` saved for the first bundle, instead of compressing
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["context", "methods", "plain_up_to", "text", "trace"])]
+    state: Option<PathBuf>,
     /// Take the tokens from a file of text
     #[arg(long, value_name = "FILE")]
     text: Option<String>,
@@ -131,6 +134,9 @@ struct Case<'b> {
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
     let bundles: Vec<Bundle> = arguments.bundles.iter().map(Bundle::open).collect::<Result<_, _>>()?;
+    if let (Some(path), Some(bundle)) = (&arguments.state, bundles.first()) {
+        return arguments.saved(bundle, path, output);
+    }
     let cases = arguments.cases(&bundles)?;
     let baseline = arguments.baseline.as_deref().map(read_profile).transpose()?;
     if arguments.in_process {
@@ -144,22 +150,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         arguments.tokens(case.bundle, case.lengths)?;
     }
     let profile = arguments.profile(&bundles, &cases, output)?;
-    if let Some(path) = &arguments.out {
-        let json = serde_json::to_vec_pretty(&profile)?;
-        write_aside(path, &json)?;
-    }
-    if let Some(path) = &arguments.html {
-        let page = Report { profiles: vec![profile.clone()], ..Report::here(&profile.model) };
-        write_aside(path, render(&page).as_bytes())?;
-    }
-    output.result(&profile, || rows(&profile))?;
-    if !output.is_json() {
-        profile.warnings.iter().for_each(|warning| output.warning(warning));
-    }
-    match baseline {
-        Some(baseline) => arguments.gate(&baseline, &profile, output),
-        None => Ok(Outcome::Done),
-    }
+    arguments.finish(&profile, baseline.as_ref(), output)
 }
 
 /// A result that this command wrote earlier.
@@ -172,6 +163,53 @@ fn read_profile(path: &Path) -> anyhow::Result<ProfileReport> {
 }
 
 impl Arguments {
+    /// Measures a state of `bundle` that was saved in the file `path`.
+    fn saved(&self, bundle: &Bundle, path: &Path, output: &Output) -> anyhow::Result<Outcome> {
+        let baseline = self.baseline.as_deref().map(read_profile).transpose()?;
+        let suffix = random_tokens(bundle.architecture().vocab_size(), self.suffix, SEED);
+        let mut engines = self.engine.engines(bundle, output)?;
+        let engine = engine_name(bundle);
+        let measured =
+            measure_saved(&mut engines, path, &suffix, &self.effort(), (&engine, threads(output)), &mut |_| {})?;
+        let profile = ProfileReport::new(model_name(bundle), Provenance::probe().pairs(), &[measured], Vec::new());
+        self.finish(&profile, baseline.as_ref(), output)
+    }
+
+    fn effort(&self) -> Effort {
+        let prefix = Protocol {
+            min_runs: usize::from(self.protocol.min_runs),
+            min_time: Duration::from_secs_f64(self.protocol.min_time),
+            max_time: Some(Duration::from_secs_f64(self.protocol.budget)),
+            ..Protocol::default()
+        };
+        Effort { prefix, new_tokens: self.new_tokens }
+    }
+
+    /// Writes and prints what was measured, and holds it against the baseline.
+    fn finish(
+        &self,
+        profile: &ProfileReport,
+        baseline: Option<&ProfileReport>,
+        output: &Output,
+    ) -> anyhow::Result<Outcome> {
+        if let Some(path) = &self.out {
+            let json = serde_json::to_vec_pretty(profile)?;
+            write_aside(path, &json)?;
+        }
+        if let Some(path) = &self.html {
+            let page = Report { profiles: vec![profile.clone()], ..Report::here(&profile.model) };
+            write_aside(path, render(&page).as_bytes())?;
+        }
+        output.result(profile, || rows(profile))?;
+        if !output.is_json() {
+            profile.warnings.iter().for_each(|warning| output.warning(warning));
+        }
+        match baseline {
+            Some(baseline) => self.gate(baseline, profile, output),
+            None => Ok(Outcome::Done),
+        }
+    }
+
     /// Says what grew since `baseline`, and whether by too much.
     fn gate(&self, baseline: &ProfileReport, profile: &ProfileReport, output: &Output) -> anyhow::Result<Outcome> {
         let changes = compare(baseline, profile, self.max_regress / 100.0);
@@ -377,15 +415,8 @@ impl Arguments {
         let mut context = prefix.split_off(case.lengths.prefix);
         let suffix = context.split_off(case.lengths.context);
         let prompt = PromptIds { prefix, context, suffix };
-        let protocol = Protocol {
-            min_runs: usize::from(self.protocol.min_runs),
-            min_time: Duration::from_secs_f64(self.protocol.min_time),
-            max_time: Some(Duration::from_secs_f64(self.protocol.budget)),
-            ..Protocol::default()
-        };
-        let effort = Effort { prefix: protocol, new_tokens: self.new_tokens };
         let mut engines = self.engine.engines(bundle, output)?;
-        let engine = format!("ort-cpu {}", bundle.manifest().precision);
+        let engine = engine_name(bundle);
         let bar = output.bar("", 1);
         let mut run = 0;
         let mut on_step = |step| match step {
@@ -401,7 +432,7 @@ impl Arguments {
             }
         };
         let engine = (engine.as_str(), threads(output));
-        let mut measured = measure(&mut engines, &case.compression, &prompt, &effort, engine, &mut on_step)?;
+        let mut measured = measure(&mut engines, &case.compression, &prompt, &self.effort(), engine, &mut on_step)?;
         bar.finish_and_clear();
         if let Some(path) = &self.trace {
             drop(engines);
@@ -434,6 +465,10 @@ fn add_process(all: &mut Vec<Value>, name: &str, events: Vec<Value>) {
         }
         all.push(event);
     }
+}
+
+fn engine_name(bundle: &Bundle) -> String {
+    format!("ort-cpu {}", bundle.manifest().precision)
 }
 
 /// Threads an operator may use.

@@ -12,7 +12,10 @@ use crate::environment::{peak_resident_bytes, reset_peak_resident};
 use crate::pipeline::compress::Compression;
 use crate::pipeline::decode::{Continuation, Sequence};
 use crate::pipeline::prompt::PromptIds;
+use crate::pipeline::question::with_suffix;
 use crate::pipeline::{ContextState, Engines, plain};
+use accordion_graphs::architecture::{Architecture, Compressor};
+use accordion_graphs::plan::sharedllm::SharedLlmSettings;
 use accordion_graphs::plan::{OperationCount, PromptLengths};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -71,9 +74,34 @@ pub fn work(
             let plan = homer.plan(bundle, lengths)?;
             (plan.operations(arch), plan.nodes.iter().map(|node| node.in_len).max().unwrap_or(0))
         }
-        Compression::Rcc(_) | Compression::SharedLlm(_) => (OperationCount::default(), plain::PREFILL_ROWS),
+        Compression::Rcc(rcc) => {
+            let Some(Compressor::Rcc(model)) = &bundle.manifest().compressor else { return Err(ProfileError::NoModel) };
+            let plan = rcc.plan(bundle, lengths)?;
+            (plan.operations(arch, &model.encoder), plan.settings.window)
+        }
+        Compression::SharedLlm(shared) => {
+            let Some(Compressor::SharedLlm(model)) = &bundle.manifest().compressor else {
+                return Err(ProfileError::NoModel);
+            };
+            let plan = shared.plan(bundle, lengths)?;
+            let lower = Architecture::from(model.lower.clone());
+            let longest_node = plan.levels.iter().map(|level| level.node_len).max().unwrap_or(0);
+            let rows = plan.running.min(plain::PREFILL_ROWS).max(longest_node);
+            (plan.operations(arch, &lower, model.injected_layers), rows)
+        }
     })
 }
+
+/// What a measurement is of.
+struct Subject {
+    method: String,
+    settings: Vec<(String, String)>,
+    lengths: PromptLengths,
+    operations: Option<u64>,
+}
+
+/// How and where something is run: the engine's name, and its threads.
+pub type Engine<'a> = (&'a str, usize);
 
 /// Measures `compression` on `prompt`; `engine` names what `engines` run on, with its threads.
 ///
@@ -92,11 +120,70 @@ pub fn measure(
     compression: &Compression,
     prompt: &PromptIds,
     effort: &Effort,
-    (engine, threads): (&str, usize),
+    engine: Engine<'_>,
     on_step: &mut dyn FnMut(Step),
 ) -> Result<Measurement, ProfileError> {
     let lengths = prompt.lengths();
     let (operations, _) = work(engines.bundle(), compression, lengths)?;
+    let subject = Subject {
+        method: compression.method().to_owned(),
+        settings: settings(compression),
+        lengths,
+        operations: Some(operations.total()),
+    };
+    let mut build = |engines: &mut Engines<'_>, on_step: &mut dyn FnMut(Step)| {
+        let mut on_progress = |done, total| on_step(Step::Built { done, total });
+        Ok(compression.compress(engines, prompt, &mut on_progress)?)
+    };
+    let mut first = |_: &mut Engines<'_>, state: &ContextState| Ok(state.clone());
+    measure_state(engines, subject, effort, engine, &mut build, &mut first, on_step)
+}
+
+/// Measures a state that was saved in the file `path`, with the question `suffix` behind it: the prefix is reading the
+/// file, the first token reading the question.
+///
+/// # Errors
+///
+/// As [`ContextState::load`], or a graph fails.
+pub fn measure_saved(
+    engines: &mut Engines<'_>,
+    path: &Path,
+    suffix: &[u32],
+    effort: &Effort,
+    engine: Engine<'_>,
+    on_step: &mut dyn FnMut(Step),
+) -> Result<Measurement, ProfileError> {
+    let saved = ContextState::load(path, engines.bundle())?;
+    let lengths = PromptLengths { suffix: suffix.len(), ..saved.origin.lengths };
+    let old_suffix = saved.suffix_ids.len();
+    let subject = Subject {
+        method: saved.origin.method.name().to_owned(),
+        settings: vec![("context state".to_owned(), "from a file".to_owned())],
+        lengths,
+        operations: None,
+    };
+    drop(saved);
+    let mut build =
+        |engines: &mut Engines<'_>, _: &mut dyn FnMut(Step)| Ok(ContextState::load(path, engines.bundle())?.state);
+    let mut first =
+        |engines: &mut Engines<'_>, state: &ContextState| Ok(with_suffix(engines, state, old_suffix, suffix)?);
+    measure_state(engines, subject, effort, engine, &mut build, &mut first, on_step)
+}
+
+/// Makes a state.
+type Build<'a> = &'a mut dyn FnMut(&mut Engines<'_>, &mut dyn FnMut(Step)) -> Result<ContextState, ProfileError>;
+/// Makes a state that predicts a token of one that may not.
+type First<'a> = &'a mut dyn FnMut(&mut Engines<'_>, &ContextState) -> Result<ContextState, ProfileError>;
+
+fn measure_state(
+    engines: &mut Engines<'_>,
+    subject: Subject,
+    effort: &Effort,
+    (engine, threads): Engine<'_>,
+    build: Build<'_>,
+    first: First<'_>,
+    on_step: &mut dyn FnMut(Step),
+) -> Result<Measurement, ProfileError> {
     engines.unload();
     // Where the peak cannot be reset it is that of the whole process, which in a process of its own is the same.
     let _ = reset_peak_resident();
@@ -106,14 +193,14 @@ pub fn measure(
         // The state of the run before does not count as memory of this one.
         built = None;
         on_step(Step::Run);
-        let mut on_progress = |done, total| on_step(Step::Built { done, total });
-        built = Some(compression.compress(engines, prompt, &mut on_progress)?);
+        built = Some(build(engines, on_step)?);
         Ok::<(), ProfileError>(())
     })?;
     let state = built.ok_or(ProfileError::NoRun)?;
 
     let decoded = effort.new_tokens.max(1);
-    let start = |engines: &Engines<'_>| {
+    let mut start = |engines: &mut Engines<'_>| {
+        let state = first(engines, &state)?;
         let sequence = Sequence::continue_from(engines, &state, WARM_UP_TOKENS + decoded, Continuation::Next)?;
         Ok::<_, ProfileError>((sequence, largest(&state.logits)))
     };
@@ -133,13 +220,15 @@ pub fn measure(
         Ok::<(), ProfileError>(())
     })?;
 
+    let Subject { method, settings, lengths, operations } = subject;
+    let decoder = engines.bundle().architecture();
     Ok(Measurement {
         configuration: Configuration {
-            method: compression.method().to_owned(),
-            decoder: decoder_in_words(engines.bundle().architecture()),
+            method,
+            decoder: decoder_in_words(decoder),
             engine: engine.to_owned(),
             threads,
-            settings: settings(compression),
+            settings,
         },
         prompt: lengths,
         tokens_kept: state.len(),
@@ -148,8 +237,8 @@ pub fn measure(
         per_token: statistics(&per_token)?,
         peak_resident_bytes: peak_resident_bytes().unwrap_or(0),
         state_bytes: state.cache_bytes(),
-        plain_state_bytes: engines.bundle().architecture().kv_bytes_per_token() * lengths.total() as u64,
-        operations: Some(operations.total()),
+        plain_state_bytes: decoder.kv_bytes_per_token() * lengths.total() as u64,
+        operations,
         floor_fraction: None,
         operators: Vec::new(),
     })
@@ -179,15 +268,34 @@ pub fn record(
 }
 
 fn settings(compression: &Compression) -> Vec<(String, String)> {
+    let width = |width: usize| {
+        let width = if width == usize::MAX { "max".to_owned() } else { width.to_string() };
+        ("width".to_owned(), width)
+    };
+    let named = |name: &str, value: String| (name.to_owned(), value);
     match compression {
-        Compression::Plain { .. } => vec![("rows per call".to_owned(), plain::PREFILL_ROWS.to_string())],
+        Compression::Plain { .. } => vec![named("rows per call", plain::PREFILL_ROWS.to_string())],
         Compression::Homer(homer) => {
             let mut listed = describe(&homer.settings);
-            let width = if homer.width == usize::MAX { "max".to_owned() } else { homer.width.to_string() };
-            listed.push(("width".to_owned(), width));
+            listed.push(width(homer.width));
             listed
         }
-        Compression::Rcc(_) | Compression::SharedLlm(_) => Vec::new(),
+        Compression::Rcc(rcc) => vec![
+            named("window", rcc.settings.window.to_string()),
+            named("ratio", rcc.settings.ratio.to_string()),
+            width(rcc.width),
+        ],
+        Compression::SharedLlm(shared) => {
+            let SharedLlmSettings { chunk_len, tree_depth, quirks, .. } = shared.settings;
+            let kept = shared.settings.kept_per_chunk().map_or_else(|_| "?".to_owned(), |kept| kept.to_string());
+            vec![
+                named("chunk length", chunk_len.to_string()),
+                named("kept per chunk", kept),
+                named("tree depth", tree_depth.to_string()),
+                named("quirks", format!("{quirks:?}").to_lowercase()),
+                width(shared.width),
+            ]
+        }
     }
 }
 

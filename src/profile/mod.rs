@@ -16,6 +16,7 @@ pub mod trace;
 
 use crate::bundle::BundleError;
 use crate::pipeline::PipelineError;
+use crate::pipeline::state_file::StateError;
 use crate::runtime::EngineError;
 use crate::tensor::TensorError;
 use accordion_graphs::onnx::BuildError;
@@ -49,6 +50,12 @@ pub enum ProfileError {
         /// What is wrong with it.
         problem: String,
     },
+    /// The bundle's method needs a part of the checkpoint that bundle.json does not describe.
+    #[error("bundle.json does not describe what its method adds to the decoder")]
+    NoModel,
+    /// A saved state cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// The protocol asked for no run at all.
     #[error("nothing was measured: at least one run is needed")]
     NoRun,
