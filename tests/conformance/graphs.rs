@@ -41,14 +41,15 @@ impl Graphs {
     }
 
     /// The checkpoint exported beside itself.
-    fn bundle(&self, checkpoint: &Path, method: MethodSettings) -> Result<Bundle> {
+    pub(crate) fn bundle(&self, checkpoint: &Path, method: MethodSettings) -> Result<Bundle> {
         let out = checkpoint.with_file_name("bundle");
         let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
         export(&Checkpoint::open(checkpoint)?, &out, &options)?;
         Ok(Bundle::open(out)?)
     }
 
-    fn engines<'b>(&self, bundle: &'b Bundle) -> Result<Engines<'b>> {
+    /// The engines that the row runs.
+    pub(crate) fn engines<'b>(&self, bundle: &'b Bundle) -> Result<Engines<'b>> {
         let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
         let options = OrtOptions { fused_operators: self.fused_operators };
         let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options)?;

@@ -12,6 +12,7 @@ mod homer;
 mod part;
 mod rcc;
 mod rcc_graphs;
+mod rcc_lockstep;
 mod reference;
 mod table;
 
