@@ -21,8 +21,8 @@ fn findings(name: &str, graphs: &Graphs, change: impl Fn(&str, Tensor) -> Tensor
     let bundle = graphs.bundle(&checkpoint, MethodSettings::Rcc(case.settings)).unwrap();
     let source = |name: &str| case.weight(name).map(|weight| change(name, weight));
     let reference = Rcc::load(&case.decoder, &case.model, case.settings, source).unwrap();
-    let run = &case.runs[0];
-    let plan = RccPlan::new(run.lengths(), case.settings).unwrap();
+    let plans = case.runs.iter().map(|run| (run, RccPlan::new(run.lengths(), case.settings).unwrap()));
+    let (run, plan) = plans.into_iter().find(|(_, plan)| plan.segments > 1).unwrap();
     let input = RccInput { plan: &plan, text: &run.text_ids, prompt: &run.prompt_ids, teacher: &[5, 9, 3] };
     let mut segments = 0;
     let mut on_progress = |done| segments = done;
