@@ -107,7 +107,7 @@ pub fn read_slots(
         let ids: Vec<u32> = (first..first + segments).flat_map(|s| plan.segment(text, s)).collect();
         let ids = token_tensor(&ids, encoder_vocab_size(engines.bundle()))?;
         let maps = encode(engines, &ids.reshaped([segments, plan.settings.window])?, &scope, taps)?;
-        append(engines, &mut cache, maps, &scope, taps)?;
+        append(engines, &mut cache, &maps, &scope, taps)?;
         on_batch(first + segments);
     }
     Ok(Sequence::of_cache(cache))
@@ -137,7 +137,7 @@ fn encode(
 fn append(
     engines: &mut Engines<'_>,
     cache: &mut Cache,
-    maps: Tensor,
+    maps: &Tensor,
     scope: &str,
     taps: &mut dyn TapSink,
 ) -> Result<(), PipelineError> {

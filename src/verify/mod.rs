@@ -4,7 +4,7 @@
 //! - [`selection`]: the same for sets of surviving tokens, where near-ties have to be told from errors.
 //! - [`verdict`]: bounds, and what they say about those numbers.
 //! - [`judge`]: where the taps of two sides meet, and what cannot be compared any more.
-//! - [`homer`] and [`plain`]: an engine and the reference in step; [`golden`]: either against a golden case.
+//! - [`homer`], [`plain`] and [`rcc`]: an engine and the reference in step; [`golden`]: either against a golden case.
 //! - [`weights`]: NaN and infinities in a checkpoint.
 //! - [`schema`]: the report that is printed, stored and drawn; [`text`]: for a terminal.
 //! - [`order`]: tap names put into the order in which the model computes them.
@@ -16,6 +16,7 @@ pub mod homer;
 pub mod judge;
 pub mod order;
 pub mod plain;
+pub mod rcc;
 pub mod schema;
 pub mod selection;
 pub mod text;

@@ -71,7 +71,7 @@ impl Graphs {
     }
 
     /// `checkpoint`, which lies in `folder`, exported beside itself and opened.
-    fn open_in(&self, folder: TempDir, checkpoint: &Path, method: MethodSettings) -> Result<Opened> {
+    pub(crate) fn open_in(&self, folder: TempDir, checkpoint: &Path, method: MethodSettings) -> Result<Opened> {
         let out = folder.path().join("bundle");
         let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
         export(&Checkpoint::open(checkpoint)?, &out, &options)?;

@@ -13,6 +13,7 @@ mod homer;
 mod part;
 mod rcc;
 mod rcc_graphs;
+mod rcc_lockstep;
 mod reference;
 mod sharedllm;
 mod table;
