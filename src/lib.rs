@@ -11,6 +11,7 @@
 
 pub mod bundle;
 pub mod checkpoint;
+pub mod convert;
 pub mod environment;
 pub mod fetch;
 pub mod goldens;
@@ -20,6 +21,8 @@ pub mod profile;
 pub mod reference;
 pub mod report;
 pub mod runtime;
+pub mod staging;
+pub mod synthetic;
 pub mod taps;
 pub mod tensor;
 pub mod verify;

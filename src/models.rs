@@ -1,16 +1,20 @@
 //! Models by name: whatever a user may call a checkpoint, as a checkpoint folder.
 //!
-//! A folder is itself. A GGUF file, and the file of a model that can be fetched, is imported once into the cache:
+//! A folder is itself. A GGUF file, and the file of a model that can be fetched, is imported once into the cache; a model
+//! of random numbers is written there once:
 //!
 //! ```text
 //! <cache>/checkpoints/smollm2-135m-0.1.2-bcc81830d10c/     a model by name; the hash is of its package
+//!                     random-pythia-70m-float32-seed-0/    random:pythia-70m
 //!                     my-model.Q4_K_M-6f1c22a07d35/        a file; the hash is of its path, size and time of change
 //!                     .lock
 //!                     .import-XXXXXX/                      an import at work, or what a killed one left
 //! ```
 
-use crate::checkpoint::{CheckpointError, import_gguf};
+use crate::checkpoint::{CheckpointError, import_gguf, import_llama2c};
 use crate::fetch::{self, Asset, Cache, FetchError, asset};
+use crate::staging::StagingError;
+use crate::synthetic::{RandomOptions, Shape, UNFINISHED, write_random};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io;
@@ -19,17 +23,19 @@ use std::time::UNIX_EPOCH;
 
 const FOLDER: &str = "checkpoints";
 const LOCK: &str = ".lock";
-/// What [`crate::checkpoint`] calls folders it is writing.
-const UNFINISHED: &str = ".import-";
-/// Extension of the files that can be imported.
+/// Extension of files that can be imported.
 const GGUF: &str = "gguf";
+/// Extension, among fetched files, of a llama2.c model with its tokenizer behind it.
+const LLAMA2C: &str = "llama2c";
+/// What comes before the name of a model of random numbers.
+const RANDOM: &str = "random:";
 
 /// Why there is no checkpoint folder.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
     /// Neither a folder nor a file nor a model's name.
-    #[error("there is no folder or file {}, and no model of that name (models that can be fetched: {known})", path.display())]
+    #[error("there is no folder or file {}, and no model of that name (models: {known})", path.display())]
     Unknown {
         /// What was asked for.
         path: PathBuf,
@@ -48,6 +54,9 @@ pub enum ModelError {
     /// The file could not be imported.
     #[error(transparent)]
     Import(#[from] Box<CheckpointError>),
+    /// The random numbers could not be written.
+    #[error(transparent)]
+    Random(#[from] StagingError),
     /// The cache could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {
@@ -70,6 +79,13 @@ pub enum Progress {
         /// Elements in all.
         total: u64,
     },
+    /// Random numbers are being written.
+    Random {
+        /// Bytes written.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
 }
 
 /// Receives [`Progress`].
@@ -78,16 +94,17 @@ pub type OnProgress<'a> = dyn FnMut(Progress) + 'a;
 /// Whether `asset` is a model that [`resolve`] knows by its name.
 pub fn is_model(asset: &Asset) -> bool {
     let members = asset.packages.iter().flat_map(|package| package.members);
-    members.into_iter().any(|member| is_gguf(Path::new(member.file)))
+    members.into_iter().any(|member| [GGUF, LLAMA2C].iter().any(|kind| is_kind(Path::new(member.file), kind)))
 }
 
-/// The names of all models that can be fetched.
-pub fn names() -> impl Iterator<Item = &'static str> {
-    asset::ALL.iter().filter(|asset| is_model(asset)).map(|asset| asset.name)
+/// The names of all models: those that can be fetched, and those of random numbers.
+pub fn names() -> impl Iterator<Item = String> {
+    let fetched = asset::ALL.iter().filter(|asset| is_model(asset)).map(|asset| asset.name.to_owned());
+    fetched.chain(Shape::all().iter().map(|shape| format!("{RANDOM}{}", shape.name())))
 }
 
-/// The checkpoint folder that `model` means: a folder, a GGUF file or the name of a model. Fetches and imports what is
-/// not in `cache` yet; a folder of the same name goes before a model.
+/// The checkpoint folder that `model` means: a folder, a GGUF file or the name of a model. Fetches, imports or writes what
+/// is not in `cache` yet; a folder of the same name goes before a model.
 ///
 /// # Errors
 ///
@@ -97,10 +114,14 @@ pub fn resolve(model: &Path, cache: &Cache, on_progress: &mut OnProgress<'_>) ->
         return Ok(model.to_owned());
     }
     if model.exists() {
-        if !is_gguf(model) {
+        if !is_kind(model, GGUF) {
             return Err(ModelError::NotAModel { path: model.to_owned() });
         }
         return imported(model, &key_of_file(model)?, cache, on_progress);
+    }
+    let shape = model.to_str().and_then(|name| name.strip_prefix(RANDOM)).and_then(Shape::named);
+    if let Some(shape) = shape {
+        return random(shape, RandomOptions::default(), cache, on_progress);
     }
     match asset::ALL.iter().find(|asset| is_model(asset) && Path::new(asset.name) == model) {
         Some(asset) => fetch(asset, cache, on_progress),
@@ -120,8 +141,47 @@ pub fn fetch(asset: &'static Asset, cache: &Cache, on_progress: &mut OnProgress<
     imported(fetched.path(), &entry.to_string_lossy(), cache, on_progress)
 }
 
-/// The folder called `key` in the cache, made from `file` if it is not there.
+/// The checkpoint folder of a model of random numbers.
+///
+/// # Errors
+///
+/// It cannot be written. Nothing is left in the cache then.
+pub fn random(
+    shape: &Shape,
+    options: RandomOptions,
+    cache: &Cache,
+    on_progress: &mut OnProgress<'_>,
+) -> Result<PathBuf, ModelError> {
+    let key = format!("random-{}-{}-seed-{}", shape.name(), options.dtype.torch_name(), options.seed);
+    made(&key, cache, |goal| {
+        match write_random(shape, goal, options, |done, total| {
+            on_progress(Progress::Random { done, total });
+        }) {
+            Err(StagingError::Exists { .. }) | Ok(_) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+/// The folder called `key` in the cache, imported from `file` if it is not there.
 fn imported(file: &Path, key: &str, cache: &Cache, on_progress: &mut OnProgress<'_>) -> Result<PathBuf, ModelError> {
+    made(key, cache, |goal| {
+        let progress = |done, total| on_progress(Progress::Import { done, total });
+        let imported = if is_kind(file, LLAMA2C) {
+            import_llama2c(file, goal, progress)
+        } else {
+            import_gguf(file, goal, progress)
+        };
+        match imported {
+            Err(CheckpointError::Exists { .. }) | Ok(()) => Ok(()),
+            Err(error) => Err(Box::new(error).into()),
+        }
+    })
+}
+
+/// The folder called `key` in the cache, which `make` makes if it is not there. Where there are no locks another process
+/// may be first; its folder is as good, and `make` is not to complain of it.
+fn made(key: &str, cache: &Cache, make: impl FnOnce(&Path) -> Result<(), ModelError>) -> Result<PathBuf, ModelError> {
     let folder = cache.folder().join(FOLDER);
     let goal = folder.join(key);
     // Folders get their names when they are complete.
@@ -131,11 +191,7 @@ fn imported(file: &Path, key: &str, cache: &Cache, on_progress: &mut OnProgress<
     fs::create_dir_all(&folder).map_err(io_error(&folder))?;
     let _lock = lock(&folder)?;
     if !goal.is_dir() {
-        match import_gguf(file, &goal, |done, total| on_progress(Progress::Import { done, total })) {
-            // Where there are no locks another process may have been first; its folder is as good.
-            Err(CheckpointError::Exists { .. }) | Ok(()) => {}
-            Err(error) => return Err(Box::new(error).into()),
-        }
+        make(&goal)?;
     }
     Ok(goal)
 }
@@ -172,8 +228,8 @@ fn key_of_file(file: &Path) -> Result<String, ModelError> {
     Ok(format!("{stem}-{}", &hash[..HASH_DIGITS]))
 }
 
-fn is_gguf(file: &Path) -> bool {
-    file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(GGUF))
+fn is_kind(file: &Path, extension: &str) -> bool {
+    file.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
 }
 
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> ModelError + '_ {
@@ -205,6 +261,8 @@ mod tests {
         let message = refusal(Path::new("smollm"));
         assert!(message.contains("no folder or file smollm") && message.contains("smollm2-135m"), "{message}");
         assert!(!names().any(|name| name == "emma"), "a text is no model");
+        let message = refusal(Path::new("random:pythia-7b"));
+        assert!(message.contains("random:pythia-70m") && message.contains("stories15m"), "{message}");
         let file = root.path().join("config.json");
         fs::write(&file, "{}").unwrap();
         assert!(refusal(&file).contains("expected a checkpoint folder"), "{}", refusal(&file));

@@ -4,10 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use accordion_graphs::dtype::DType;
-use accordion_graphs::onnx::{Dim, Model, Scope, Value, tap_outputs};
+use accordion_graphs::onnx::{Dim, Model, Scope, Step, Value, tap_outputs};
 use accordion_graphs::weights::{WeightIndex, WeightRef};
 use onnx_protobuf::{Message, ModelProto};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 fn weights(entries: &[(&str, &[usize], DType)]) -> Rc<WeightIndex> {
@@ -111,7 +111,7 @@ fn narrow_weights_are_linked_as_they_are_and_cast() {
 fn taps_become_outputs_by_appending_bytes() {
     let g = Scope::new("graph", weights(&[]));
     let x = rows(&g, "x", 4);
-    let layer = g.scope("model.layers").scope(0);
+    let layer = g.scope_tapped_as("model", "").scope("layers").scope(0);
     let squared = x.within(&layer) * &x;
     layer.tap("squared", &squared);
     g.output("y", &(&squared + &x));
@@ -166,4 +166,53 @@ fn dimensions_add_and_multiply_symbolically() {
     let joined = g.concat(&[&a, &b], 1);
     assert_eq!(joined.shape(), ["batch".into(), "a + b".into(), Dim::Known(2)]);
     assert_eq!(joined.flatten_rows().shape(), ["batch * (a + b)".into(), Dim::Known(2)]);
+}
+
+/// A running sum along axis 1, and twice what was seen.
+fn running_sum(g: &Scope, step: impl FnOnce(&Value) -> Value) -> Step {
+    let x = g.input("x", DType::F32, &["batch".into(), "time".into(), 4.into()]);
+    let zeros = g.input("zeros", DType::F32, &["batch".into(), 4.into()]);
+    g.scan(&[&zeros], &[&x], 1, |body, state, now| {
+        let sum = step(&(&state[0] + &now[0]));
+        let seen = &sum * body.float(2.0);
+        Step { state: vec![sum], results: vec![seen] }
+    })
+}
+
+#[test]
+fn a_loop_carries_its_body_and_no_name_comes_twice() {
+    let g = Scope::new("graph", weights(&[]));
+    let looped = running_sum(&g, Value::sigmoid);
+    assert_eq!(looped.state[0].shape(), ["batch".into(), Dim::Known(4)]);
+    assert_eq!(looped.results[0].shape(), ["batch".into(), "time".into(), Dim::Known(4)]);
+    // Operators and a constant of the same names outside the loop.
+    let sum = (&looped.state[0] + &looped.state[0]).sigmoid();
+    g.output("y", &(sum * g.float(2.0)));
+    let proto = parsed(&g.finish(&[]).unwrap());
+    let scan = proto.graph.node.iter().find(|node| node.op_type == "Scan").unwrap();
+    let attribute = |name: &str| scan.attribute.iter().find(|a| a.name == name).unwrap();
+    assert_eq!((attribute("num_scan_inputs").i, &attribute("scan_input_axes").ints), (1, &vec![1]));
+    let body = &attribute("body").g;
+    assert_eq!((body.input.len(), body.output.len()), (2, 2));
+    let mut names = BTreeSet::new();
+    for graph in [&proto.graph, body] {
+        let produced = graph.node.iter().flat_map(|node| node.output.iter().chain([&node.name]));
+        let given = graph.input.iter().map(|i| &i.name).chain(graph.initializer.iter().map(|i| &i.name));
+        for name in produced.chain(given) {
+            assert!(names.insert(name), "'{name}' comes twice");
+        }
+    }
+}
+
+#[test]
+fn a_loop_that_changes_its_state_or_reads_weights_is_refused() {
+    let g = Scope::new("graph", weights(&[]));
+    running_sum(&g, |sum| sum.unsqueeze(0));
+    assert!(error(&g).contains("a loop with the state [fp32 [batch, 4]] leaves [fp32 [1, batch, 4]]"));
+    let g = Scope::new("graph", weights(&[]));
+    running_sum(&g, |sum| sum + sum.scope().weight("w", &[4]));
+    assert!(error(&g).contains("the checkpoint has no tensor"));
+    let g = Scope::new("graph", weights(&[]));
+    running_sum(&g, |sum| sum + rows(sum.scope(), "other", 3));
+    assert!(error(&g).contains("shapes do not broadcast"));
 }

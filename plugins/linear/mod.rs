@@ -1,11 +1,11 @@
-//! `x * weight^T (+ bias)` for few rows: `ai.accordion::Linear` on the CPU. See `contract.md`.
+//! `x * weight^T (+ bias)` for few rows: `ai.accordion::Linear` and `LinearBias` on the CPU. See `contract.md`.
 
 // Forced inlining is what `simd` demands of every kernel.
 #![allow(clippy::inline_always)]
 
 mod operator;
 
-pub use operator::Linear;
+pub use operator::{Linear, LinearBias};
 
 use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
 #[cfg(target_arch = "x86_64")]

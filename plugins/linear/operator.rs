@@ -1,7 +1,7 @@
-//! `ai.accordion::Linear` as a custom operator of ONNX Runtime.
+//! `ai.accordion::Linear` and `LinearBias` as custom operators of ONNX Runtime.
 
 use super::{MAX_ROWS, Sizes, linear};
-use crate::operator::{error, input, optional_input, tensor};
+use crate::operator::{error, input, tensor};
 use crate::parallel::SessionThreads;
 use ort::AsPointer;
 use ort::operator::{
@@ -24,7 +24,7 @@ impl Operator for Linear {
     }
 
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
-        [OperatorInput::required(Float32), OperatorInput::required(Float32), OperatorInput::optional(Float32)]
+        [Float32; 2].map(OperatorInput::required)
     }
 
     fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
@@ -32,8 +32,35 @@ impl Operator for Linear {
     }
 
     fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<Self::Kernel<'attr>> {
-        let inputs = context.inputs()?.len();
-        Ok(LinearKernel { gemm: Gemm::new(context, inputs)?, inputs })
+        LinearKernel::new(context, false)
+    }
+
+    fn infer_shape(&self, _: &mut ShapeInferenceContext) -> ort::Result<()> {
+        Ok(())
+    }
+}
+
+/// The operator of `contract.md` with a bias, for the CPU provider.
+#[derive(Debug, Clone, Copy)]
+pub struct LinearBias;
+
+impl Operator for LinearBias {
+    type Kernel<'attr> = LinearKernel;
+
+    fn name(&self) -> &'static str {
+        "LinearBias"
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        [Float32; 3].map(OperatorInput::required)
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(Float32)]
+    }
+
+    fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<Self::Kernel<'attr>> {
+        LinearKernel::new(context, true)
     }
 
     fn infer_shape(&self, _: &mut ShapeInferenceContext) -> ort::Result<()> {
@@ -44,13 +71,19 @@ impl Operator for Linear {
 /// The kernel: few rows here, more by the runtime.
 pub struct LinearKernel {
     gemm: Gemm,
-    inputs: usize,
+    biased: bool,
+}
+
+impl LinearKernel {
+    fn new(context: &KernelContext<'_>, biased: bool) -> ort::Result<Self> {
+        Ok(Self { gemm: Gemm::new(context, if biased { 3 } else { 2 })?, biased })
+    }
 }
 
 impl Kernel for LinearKernel {
     fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
         let (x_value, weight_value) = (input(context, 0, "x")?, input(context, 1, "weight")?);
-        let bias_value = if self.inputs > 2 { optional_input(context, 2)? } else { None };
+        let bias_value = self.biased.then(|| input(context, 2, "bias")).transpose()?;
         let ([rows, inner], x) = tensor::<f32, 2>(&x_value, "x")?;
         let ([outer, weight_inner], weight) = tensor::<f32, 2>(&weight_value, "weight")?;
         if weight_inner != inner {

@@ -13,6 +13,8 @@ pub mod merge_cache;
 mod operator;
 pub mod parallel;
 mod scratch;
+#[path = "../selective_scan/mod.rs"]
+pub mod selective_scan;
 mod simd;
 #[path = "../swiglu/mod.rs"]
 pub mod swiglu;
@@ -33,7 +35,9 @@ pub fn domain() -> ort::Result<OperatorDomain> {
     OperatorDomain::new(DOMAIN)?
         .add(attention::GroupQueryAttention)?
         .add(linear::Linear)?
+        .add(linear::LinearBias)?
         .add(merge_cache::MergeCache)?
+        .add(selective_scan::SelectiveScan)?
         .add(swiglu::SwiGlu)?
         .add(topk_prune::TopKPrune)
 }

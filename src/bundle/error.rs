@@ -1,6 +1,7 @@
 //! What can be wrong with a bundle.
 
 use crate::checkpoint::CheckpointError;
+use crate::staging::StagingError;
 use accordion_calibration::significance::{MismatchError, TableError};
 use accordion_graphs::onnx::BuildError;
 use accordion_graphs::plan::PlanError;
@@ -32,6 +33,9 @@ pub enum BundleError {
         /// What was found and what was expected.
         problem: String,
     },
+    /// The folder cannot be written.
+    #[error(transparent)]
+    Staging(StagingError),
     /// A file is not the one that was exported.
     #[error("{} changed since the export: {what} was {expected}, is {found}; export the bundle again", path.display())]
     Changed {
@@ -72,6 +76,16 @@ pub enum BundleError {
     /// A graph came out inconsistent.
     #[error(transparent)]
     Build(#[from] BuildError),
+}
+
+impl From<StagingError> for BundleError {
+    fn from(error: StagingError) -> Self {
+        match error {
+            StagingError::Io { path, source } => Self::Io { path, source },
+            StagingError::Exists { path } => Self::Exists { path },
+            other => Self::Staging(other),
+        }
+    }
 }
 
 impl BundleError {

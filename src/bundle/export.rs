@@ -1,9 +1,9 @@
 //! Writing a bundle: graphs are built, weights are linked, and the folder appears at once or not at all.
 
 use super::manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile, sha256};
-use super::staging::Staging;
-use super::{BundleError, MANIFEST_FILE, SIGNIFICANCE_FILE};
-use crate::checkpoint::Checkpoint;
+use super::{BundleError, MANIFEST_FILE, SIGNIFICANCE_FILE, WeightStorage};
+use crate::checkpoint::{ALIASES, Checkpoint, SIDE_FILES};
+use crate::staging::{Kind, Staging};
 use accordion_calibration::significance::{SignificanceTable, TableError};
 use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
@@ -15,28 +15,11 @@ use accordion_graphs::plan::{PlanError, PromptLengths};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// Files of a checkpoint that a bundle takes along where they are there.
-const SIDE_FILES: [&str; 6] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
+/// Bundles as folders.
+const BUNDLE: Kind = Kind { noun: "bundle", marker: MANIFEST_FILE, prefix: ".accordion-export-" };
 
 /// ONNX Runtime's `GroupQueryAttention` takes heads of a multiple of this width.
 const ORT_HEAD_DIM_STEP: usize = 8;
-
-/// How weight files get into a bundle.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum WeightStorage {
-    /// As hard links to the checkpoint's files, or copies where the file system cannot link.
-    #[default]
-    Link,
-    /// As copies.
-    Copy,
-}
 
 /// The method to export, with what decides its graphs.
 #[derive(Debug, Clone, PartialEq)]
@@ -124,7 +107,7 @@ pub struct Exported {
 /// The settings do not fit the model, the significance table is not the model's or too short, or something cannot be
 /// written; then nothing is left behind.
 pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> Result<Exported, BundleError> {
-    let mut staging = Staging::create(out, options.force)?;
+    let mut staging = Staging::create(out, BUNDLE, options.force)?;
     let arch = checkpoint.architecture();
     if options.target == Target::OrtCpu && !arch.head_dim().is_multiple_of(ORT_HEAD_DIM_STEP) {
         let problem = format!(
@@ -149,6 +132,10 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
         let mut described = WeightFile::describe(&staging.path(location), location.clone())?;
         described.sha256 = sha256;
         manifest.weights.push(described);
+    }
+    if !checkpoint.weights().aliases().is_empty() {
+        let sha256 = staging.place(&checkpoint.dir().join(ALIASES), ALIASES, WeightStorage::Copy)?.unwrap_or_default();
+        manifest.aliases = Some(FileEntry { file: ALIASES.to_owned(), sha256 });
     }
     for file in SIDE_FILES {
         let from = checkpoint.dir().join(file);

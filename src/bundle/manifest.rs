@@ -89,6 +89,9 @@ pub struct Manifest {
     pub fingerprint: String,
     /// The weight files.
     pub weights: Vec<WeightFile>,
+    /// Further names of tensors in the weight files, if there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aliases: Option<FileEntry>,
     /// The graphs by name.
     pub graphs: BTreeMap<String, GraphEntry>,
     /// The significance table, if there is one.
@@ -146,6 +149,7 @@ impl Manifest {
             compressor: checkpoint.compressor().cloned(),
             fingerprint: checkpoint.fingerprint(),
             weights: Vec::new(),
+            aliases: None,
             graphs: BTreeMap::new(),
             significance: None,
         }
@@ -171,8 +175,8 @@ impl Manifest {
         let manifest: Self = serde_json::from_value(json).map_err(|e| BundleError::invalid(path, e.to_string()))?;
         let weights = manifest.weights.iter().map(|weight| &weight.file);
         let graphs = manifest.graphs.values().map(|graph| &graph.file);
-        let table = manifest.significance.iter().map(|table| &table.file);
-        for file in weights.chain(graphs).chain(table) {
+        let others = manifest.aliases.iter().chain(&manifest.significance).map(|entry| &entry.file);
+        for file in weights.chain(graphs).chain(others) {
             if !is_plain_name(file) {
                 return Err(BundleError::invalid(path, format!("file name '{file}' must not leave the bundle")));
             }

@@ -3,13 +3,14 @@
 mod error;
 mod export;
 mod manifest;
-mod staging;
 
 pub use error::BundleError;
-pub use export::{ExportOptions, Exported, MethodSettings, WeightStorage, export, tree_heights};
+pub use export::{ExportOptions, Exported, MethodSettings, export, tree_heights};
 pub use manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile};
 
-use crate::checkpoint::{WeightMaps, check_tensors, read_index};
+pub use crate::staging::Placement as WeightStorage;
+
+use crate::checkpoint::{WeightMaps, add_aliases, check_tensors, read_index};
 use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::architecture::{Architecture, Llama};
 use accordion_graphs::onnx::GraphSignature;
@@ -45,7 +46,10 @@ impl Bundle {
             weight.check(&path)?;
             files.push(path);
         }
-        let index = read_index(&files).map_err(Box::new)?;
+        let mut index = read_index(&files).map_err(Box::new)?;
+        if let Some(entry) = &manifest.aliases {
+            add_aliases(&entry.check(&dir)?, &mut index).map_err(Box::new)?;
+        }
         check_tensors(manifest.required_tensors(), &index, &dir, MANIFEST_FILE).map_err(Box::new)?;
         let weights = WeightMaps::open(index).map_err(Box::new)?;
         Ok(Self { dir, manifest, weights })

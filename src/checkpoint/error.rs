@@ -3,6 +3,7 @@
 use crate::tensor::TensorError;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PlanError;
+use accordion_graphs::weights::AliasError;
 use std::path::{Path, PathBuf};
 
 /// Why a checkpoint cannot be opened, read or imported. Every message names the file and what in it is wrong.
@@ -99,6 +100,18 @@ pub enum CheckpointError {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// A further name that a tensor cannot have.
+    #[error("{} calls tensor {target} '{alias}': {problem}", path.display())]
+    Alias {
+        /// The file of aliases.
+        path: PathBuf,
+        /// The further name.
+        alias: String,
+        /// The tensor.
+        target: String,
+        /// What is wrong.
+        problem: AliasError,
+    },
     /// The folder holds no weights.
     #[error("{} has neither model.safetensors nor model.safetensors.index.json", path.display())]
     NoWeights {
@@ -179,6 +192,12 @@ pub enum CheckpointError {
         len: u64,
         /// Size of the file.
         available: u64,
+    },
+    /// There is a model, and nothing that turns texts into its tokens.
+    #[error("there is no {}, and texts need one; a checkpoint of random numbers has none", path.display())]
+    NoTokenizer {
+        /// tokenizer.json.
+        path: PathBuf,
     },
     /// The tokenizer refused: its file, a text or an id.
     #[error("{}: {source}", path.display())]

@@ -4,7 +4,8 @@ use super::error::{CheckpointError, io_error};
 use super::required::required_tensors;
 use super::safetensors;
 use accordion_graphs::architecture::Llama;
-use serde_json::{Value, json};
+use accordion_graphs::dtype::DType;
+use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -80,7 +81,8 @@ impl Folder {
         let total = required_tensors(model).map(|(_, shape)| elements(&shape)).sum();
         let mut written = 0;
         let mut file = BufWriter::with_capacity(BUFFER, File::create(&path).map_err(io_error(&path))?);
-        file.write_all(&header(model)).map_err(io_error(&path))?;
+        let header = safetensors::header(DType::F32, required_tensors(model));
+        file.write_all(&header).map_err(io_error(&path))?;
         let (mut values, mut bytes) = (Vec::new(), Vec::new());
         for (name, shape) in required_tensors(model) {
             let read = rows(&name)?;
@@ -118,24 +120,4 @@ impl Folder {
 
 fn elements(shape: &[usize]) -> u64 {
     shape.iter().map(|&dim| dim as u64).product()
-}
-
-/// The header of a safetensors file with the tensors of `model`, padded so that the data begin at a multiple of 64
-/// bytes: what every processor's vector loads like best.
-fn header(model: &Llama) -> Vec<u8> {
-    const ALIGNMENT: usize = 64;
-    const LENGTH: usize = size_of::<u64>();
-    let mut entries = serde_json::Map::new();
-    entries.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
-    let mut begin = 0;
-    for (name, shape) in required_tensors(model) {
-        let end = begin + elements(&shape) * size_of::<f32>() as u64;
-        entries.insert(name, json!({ "dtype": "F32", "shape": shape, "data_offsets": [begin, end] }));
-        begin = end;
-    }
-    let mut json = Value::Object(entries).to_string().into_bytes();
-    json.resize((LENGTH + json.len()).next_multiple_of(ALIGNMENT) - LENGTH, b' ');
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.append(&mut json);
-    header
 }

@@ -3,6 +3,7 @@
 //! Nothing in such a folder is trusted: sizes are bounded before anything is allocated, arithmetic is checked, and
 //! what is not understood is refused by name.
 
+mod aliases;
 mod chat;
 pub(crate) mod clock;
 mod config;
@@ -21,6 +22,7 @@ mod tokenizer;
 mod trained;
 mod vocabulary;
 
+pub(crate) use aliases::{ALIASES, add as add_aliases, to_json as aliases_json};
 pub use chat::{ChatMessage, PromptAffixes};
 pub(crate) use config::encoder_from_json;
 pub use config::{architecture_json, config_json, encoder_json, from_config_json};
@@ -30,9 +32,11 @@ pub(crate) use identity::identity_of;
 pub use identity::{model_identity, rope_text};
 pub use llama2c::import_llama2c;
 pub use maps::WeightMaps;
+pub(crate) use required::encoder_tensors;
 pub use required::{NamedShape, check_tensors, decoder_tensors, rcc_tensors, required_tensors, sharedllm_tensors};
 pub use rope::parse_rope_scaling;
 pub use safetensors::read_index;
+pub(crate) use safetensors::{INDEX, SINGLE, header as safetensors_header, index_json};
 pub use tokenizer::{TextStream, Tokenizer};
 pub(crate) use trained::{Disagreement, disagreement};
 pub use trained::{RCC_FILE, rcc_json, sharedllm_json};
@@ -51,6 +55,15 @@ use trained::{Trained, TrainedSettings};
 pub(crate) const CONFIG: &str = "config.json";
 /// The file that overrides the end-of-text ids.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
+/// Files that say how to use a model and its texts: whatever is made from a checkpoint takes along those that are there.
+pub(crate) const SIDE_FILES: [&str; 6] = [
+    CONFIG,
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
 const MAX_CONFIG: u64 = 4 << 20;
 
 /// An open checkpoint. Clones share its file mappings.
@@ -123,6 +136,15 @@ impl Checkpoint {
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// What config.json says, word for word.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read any more.
+    pub(crate) fn config(&self) -> Result<serde_json::Value, CheckpointError> {
+        files::read_json(&self.dir.join(CONFIG), MAX_CONFIG)
     }
 
     /// What config.json says of the decoder.

@@ -51,6 +51,20 @@ pub fn rcc_tensors(model: &RccModel, decoder: &Architecture, settings: RccSettin
     tensors
 }
 
+/// Every tensor of a checkpoint that holds nothing but `encoder`, with its shape.
+pub(crate) fn encoder_tensors(encoder: &Encoder) -> Vec<NamedShape> {
+    match encoder {
+        Encoder::Transformer(model) => decoder_tensors(model),
+        Encoder::Mamba(model) => {
+            let mut tensors = mamba_body(model, "backbone", model.num_layers);
+            tensors.push(("backbone.norm_f.weight".to_owned(), vec![model.hidden_size]));
+            tensors.push(("lm_head.weight".to_owned(), vec![model.vocab_size, model.hidden_size]));
+            tensors
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// Path of the encoder's embedding and blocks.
 pub(crate) fn encoder_body(model: &RccModel) -> String {
     let body = match &model.encoder {

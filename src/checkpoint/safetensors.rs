@@ -4,12 +4,14 @@
 //! and the range of its bytes in the data; the ranges must cover the data without overlap and without holes
 //! (<https://huggingface.co/docs/safetensors>).
 
+use super::aliases;
 use super::error::{CheckpointError, HeaderError, io_error};
 use super::files;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::weights::{WeightIndex, WeightRef};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -18,14 +20,26 @@ use std::path::{Component, Path, PathBuf};
 
 /// The single-file form's name.
 pub(crate) const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// The index of several files.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const LENGTH_BYTES: u64 = 8;
 /// The format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
 const MAX_INDEX: u64 = 64 << 20;
 
-/// The weights of the checkpoint in `dir`, and a digest over the headers of its files.
+/// The weights of the checkpoint in `dir` under all of their names, and a digest over the headers of its files and its
+/// aliases.
 pub(crate) fn index(dir: &Path) -> Result<(WeightIndex, Sha256), CheckpointError> {
+    let (mut weights, digest) = stored(dir)?;
+    let path = dir.join(aliases::ALIASES);
+    if !files::exists(&path)? {
+        return Ok((weights, digest));
+    }
+    let text = aliases::add(&path, &mut weights)?;
+    Ok((weights, digest.chain_update(text)))
+}
+
+fn stored(dir: &Path) -> Result<(WeightIndex, Sha256), CheckpointError> {
     let mut digest = Sha256::new();
     let single = dir.join(SINGLE);
     if files::exists(&single)? {
@@ -178,21 +192,49 @@ fn parse_header(header: &[u8], data_len: u64, file: usize) -> Result<BTreeMap<St
     Ok(entries)
 }
 
+const DTYPES: [(&str, DType); 7] = [
+    ("F32", DType::F32),
+    ("F16", DType::F16),
+    ("BF16", DType::Bf16),
+    ("I64", DType::I64),
+    ("I32", DType::I32),
+    ("BOOL", DType::Bool),
+    ("U8", DType::U8),
+];
+
 fn dtype_of(name: &str) -> Option<DType> {
-    Some(match name {
-        "F32" => DType::F32,
-        "F16" => DType::F16,
-        "BF16" => DType::Bf16,
-        "I64" => DType::I64,
-        "I32" => DType::I32,
-        "BOOL" => DType::Bool,
-        "U8" => DType::U8,
-        _ => return None,
-    })
+    DTYPES.iter().find(|(known, _)| *known == name).map(|(_, dtype)| *dtype)
+}
+
+/// The header of a file with those tensors in that order, padded so that the data begin at a multiple of 64 bytes: what
+/// every processor's vectors load best. The sizes are those of a checked architecture and do not overflow.
+pub(crate) fn header(dtype: DType, tensors: impl IntoIterator<Item = (String, Vec<usize>)>) -> Vec<u8> {
+    const ALIGNMENT: usize = 64;
+    const LENGTH: usize = LENGTH_BYTES as usize;
+    let name_of = |dtype| DTYPES.iter().find(|(_, known)| *known == dtype).map(|(name, _)| *name);
+    let mut entries = Map::new();
+    entries.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
+    let mut begin = 0;
+    for (name, shape) in tensors {
+        let end = begin + shape.iter().product::<usize>() as u64 * dtype.size() as u64;
+        entries.insert(name, json!({ "dtype": name_of(dtype), "shape": shape, "data_offsets": [begin, end] }));
+        begin = end;
+    }
+    let mut json = Value::Object(entries).to_string().into_bytes();
+    json.resize((LENGTH + json.len()).next_multiple_of(ALIGNMENT) - LENGTH, b' ');
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.append(&mut json);
+    header
+}
+
+/// The index of a checkpoint of several files: which tensor is in which, and the bytes of all tensors.
+pub(crate) fn index_json<'a>(tensors: impl Iterator<Item = (&'a str, &'a str)>, total_size: u64) -> Value {
+    let weight_map: Map<String, Value> = tensors.map(|(name, file)| (name.to_owned(), json!(file))).collect();
+    json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map })
 }
 
 /// A JSON object by tensor name. A name that appears twice is an error: which one counts would depend on the parser.
-struct Entries<V>(BTreeMap<String, V>);
+pub(super) struct Entries<V>(pub(super) BTreeMap<String, V>);
 
 impl<'de, V: Deserialize<'de>> Deserialize<'de> for Entries<V> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

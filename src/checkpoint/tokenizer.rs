@@ -42,6 +42,9 @@ impl Tokenizer {
     /// tokenizer.json is missing or malformed, or one of the files beside it is malformed.
     pub fn open(dir: &Path, vocab_size: usize) -> Result<Self, CheckpointError> {
         let path = dir.join(TOKENIZER);
+        if !files::exists(&path)? {
+            return Err(CheckpointError::NoTokenizer { path });
+        }
         let refused = |source| CheckpointError::Tokenizer { path: path.clone(), source };
         let bytes = files::read_bounded(&path, MAX_TOKENIZER)?;
         let mut tokenizer = contained(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(refused)?;

@@ -272,6 +272,7 @@ impl<'a> Demo<'a> {
             sampling: SamplingSettings { temperature: 0.0, top_k: None, top_p: 1.0, seed: 0 },
             stop_strings: Vec::new(),
             max_tokens: extent.answer_tokens,
+            keep_first: false,
             continuation: Continuation::Next,
             max_positions: engines.bundle().architecture().max_positions(),
         };

@@ -8,6 +8,9 @@ use accordion::bundle::{self, ExportOptions, Exported, MethodSettings, WeightSto
 use accordion::checkpoint::{Checkpoint, parse_rope_scaling};
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks;
+use accordion_graphs::plan::rcc::RccSettings;
+use accordion_graphs::plan::sharedllm::{Keep, Quirks, SharedLlmSettings};
+use anyhow::bail;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -26,6 +29,11 @@ enum Method {
     Plain(PlainArguments),
     /// HOMER: chunks, pruned and merged pairwise up a tree
     Homer(Box<TreeArguments>),
+    /// RCC: an encoder reads segments, and every r-th position of its layers stands for r tokens in the decoder's
+    Rcc(RccArguments),
+    /// SharedLLM: a lower model reads chunks as trees, and the upper model attends to what is kept of them
+    #[command(name = "sharedllm")]
+    SharedLlm(SharedLlmArguments),
 }
 
 #[derive(Debug, Args)]
@@ -46,6 +54,53 @@ struct TreeArguments {
     table: Option<PathBuf>,
     #[command(flatten)]
     homer: HomerArguments,
+}
+
+#[derive(Debug, Args)]
+struct RccArguments {
+    #[command(flatten)]
+    common: CommonArguments,
+    /// Tokens of an encoder segment [default: the checkpoint's]
+    #[arg(long, value_name = "N")]
+    window: Option<usize>,
+    /// Tokens per slot, a divisor of the window [default: the checkpoint's]
+    #[arg(long, value_name = "N")]
+    ratio: Option<usize>,
+    /// Whether a decoder layer gets the mean of two encoder states [default: the checkpoint's]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pairs: Option<bool>,
+    /// Whether a Mamba encoder's first state is its embedding [default: the checkpoint's]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    first_state_is_embedding: Option<bool>,
+}
+
+#[derive(Debug, Args)]
+struct SharedLlmArguments {
+    #[command(flatten)]
+    common: CommonArguments,
+    /// Tokens of a chunk [default: the checkpoint's]
+    #[arg(long, value_name = "N")]
+    chunk_len: Option<usize>,
+    /// Levels of a chunk's tree [default: the checkpoint's]
+    #[arg(long, value_name = "N")]
+    tree_depth: Option<usize>,
+    /// Tokens to keep of a node: all, a number, or a fraction with a decimal point [default: the checkpoint's]
+    #[arg(long, value_name = "all|N|FRACTION", value_parser = parse_keep)]
+    keep: Option<Keep>,
+    /// Whether the half that is more similar to the running text is split further [default: the checkpoint's]
+    #[arg(long, value_name = "BOOL")]
+    retrieval: Option<bool>,
+    /// Which computation
+    #[arg(long, value_enum, default_value_t = QuirksName::Faithful)]
+    quirks: QuirksName,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum QuirksName {
+    /// That of the released code
+    Faithful,
+    /// The one that it was meant to be
+    Fixed,
 }
 
 #[derive(Debug, Args)]
@@ -108,6 +163,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     let common = match &arguments.method {
         Method::Plain(plain) => &plain.common,
         Method::Homer(tree) => &tree.common,
+        Method::Rcc(rcc) => &rcc.common,
+        Method::SharedLlm(shared) => &shared.common,
     };
     let folder = models::folder(&common.checkpoint, output)?;
     let start = Instant::now();
@@ -115,6 +172,8 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     let method = match &arguments.method {
         Method::Plain(_) => MethodSettings::Plain,
         Method::Homer(tree) => tree.settings(&checkpoint)?,
+        Method::Rcc(rcc) => rcc.settings(&checkpoint)?,
+        Method::SharedLlm(shared) => shared.settings(&checkpoint)?,
     };
     let options =
         ExportOptions { method, target: common.target.into(), weights: common.weights.into(), force: common.force };
@@ -147,6 +206,56 @@ impl TreeArguments {
         let tree_heights = bundle::tree_heights(model.num_layers, settings, self.context)?;
         Ok(MethodSettings::Homer { settings, tree_heights, significance: self.table.clone() })
     }
+}
+
+impl RccArguments {
+    fn settings(&self, checkpoint: &Checkpoint) -> anyhow::Result<MethodSettings> {
+        let Some(trained) = checkpoint.rcc_settings() else {
+            bail!("{}: rcc needs an encoder and maps, and the checkpoint has none", checkpoint.dir().display());
+        };
+        let settings = RccSettings {
+            window: self.window.unwrap_or(trained.window),
+            ratio: self.ratio.unwrap_or(trained.ratio),
+            pairs: self.pairs.unwrap_or(trained.pairs),
+            first_state_is_embedding: self.first_state_is_embedding.unwrap_or(trained.first_state_is_embedding),
+        };
+        settings.check()?;
+        Ok(MethodSettings::Rcc(settings))
+    }
+}
+
+impl SharedLlmArguments {
+    fn settings(&self, checkpoint: &Checkpoint) -> anyhow::Result<MethodSettings> {
+        let Some(trained) = checkpoint.sharedllm_settings() else {
+            bail!(
+                "{}: sharedllm needs a lower model and cross attention, and the checkpoint has none",
+                checkpoint.dir().display()
+            );
+        };
+        let settings = SharedLlmSettings {
+            chunk_len: self.chunk_len.unwrap_or(trained.chunk_len),
+            tree_depth: self.tree_depth.unwrap_or(trained.tree_depth),
+            keep: self.keep.unwrap_or(trained.keep),
+            retrieval: self.retrieval.unwrap_or(trained.retrieval),
+            quirks: match self.quirks {
+                QuirksName::Faithful => Quirks::Faithful,
+                QuirksName::Fixed => Quirks::Fixed,
+            },
+        };
+        settings.levels()?;
+        Ok(MethodSettings::SharedLlm(settings))
+    }
+}
+
+/// What is kept of a node: a decimal point makes a number a fraction.
+fn parse_keep(text: &str) -> Result<Keep, String> {
+    let keep = match (text, text.parse::<usize>(), text.parse::<f64>()) {
+        ("all", ..) => Some(Keep::All),
+        (_, Ok(count @ 1..), _) => Some(Keep::Tokens(count)),
+        (_, Err(_), Ok(fraction)) if fraction > 0.0 && fraction <= 1.0 => Some(Keep::Fraction(fraction)),
+        _ => None,
+    };
+    keep.ok_or_else(|| "expected all, a number from 1 on, or a fraction above 0 and up to 1.0".to_owned())
 }
 
 impl<'a> Summary<'a> {

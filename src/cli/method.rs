@@ -1,6 +1,7 @@
 //! Methods on the command line.
 
 use accordion::bundle::{Bundle, Method};
+use accordion::pipeline::state_file::StateMethod;
 use anyhow::bail;
 use clap::ValueEnum;
 
@@ -26,6 +27,16 @@ impl MethodName {
             Method::Homer { .. } => Self::Homer,
             Method::Rcc { .. } => Self::Rcc,
             Method::SharedLlm { .. } => Self::SharedLlm,
+        }
+    }
+
+    /// The method that made a state.
+    pub(crate) fn of_state(method: &StateMethod) -> Self {
+        match method {
+            StateMethod::Plain => Self::Plain,
+            StateMethod::Homer(_) => Self::Homer,
+            StateMethod::Rcc(_) => Self::Rcc,
+            StateMethod::SharedLlm(_) => Self::SharedLlm,
         }
     }
 

@@ -4,10 +4,14 @@
 
 mod calibrate;
 mod common;
+mod compress;
+mod compression;
+mod convert;
 mod demo;
 mod doctor;
 mod export;
 mod fetch;
+mod framing;
 mod import;
 mod inspect;
 mod method;
@@ -64,11 +68,13 @@ enum Command {
     Demo(demo::Arguments),
     Fetch(fetch::Arguments),
     Import(import::Arguments),
+    Convert(convert::Arguments),
     Inspect(inspect::Arguments),
     Export(export::Arguments),
     Calibrate(calibrate::Arguments),
     Verify(verify::Arguments),
     Profile(profile::Arguments),
+    Compress(Box<compress::Arguments>),
     Run(Box<run::Arguments>),
     Report(report::Arguments),
     Doctor(doctor::Arguments),
@@ -95,11 +101,13 @@ pub(crate) fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(&arguments, &output),
         Command::Fetch(arguments) => fetch::run(&arguments, &output),
         Command::Import(arguments) => import::run(&arguments, &output),
+        Command::Convert(arguments) => convert::run(&arguments, &output),
         Command::Inspect(arguments) => inspect::run(&arguments, &output),
         Command::Export(arguments) => export::run(&arguments, &output),
         Command::Calibrate(arguments) => calibrate::run(&arguments, &output),
         Command::Verify(arguments) => verify::run(&arguments, &output),
         Command::Profile(arguments) => profile::run(&arguments, &output),
+        Command::Compress(arguments) => compress::run(&arguments, &output),
         Command::Run(arguments) => run::run(&arguments, &output),
         Command::Report(arguments) => report::run(&arguments, &output),
         Command::Doctor(arguments) => doctor::run(&arguments, &output),

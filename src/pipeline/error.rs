@@ -53,6 +53,18 @@ pub enum PipelineError {
     /// The significance table was made for something else.
     #[error(transparent)]
     Table(#[from] MismatchError),
+    /// Nothing stands behind the slots.
+    #[error(
+        "there is no prompt behind the compressed context: the first token would be read from its last slot, which \
+         predicts nothing; give a prompt of at least one token"
+    )]
+    EmptyPrompt,
+    /// What is kept of a context depends on the prompt, and there is none.
+    #[error("{method} compresses a context for a question: give one with --prompt")]
+    NeedsPrompt {
+        /// The method.
+        method: &'static str,
+    },
     /// A plain prompt is longer than what the model was trained for.
     #[error(
         "a prompt of {length} tokens is longer than the {max_positions} positions the model was trained for; shorten \

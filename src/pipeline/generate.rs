@@ -22,6 +22,8 @@ pub struct GenerationSettings {
     /// Most tokens to generate. They are counted exactly: the authors' `generate` makes one more than it is asked for,
     /// and takes the first one greedily whatever the sampling.
     pub max_tokens: usize,
+    /// Whether the first token ends no text, as [`StopSettings`] says.
+    pub keep_first: bool,
     /// Where the first new token is placed.
     pub continuation: Continuation,
     /// Positions that may be used, usually [`Llama::max_positions`](accordion_graphs::architecture::Llama).
@@ -105,6 +107,7 @@ impl GenerationSettings {
     fn stop_settings(&self, eos_token_ids: &[u32], room: usize) -> StopSettings {
         StopSettings {
             eos_token_ids: eos_token_ids.to_vec(),
+            keep_first: self.keep_first,
             stop_strings: self.stop_strings.clone(),
             max_tokens: self.max_tokens,
             room,

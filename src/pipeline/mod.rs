@@ -1,12 +1,14 @@
 //! Host code that walks a plan over engines: token ids -> context state -> decoded tokens. The same functions run
 //! whichever runtime is behind the engines.
 
+mod cache;
 pub mod compress;
 pub mod decode;
 mod engines;
 mod error;
 pub mod generate;
 pub mod homer;
+pub mod instruction;
 pub mod plain;
 pub mod prompt;
 pub mod question;
@@ -15,6 +17,7 @@ pub mod sampling;
 pub mod sharedllm;
 pub mod significance;
 mod state;
+pub mod state_file;
 pub mod stop;
 
 pub use engines::Engines;

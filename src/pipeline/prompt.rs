@@ -34,7 +34,7 @@ pub struct PromptIds {
     pub prefix: Vec<u32>,
     /// The context, encoded by itself; at least one token.
     pub context: Vec<u32>,
-    /// Behind the context; at least one token.
+    /// Behind the context; at least one token, except where only the context is read.
     pub suffix: Vec<u32>,
 }
 
@@ -149,6 +149,11 @@ impl PromptIds {
     /// Token counts.
     pub fn lengths(&self) -> PromptLengths {
         PromptLengths { prefix: self.prefix.len(), context: self.context.len(), suffix: self.suffix.len() }
+    }
+
+    /// Prefix and context: what stands before the suffix.
+    pub fn text(&self) -> Vec<u32> {
+        [&self.prefix[..], &self.context].concat()
     }
 
     /// All ids in order.

@@ -34,7 +34,7 @@ pub fn with_suffix(
     };
     let mut sequence = Sequence::continue_from(engines, &context, suffix.len(), Continuation::Next)?;
     let start = sequence.next_position();
-    let logits = sequence.forward(engines, suffix, 1)?.to_f32();
+    let logits = sequence.read(engines, suffix, |_| {})?;
     let mut asked = sequence.into_state(logits)?;
     asked.position_ids = context.position_ids;
     asked.position_ids.extend(start..start + suffix.len() as i64);
@@ -44,6 +44,9 @@ pub fn with_suffix(
 /// The first `rows` rows of every head of `[1, G, L, d]`.
 fn first_rows(tensor: &Tensor, rows: usize) -> Result<Tensor, PipelineError> {
     let &[batch, groups, length, width] = tensor.shape() else { return Ok(tensor.clone()) };
+    if rows == length {
+        return Ok(tensor.clone());
+    }
     let heads = tensor.as_f32()?.chunks_exact((length * width).max(1));
     let kept = heads.flat_map(|head| &head[..rows * width]).copied().collect();
     Ok(Tensor::from_f32([batch, groups, rows, width], kept)?)

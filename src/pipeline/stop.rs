@@ -23,6 +23,9 @@ pub enum StopReason {
 pub struct StopSettings {
     /// Token ids that end a text; their own text is not part of it.
     pub eos_token_ids: Vec<u32>,
+    /// Whether the first token ends no text even if it is one of these: RCC's published code looks for the end from the
+    /// second token on.
+    pub keep_first: bool,
     /// Strings that end a text; they are not part of it.
     pub stop_strings: Vec<String>,
     /// Most tokens to generate.
@@ -91,7 +94,8 @@ impl StopMonitor {
     /// also emits what was held back. Nothing may be pushed after a stop.
     pub fn push(&mut self, token: u32, text: &str) -> Step {
         self.generated += 1;
-        if self.settings.eos_token_ids.contains(&token) {
+        let may_end = self.generated > usize::from(self.settings.keep_first);
+        if may_end && self.settings.eos_token_ids.contains(&token) {
             return self.end(StopReason::Eos);
         }
         self.held.push_str(text);
@@ -154,6 +158,7 @@ mod tests {
             stop_strings: stops.iter().map(|&s| s.to_owned()).collect(),
             max_tokens: 1000,
             room: 1000,
+            ..StopSettings::default()
         })
         .unwrap()
     }
@@ -184,6 +189,17 @@ mod tests {
         assert_eq!(monitor.push(5, "a ST"), step("a ", None));
         assert_eq!(monitor.push(2, "</s>"), step("ST", Some(StopReason::Eos)));
         assert_eq!(monitor.generated(), 2);
+    }
+
+    #[test]
+    fn a_first_token_can_be_kept_whatever_it_is() {
+        let settings = StopSettings { eos_token_ids: vec![2], max_tokens: 9, room: 9, ..StopSettings::default() };
+        let stops = |keep_first| {
+            let mut monitor = StopMonitor::new(StopSettings { keep_first, ..settings.clone() }).unwrap();
+            [monitor.push(2, "").stop, monitor.push(2, "").stop]
+        };
+        assert_eq!(stops(true), [None, Some(StopReason::Eos)]);
+        assert_eq!(stops(false)[0], Some(StopReason::Eos));
     }
 
     #[test]

@@ -14,9 +14,9 @@ use accordion_graphs::dtype::DType;
 ///
 /// A tensor cannot be read.
 pub fn finite_weights(weights: &WeightMaps, mut progress: impl FnMut(u64, u64)) -> Result<Vec<TapResult>, VerifyError> {
-    let total = weights.index().iter().map(|(_, weight)| weight.len).sum();
+    let total = weights.index().stored().map(|(_, weight)| weight.len).sum();
     let (mut failures, mut tensors, mut elements, mut done) = (Vec::new(), 0, 0, 0);
-    for (name, weight) in weights.index().iter() {
+    for (name, weight) in weights.index().stored() {
         let tensor = weights.tensor(name).map_err(Box::new)?;
         let (found, first) = non_finite(&tensor);
         if let Some(first) = first {

@@ -8,5 +8,6 @@ mod recipe;
 #[path = "../cli/sparse.rs"]
 #[allow(dead_code, reason = "each target that shares the file uses its part")]
 mod sparse;
+mod state;
 mod tokenizer;
 mod trained;

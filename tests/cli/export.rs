@@ -4,6 +4,7 @@
 
 use crate::program::{Run, Workspace, accordion, command};
 use crate::sparse;
+use crate::tiny::Tiny;
 use accordion::bundle::{Bundle, Method};
 use accordion_graphs::architecture::{Architecture, RopeScaling};
 use std::fs;
@@ -121,4 +122,39 @@ fn a_sharded_model_of_seven_billion_parameters_is_exported_without_its_weights()
     assert_eq!((&summary["weight_files"], &summary["weights"]), (&3.into(), &"linked".into()));
     assert!(summary["bytes_written"].as_u64().unwrap() < 5_000_000, "{summary}");
     assert_eq!(Bundle::open(workspace.path("bundle")).unwrap().weights().index().parameter_count(), 6_738_415_616);
+}
+
+#[test]
+fn rcc_is_exported_with_the_settings_of_the_checkpoint_or_the_flags() {
+    let tiny = Tiny::rcc(|_| {});
+    let settings = |bundle: &str| match Bundle::open(tiny.path(bundle)).unwrap().manifest().method {
+        Method::Rcc { settings } => settings,
+        _ => unreachable!(),
+    };
+    let trained = settings("rcc");
+    assert_eq!((trained.window, trained.ratio, trained.pairs), (64, 8, false));
+    tiny.succeed(&["export", "rcc", "checkpoint", "other", "--window", "32", "--ratio", "4"]);
+    let other = settings("other");
+    assert_eq!((other.window, other.ratio, other.pairs), (32, 4, false));
+    for (flags, expected) in [
+        (&["--ratio", "7"][..], "ratio is 7, expected a divisor of the window, 64"),
+        (&["--window", "0"], "window is 0"),
+        // Four blocks are too few for four decoder layers of two states each.
+        (&["--pairs"], "two for every decoder layer"),
+    ] {
+        let message = tiny.refuse(&[&["export", "rcc", "checkpoint", "bundle"], flags].concat());
+        assert!(message.contains(expected), "{flags:?}: {message}");
+        assert!(!tiny.path("bundle").exists());
+    }
+}
+
+#[test]
+fn trained_methods_need_a_checkpoint_of_theirs() {
+    let workspace = Workspace::new();
+    for (method, expected) in [("rcc", "an encoder and maps"), ("sharedllm", "a lower model")] {
+        let error = workspace.export(method, "bundle", &[]).error();
+        assert!(error.contains(expected), "{error}");
+    }
+    let run = workspace.export("sharedllm", "bundle", &["--keep", "1.5"]);
+    assert!(run.err.contains("a fraction above 0 and up to 1.0"), "{run:?}");
 }

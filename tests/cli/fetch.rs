@@ -7,6 +7,7 @@ use crate::sparse;
 use accordion::fetch::asset::{self, Asset};
 use serde_json::json;
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Runs the command with that cache, and with no program that could download anything.
@@ -75,6 +76,57 @@ fn a_model_by_name_is_a_checkpoint() {
     assert_eq!(accordion(cache.path(), &["fetch", "smollm2-135m"]).output(), format!("{}\n", checkpoint.display()));
     let found = accordion(cache.path(), &["inspect", "smollm2-135m", "--json"]).json("accordion.inspect/1");
     assert_eq!(found["path"], checkpoint.to_str().unwrap());
+}
+
+#[test]
+fn random_numbers_are_a_checkpoint_by_name() {
+    let cache = tempfile::tempdir().unwrap();
+    let found = accordion(cache.path(), &["fetch", "--random", "rcc-pythia-70m", "--dtype", "bf16", "--json"]);
+    assert!(found.code == Some(0) && found.err.contains("without a tokenizer"), "{found:?}");
+    let found: serde_json::Value = serde_json::from_str(&found.out).unwrap();
+    let path = found["fetched"][0]["paths"][0].as_str().unwrap().to_owned();
+    assert!(Path::new(&path).starts_with(cache.path().join("checkpoints")), "{path}");
+    let inode = |path: &str| fs::metadata(Path::new(path).join("model.safetensors")).unwrap().ino();
+    let first = inode(&path);
+    // A second time it is there already; another seed is another model.
+    let again = accordion(cache.path(), &["fetch", "-q", "--random", "rcc-pythia-70m", "--dtype", "bf16"]).output();
+    assert_eq!((again.trim(), inode(&path)), (path.as_str(), first));
+
+    let described = accordion(cache.path(), &["inspect", &path, "--json"]).json("accordion.inspect/1");
+    // Two models, seven maps and a head that nothing uses.
+    assert_eq!(described["parameters"], 2 * 70_426_624 + 7 * 512 * 512 + 50_304 * 512);
+}
+
+#[test]
+fn random_numbers_stand_for_a_model_and_have_no_tokenizer() {
+    let cache = tempfile::tempdir().unwrap();
+    let described = accordion(cache.path(), &["inspect", "random:pythia-70m", "--json"]).json("accordion.inspect/1");
+    assert_eq!(described["parameters"], 70_426_624);
+    let expected = cache.path().join("checkpoints/random-pythia-70m-float32-seed-0");
+    assert_eq!(described["path"], expected.to_str().unwrap());
+    // A text needs what it has not.
+    let bundle = cache.path().join("bundle");
+    let bundle = bundle.to_str().unwrap();
+    accordion(cache.path(), &["export", "plain", "random:pythia-70m", bundle]).output();
+    let text = cache.path().join("text");
+    fs::write(&text, "A text.").unwrap();
+    let error = accordion(cache.path(), &["run", bundle, "--context", text.to_str().unwrap(), "--prompt", "?"]).error();
+    assert!(error.contains("tokenizer.json") && error.contains("random numbers"), "{error}");
+}
+
+#[test]
+fn random_numbers_are_refused_with_what_there_is() {
+    let cache = tempfile::tempdir().unwrap();
+    let refuse = |arguments: &[&str], part: &str| {
+        let found = accordion(cache.path(), &[&["fetch"], arguments].concat());
+        assert!(found.code == Some(2) && found.err.contains(part), "{found:?}");
+    };
+    refuse(&["--random", "pythia-7b"], "rcc-pythia-1.4b");
+    refuse(&["--random", "pythia-70m", "demo-text"], "cannot be used with");
+    refuse(&["--seed", "3"], "--random");
+    let out = cache.path().to_str().unwrap();
+    refuse(&["--random", "pythia-70m", "--out", out], "exists already");
+    assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 0);
 }
 
 #[test]

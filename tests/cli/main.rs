@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod calibrate;
+mod compress;
+mod convert;
 mod demo;
 mod doctor;
 mod export;

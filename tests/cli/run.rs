@@ -297,3 +297,79 @@ fn mistakes_get_one_message() {
     let overlong = reports(&tiny, "plain", "long.txt", &["--prompt", "?", "--allow-overlong"]);
     assert_eq!(overlong[0]["tokens"], 20);
 }
+
+/// As [`report`], for the RCC bundle.
+fn rcc(tiny: &Tiny, arguments: &[&str]) -> Value {
+    let head = ["run", "rcc", "--json", "--context", "long.txt", "--max-tokens", "20"];
+    let question: &[&str] = if arguments.contains(&"--prompt") { &[] } else { &["--prompt", " Who?"] };
+    serde_json::from_str(&tiny.succeed(&[&head[..], question, arguments].concat())).unwrap()
+}
+
+#[test]
+fn rcc_answers_behind_slots() {
+    let tiny = Tiny::rcc(|_| {});
+    let report = rcc(&tiny, &[]);
+    assert_eq!((&report["method"], &report["tokens_kept"]), (&"rcc".into(), &(16 + " Who?".len()).into()));
+    assert_eq!(ids(&report).len(), 20);
+    for width in ["2", "max"] {
+        assert_eq!(ids(&rcc(&tiny, &["--width", width])), ids(&report));
+    }
+    let plain = rcc(&tiny, &["--method", "plain", "--allow-overlong"]);
+    assert_eq!(plain["tokens_kept"], LONG.len() + " Who?".len());
+    assert_ne!(ids(&plain), ids(&report));
+    // The decoder's range is no limit, and exceeding it is said.
+    let short = Tiny::rcc(|arch| arch.max_positions = 20);
+    let head = ["run", "rcc", "--context", "long.txt", "--max-tokens", "20", "--json", "--prompt", " Who?"];
+    let output = short.accordion(&head, b"");
+    let (found, said) = (serde_json::from_slice(&output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(ids(&found), ids(&report));
+    assert!(said.contains("16 slots and a prompt of 5 tokens are more than the 20 positions"), "{said}");
+}
+
+#[test]
+fn the_first_token_of_rcc_ends_the_text_only_if_repaired() {
+    let free = ids(&rcc(&Tiny::rcc(|_| {}), &[]));
+    let ending = Tiny::rcc(|arch| arch.eos_token_ids = vec![free[0] as u32]);
+    let kept = ids(&rcc(&ending, &[]));
+    assert_eq!(kept[0], free[0]);
+    assert!(kept.len() > 1, "{kept:?}");
+    assert_eq!(kept, ids(&rcc(&ending, &["--eos", "faithful"])));
+    assert_eq!(ids(&rcc(&ending, &["--eos", "repaired"])), free[..1]);
+}
+
+#[test]
+fn instructions_are_compressed_with_the_context() {
+    let tiny = Tiny::rcc(|_| {});
+    let opening = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n";
+    std::fs::write(tiny.path("both.txt"), format!("{LONG}\n\nWho?")).unwrap();
+    for (mode, prompt) in [("reconstruct", opening.to_owned()), ("manual", format!("{opening}Who?"))] {
+        let instructed = rcc(&tiny, &["--prompt", "Who?", "--instruction", mode]);
+        let arguments = ["run", "rcc", "--json", "--context", "both.txt", "--max-tokens", "20", "--prompt", &prompt];
+        let by_hand: Value = serde_json::from_str(&tiny.succeed(&arguments)).unwrap();
+        assert_eq!(ids(&instructed), ids(&by_hand), "{mode}");
+        assert_eq!(instructed["lengths"], by_hand["lengths"]);
+        // These weights do not speak the format: without a turn of the assistant all of the text is the answer.
+        assert_eq!(instructed["text"], by_hand["text"]);
+    }
+}
+
+#[test]
+fn prompts_that_rcc_does_not_take_are_cut_or_refused() {
+    let tiny = Tiny::rcc(|_| {});
+    let long = "?".repeat(600 * 8 + 3);
+    let head = ["run", "rcc", "--context", "long.txt", "--max-tokens", "2", "--json", "--prompt", &long];
+    let message = tiny.refuse(&head);
+    assert!(message.contains("prompt length is 4803, expected at most 600 x ratio = 4800"), "{message}");
+    let cut = rcc(&tiny, &["--prompt", &long, "--truncate-prompt"]);
+    assert_eq!(cut["lengths"]["suffix"], 4800);
+    for (arguments, expected) in [
+        (&["--prompt", ""][..], "the question is empty"),
+        (&["--prompt", "?", "--system", "s"], "rcc uses none"),
+        (&["--prompt", "?", "--prompt", "!", "--instruction", "manual"], "ask one at a time"),
+        (&["--prompt", "?", "--table", "none"], "--table is for homer"),
+        (&["--prompt", "?", "--method", "plain", "--eos", "repaired"], "--eos is for rcc"),
+    ] {
+        let message = tiny.refuse(&[&["run", "rcc", "--context", "long.txt"], arguments].concat());
+        assert!(message.contains(expected), "{arguments:?}: {message}");
+    }
+}

@@ -1,9 +1,9 @@
 //! A checkpoint of a few kilobytes with random weights, whose tokens are the characters of ASCII, and its bundles.
 
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
-use accordion::checkpoint::{Checkpoint, config_json};
-use accordion::goldens::HomerCase;
-use accordion_graphs::architecture::Llama;
+use accordion::checkpoint::{Checkpoint, RCC_FILE, config_json, rcc_json};
+use accordion::goldens::{HomerCase, RccCase};
+use accordion_graphs::architecture::{Architecture, Llama};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::homer::HomerSettings;
 use serde_json::{Value, json};
@@ -60,6 +60,27 @@ impl Tiny {
             let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: false };
             export(&checkpoint, &tiny.path(name), &options).unwrap();
         }
+        std::fs::write(tiny.path("long.txt"), LONG).unwrap();
+        std::fs::write(tiny.path("short.txt"), SHORT).unwrap();
+        tiny
+    }
+
+    /// The Qwen2 variant of RCC as it is in its golden case, with changes to its decoder: segments of 64 tokens, 8 to a
+    /// slot.
+    pub(crate) fn rcc(change: impl FnOnce(&mut Llama)) -> Self {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/rcc/qwen2_r8.config.json");
+        let case = RccCase::open(&golden).unwrap();
+        let Architecture::Llama(mut arch) = case.decoder.clone() else { panic!("{:?}", case.decoder) };
+        arch.eos_token_ids.clear();
+        change(&mut arch);
+        let tiny = Self { dir: tempfile::tempdir().unwrap() };
+        let checkpoint = tiny.checkpoint();
+        std::fs::create_dir(&checkpoint).unwrap();
+        std::fs::copy(case.weights_path(), checkpoint.join("model.safetensors")).unwrap();
+        std::fs::write(checkpoint.join("config.json"), config_json(&arch).to_string()).unwrap();
+        std::fs::write(checkpoint.join(RCC_FILE), rcc_json(&case.model.encoder, case.settings).to_string()).unwrap();
+        std::fs::write(checkpoint.join("tokenizer.json"), tokenizer(arch.vocab_size).to_string()).unwrap();
+        tiny.succeed(&["export", "rcc", "checkpoint", "rcc"]);
         std::fs::write(tiny.path("long.txt"), LONG).unwrap();
         std::fs::write(tiny.path("short.txt"), SHORT).unwrap();
         tiny

@@ -1,7 +1,6 @@
 //! SharedLLM's exported graphs: both calls, the running text, decoding.
 
 use super::compare::Tensors;
-use super::graphs::Opened;
 use super::sharedllm::plan;
 use accordion::goldens::SharedLlmCase;
 use accordion::pipeline::decode::{Continuation, DECODER, Sequence};
@@ -13,26 +12,25 @@ use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
 use anyhow::{Context as _, Result};
 
 /// Everything of a case that the graphs compute, by golden name. `width` chunks go through one call where that is free.
-pub(crate) fn run(opened: &Opened, case: &SharedLlmCase, quirks: Quirks, width: usize) -> Result<Tensors> {
-    let mut engines = opened.engines()?;
+pub(crate) fn run(case: &SharedLlmCase, engines: &mut Engines<'_>, quirks: Quirks, width: usize) -> Result<Tensors> {
     let plan = plan(case, quirks)?;
     let padded = case.context_mask.iter().any(|&token| !token);
     let mask = padded.then_some(case.context_mask.as_slice());
     let context = Context { ids: &case.context_ids, mask, running: &case.running_ids, query_index: case.query_index };
 
     let mut taps = Tensors::new();
-    inject(&mut engines, &plan, context, width, &mut taps, &mut |_| {})?;
+    inject(engines, &plan, context, width, &mut taps, &mut |_| {})?;
     let mut found = Tensors::new();
     tree(case, &plan, &taps, &mut found)?;
     encoded(case, &plan, &taps, &mut found)?;
     // Without taps, in calls of the row's own width.
-    let injected = inject(&mut engines, &plan, context, width, &mut NoTaps, &mut |_| {})?;
-    running(case, &mut engines, &injected, quirks, &mut found)?;
+    let injected = inject(engines, &plan, context, width, &mut NoTaps, &mut |_| {})?;
+    running(case, engines, &injected, quirks, &mut found)?;
 
     // The authors' `generate` forgets which row is the query.
     let last = Context { query_index: case.running_ids.len() - 1, ..context };
-    let injected = inject(&mut engines, &plan, last, width, &mut NoTaps, &mut |_| {})?;
-    generate(case, &mut engines, injected, &mut found)?;
+    let injected = inject(engines, &plan, last, width, &mut NoTaps, &mut |_| {})?;
+    generate(case, engines, injected, &mut found)?;
     Ok(found)
 }
 
@@ -119,7 +117,7 @@ fn running(
     found: &mut Tensors,
 ) -> Result<()> {
     let (arch, count) = (&case.architecture, case.running_ids.len());
-    let over = |engines: &Engines<'_>| Sequence::over(engines, injected.clone(), 0);
+    let over = |engines: &Engines<'_>| Sequence::attending_to(engines, injected.clone(), 0);
     let batch = |tensor: Tensor| {
         let shape = [&[1], tensor.shape()].concat();
         tensor.reshaped(shape)
@@ -207,10 +205,10 @@ fn rows_first(tensor: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::graphs::Graphs;
+    use super::super::graphs::{Graphs, checkpoint};
     use super::*;
     use accordion::bundle::MethodSettings;
-    use accordion::checkpoint::{config_json, sharedllm_json};
+    use accordion::checkpoint::config_json;
     use safetensors::SafeTensors;
     use safetensors::tensor::TensorView;
     use std::path::Path;
@@ -218,12 +216,6 @@ mod tests {
     fn case(name: &str) -> SharedLlmCase {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/sharedllm");
         SharedLlmCase::open(&folder.join(format!("case_{name}.json"))).unwrap()
-    }
-
-    fn open(graphs: &Graphs, case: &SharedLlmCase, quirks: Quirks) -> Opened {
-        let settings = case.settings(quirks);
-        let config = sharedllm_json(&case.architecture, &case.model, &settings);
-        graphs.open(case.weights_path(), &config, MethodSettings::SharedLlm(settings)).unwrap()
     }
 
     /// Cross attention that adds nothing leaves the model what it was, to the last bit.
@@ -247,18 +239,19 @@ mod tests {
         safetensors::serialize_to_file(views, None, &silenced).unwrap();
 
         for graphs in Graphs::all() {
-            let settings = case.settings(Quirks::Faithful);
-            let config = sharedllm_json(&case.architecture, &case.model, &settings);
-            let shared = graphs.open(&silenced, &config, MethodSettings::SharedLlm(settings)).unwrap();
-            let plain = graphs.open(&silenced, &config_json(&case.architecture), MethodSettings::Plain).unwrap();
-            let mut engines = shared.engines().unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let shared = graphs.sharedllm_bundle(folder.path(), &case, &silenced, Quirks::Faithful).unwrap();
+            let mut engines = graphs.engines(&shared).unwrap();
             let (ids, running) = (&case.context_ids, &case.running_ids);
             let context = Context { ids, mask: None, running, query_index: running.len() - 1 };
             let plan = plan(&case, Quirks::Faithful).unwrap();
             let injected = inject(&mut engines, &plan, context, 1, &mut NoTaps, &mut |_| {}).unwrap();
-            let mut sequence = Sequence::over(&engines, injected, running.len()).unwrap();
+            let mut sequence = Sequence::attending_to(&engines, injected, running.len()).unwrap();
             let with = sequence.forward(&mut engines, running, running.len()).unwrap();
-            let mut engines = plain.engines().unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let plain = checkpoint(folder.path(), &silenced, &config_json(&case.architecture)).unwrap();
+            let plain = graphs.bundle(&plain, MethodSettings::Plain).unwrap();
+            let mut engines = graphs.engines(&plain).unwrap();
             let mut sequence = Sequence::new(&engines, running.len()).unwrap();
             let without = sequence.forward(&mut engines, running, running.len()).unwrap();
             assert_eq!(with.to_f32(), without.to_f32());
@@ -270,8 +263,9 @@ mod tests {
     fn entries_of_a_batch_are_contexts_of_their_own() {
         let case = case("q4");
         for graphs in Graphs::all() {
-            let opened = open(&graphs, &case, Quirks::Faithful);
-            let mut engines = opened.engines().unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let bundle = graphs.sharedllm_bundle(folder.path(), &case, case.weights_path(), Quirks::Faithful).unwrap();
+            let mut engines = graphs.engines(&bundle).unwrap();
             let ids = |ids: &[u32]| ids.iter().copied().map(i64::from).collect::<Vec<_>>();
             let contexts = [ids(&case.context_ids), ids(&case.context_ids).into_iter().rev().collect()];
             let runnings = [ids(&case.running_ids), ids(&case.running_ids).into_iter().rev().collect()];

@@ -12,6 +12,7 @@ mod graphs_sharedllm;
 mod homer;
 mod part;
 mod rcc;
+mod rcc_graphs;
 mod reference;
 mod sharedllm;
 mod table;

@@ -10,6 +10,7 @@ use onnx_protobuf::{
 };
 use ort::environment::Environment;
 use ort::session::Session;
+use ort::session::builder::SessionBuilder;
 use protobuf::{Message, MessageField};
 
 /// An attribute value.
@@ -121,11 +122,16 @@ pub(crate) fn model(
 
 /// A session over a model, with Accordion's operators registered.
 pub(crate) fn session(model: &[u8], threads: usize) -> ort::Result<Session> {
-    Session::builder(environment()?)?
-        .with_independent_thread_pool()?
-        .with_intra_threads(threads)?
-        .with_operators(accordion_plugins::domain()?)?
-        .commit_from_memory(model)
+    builder(threads)?.with_operators(accordion_plugins::domain()?)?.commit_from_memory(model)
+}
+
+/// A session over a model without any operator of Accordion's: the bodies of its functions run.
+pub(crate) fn stock_session(model: &[u8], threads: usize) -> ort::Result<Session> {
+    builder(threads)?.commit_from_memory(model)
+}
+
+fn builder(threads: usize) -> ort::Result<SessionBuilder> {
+    Ok(Session::builder(environment()?)?.with_independent_thread_pool()?.with_intra_threads(threads)?)
 }
 
 fn environment() -> ort::Result<&'static Environment> {

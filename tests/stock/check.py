@@ -1,10 +1,11 @@
 """Checks bundles with tools that are not ours: the ONNX checker accepts every graph, and stock onnxruntime loads and
 runs them, without any kernel of ours.
 
-Usage: check.py BUNDLE [BUNDLE...]; the bundles are of one checkpoint, and must decode to the same logits.
+Usage: check.py BUNDLE [BUNDLE...]; the bundles are of one checkpoint, and must compute the same.
 """
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -22,8 +23,14 @@ def session(path):
 
 
 def dimension(name, sizes):
-    """A dimension of an input: a number, or a symbol with the size the caller gives it."""
-    return int(name) if name.isdigit() else sizes[name]
+    """A dimension: a product of numbers and symbols, each with the size the caller gives it."""
+    return math.prod(int(part) if part.isdigit() else sizes[part] for part in name.split(" * "))
+
+
+def declared(signature, names, sizes):
+    """The shapes that the graph itself declares for some of its outputs."""
+    shapes = {o["name"]: o["shape"] for o in signature["outputs"]}
+    return {name: [dimension(d, sizes) for d in shapes[name]] for name in names}
 
 
 def run(sess, signature, sizes, values):
@@ -60,10 +67,11 @@ def check_models(folder):
 
 
 def check_bundle(folder):
-    """Runs every graph of a bundle and returns the decoder's logits for three fixed tokens."""
+    """Runs every graph of a bundle and returns what does not depend on the target: the decoder's logits for three fixed
+    tokens, RCC's maps of two segments and the last layer's keys of three slots."""
     manifest = json.loads((folder / "bundle.json").read_text())
     hidden = manifest["architecture"]["hidden_size"]
-    logits = None
+    comparable = {}
     check_models(folder)
     for name, entry in manifest["graphs"].items():
         path = folder / entry["file"]
@@ -72,12 +80,24 @@ def check_bundle(folder):
             capacity = {"past": 0, "capacity": 8}
             values = {"input_ids": [5, 6, 7], "position_ids": [0, 1, 2], "num_logits_to_keep": [3], "past_length": [0]}
             outputs = run(sess, signature, {"batch": 1, "sequence": 3, **capacity}, values)
-            logits = outputs["logits"]
-            outputs = {"logits": logits}
+            comparable["logits"] = outputs["logits"]
+            outputs = {"logits": outputs["logits"]}
             expected = {"logits": (1, 3, manifest["architecture"]["vocab_size"])}
         elif name == "head":
             outputs = run(sess, signature, {"batch": 2, "sequence": 3}, {})
             expected = {"logits": (2, 3, manifest["architecture"]["vocab_size"])}
+        elif name == "encoder":
+            sizes = {"segments": 2}
+            window = dimension(signature["inputs"][0]["shape"][1], sizes)
+            outputs = run(sess, signature, sizes, {"input_ids": [i % 97 for i in range(2 * window)]})
+            expected = declared(signature, ["maps"], sizes)
+            comparable["maps"] = outputs["maps"]
+        elif name == "slots":
+            sizes = {"batch": 1, "slots": 3, "past": 0, "capacity": 8}
+            outputs = run(sess, signature, sizes, {"position_ids": [0, 1, 2], "past_length": [0]})
+            expected = declared(signature, ["last.key", "last.value"], sizes)
+            outputs = {name: outputs[name] for name in expected}
+            comparable["slots"] = outputs["last.key"]
         elif name.startswith("leaf"):
             values = {"input_ids": [range(9), range(9)], "position_ids": [range(9), range(9)], **AFFIXES, "keep": [6]}
             outputs = run(sess, signature, {"batch": 2, "length": 9, "distances": 16}, values)
@@ -94,7 +114,7 @@ def check_bundle(folder):
             raise SystemExit(f"{path}: unknown graph")
         check_values(path, outputs, expected)
         print(f"{path}: ok")
-    return logits
+    return comparable
 
 
 AFFIXES = {"prefix_length": [1], "suffix_length": [2]}
@@ -112,11 +132,12 @@ def main():
     folders = [Path(argument) for argument in sys.argv[1:]]
     if not folders:
         raise SystemExit(__doc__)
-    logits = [check_bundle(folder) for folder in folders]
-    for folder, other in zip(folders[1:], logits[1:]):
-        worst = np.abs(other - logits[0]).max()
-        if worst > 1e-4:
-            raise SystemExit(f"{folder}: logits differ from those of {folders[0]} by {worst}")
+    first, *others = [check_bundle(folder) for folder in folders]
+    for folder, other in zip(folders[1:], others):
+        for name, value in other.items():
+            worst = np.abs(value - first[name]).max()
+            if worst > 1e-4:
+                raise SystemExit(f"{folder}: {name} differ from those of {folders[0]} by {worst}")
     print("1 passed, 0 failed")
 
 

@@ -3,35 +3,60 @@
 #![allow(clippy::unwrap_used)]
 
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export};
-use accordion::checkpoint::{Checkpoint, config_json};
-use accordion::goldens::HomerCase;
+use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json};
+use accordion::goldens::{HomerCase, RccCase};
 use accordion_graphs::blocks::Target;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+}
+
+/// Exports the checkpoint in `dir` for every target, beside it, and has the bundles checked.
+fn check(what: &str, dir: &Path, method: &MethodSettings) {
+    let python = std::env::var_os("ACCORDION_STOCK_PYTHON").unwrap();
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let bundles = [Target::Portable, Target::OrtCpu].map(|target| {
+        let out = dir.with_file_name(format!("{target:?}"));
+        let options = ExportOptions { method: method.clone(), target, weights: WeightStorage::Link, force: false };
+        export(&checkpoint, &out, &options).unwrap();
+        out
+    });
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stock/check.py");
+    let status = Command::new(&python).arg(script).args(&bundles).status().unwrap();
+    assert!(status.success(), "golden {what}: check.py says no");
+}
 
 /// Grouped heads, a rotary scaling, and trees with and without layers in every node.
 #[test]
 #[ignore = "needs Python with tests/stock/requirements.txt, named by ACCORDION_STOCK_PYTHON"]
-fn stock_tools_accept_every_graph() {
-    let python = std::env::var_os("ACCORDION_STOCK_PYTHON").unwrap();
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+fn stock_tools_accept_every_graph_of_homer() {
     for case in ["C", "E", "F"] {
-        let case = HomerCase::open(&here.join(format!("tests/goldens/homer/homer_{case}.json"))).unwrap();
+        let case = HomerCase::open(&goldens().join(format!("homer/homer_{case}.json"))).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("checkpoint");
         std::fs::create_dir(&dir).unwrap();
         std::fs::copy(case.weights_path(), dir.join("model.safetensors")).unwrap();
         std::fs::write(dir.join("config.json"), config_json(&case.architecture).to_string()).unwrap();
-        let checkpoint = Checkpoint::open(&dir).unwrap();
-        let bundles = [Target::Portable, Target::OrtCpu].map(|target| {
-            let out = folder.path().join(format!("{target:?}"));
-            let method =
-                MethodSettings::Homer { settings: case.settings, tree_heights: vec![0, 1, 2, 3], significance: None };
-            let options = ExportOptions { method, target, weights: WeightStorage::Link, force: false };
-            export(&checkpoint, &out, &options).unwrap();
-            out
-        });
-        let status = Command::new(&python).arg(here.join("tests/stock/check.py")).args(&bundles).status().unwrap();
-        assert!(status.success(), "golden {}: check.py says no", case.name);
+        let method =
+            MethodSettings::Homer { settings: case.settings, tree_heights: vec![0, 1, 2, 3], significance: None };
+        check(&case.name, &dir, &method);
+    }
+}
+
+/// Both families of decoders, a Mamba as encoder, one state and two for every layer.
+#[test]
+#[ignore = "needs Python with tests/stock/requirements.txt, named by ACCORDION_STOCK_PYTHON"]
+fn stock_tools_accept_every_graph_of_rcc() {
+    for path in RccCase::find(&goldens().join("rcc")).unwrap() {
+        let case = RccCase::open(&path).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("checkpoint");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::copy(case.weights_path(), dir.join("model.safetensors")).unwrap();
+        std::fs::write(dir.join("config.json"), architecture_json(&case.decoder).to_string()).unwrap();
+        std::fs::write(dir.join(RCC_FILE), rcc_json(&case.model.encoder, case.settings).to_string()).unwrap();
+        check(&case.name, &dir, &MethodSettings::Rcc(case.settings));
     }
 }

@@ -4,12 +4,14 @@ mod attention;
 mod cross_attention;
 mod last_row;
 mod linear;
+mod mamba;
 mod nodes;
 pub mod rope;
 mod transformer;
 mod unflatten;
 
 pub use attention::{Attended, CachedRows, Rows};
+pub use mamba::Mamba;
 pub use nodes::{AttendedNodes, Group, Nodes};
 pub use transformer::{Residual, Transformer};
 pub use unflatten::unflatten;

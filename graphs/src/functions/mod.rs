@@ -6,13 +6,18 @@
 mod attention;
 mod linear;
 mod merge_cache;
+mod selective_scan;
+mod strided_compress;
 mod swiglu;
 mod topk_prune;
 
 pub use attention::{CACHED_ATTENTION, CAUSAL_ATTENTION};
-pub use linear::LINEAR;
+pub use linear::{LINEAR, LINEAR_BIAS};
 pub use merge_cache::MERGE_CACHE;
 pub(crate) use merge_cache::merge_rows;
+pub use selective_scan::SELECTIVE_SCAN;
+pub(crate) use strided_compress::select_rows;
+pub use strided_compress::{STRIDED_COMPRESS, STRIDED_COMPRESS_MEAN};
 pub use swiglu::SWIGLU;
 pub use topk_prune::TOPK_PRUNE;
 pub(crate) use topk_prune::last_row_logits;

@@ -28,23 +28,11 @@ pub fn decoder(source: &Source, injected_layers: usize) -> Scope {
     let rows_of = |name| g.input(name, DType::I64, &[batch.clone(), sequence.clone()]);
     let (ids, positions) = (rows_of("input_ids"), rows_of("position_ids"));
     let keep = g.input("num_logits_to_keep", DType::I64, &[1.into()]);
-    let (extent, cached) = match source.target {
-        Target::OrtCpu => ("capacity", Some(g.input("past_length", DType::I64, &[1.into()]))),
-        Target::Portable => ("past", None),
-    };
-    let cache_shape = [batch.clone(), arch.num_kv_heads().into(), extent.into(), arch.head_dim().into()];
-    let past: Vec<[Value; 2]> = (0..arch.num_layers())
-        .map(|l| ["key", "value"].map(|part| g.input(&format!("past_key_values.{l}.{part}"), DType::F32, &cache_shape)))
-        .collect();
+    let (past, cache) = past_inputs(&g, source, arch.num_layers(), &positions);
     let injected_shape = [batch.clone(), arch.num_kv_heads().into(), "injected".into(), arch.head_dim().into()];
     let injected: Vec<[Value; 2]> = (0..injected_layers)
         .map(|l| ["key", "value"].map(|part| g.input(&format!("injected.{l}.{part}"), DType::F32, &injected_shape)))
         .collect();
-
-    let cache = cached.map_or_else(
-        || past.first().map(|[key, _]| CachedRows::Growing { visible: visible_rows(&g, key, &positions) }),
-        |past_length| Some(CachedRows::InPlace { past_length }),
-    );
     let rows = Rows::new(&g, &model, &positions, cache);
     let mut x = model.embed(&g, &ids);
     g.tap("embed", &x);
@@ -66,6 +54,30 @@ pub fn decoder(source: &Source, injected_layers: usize) -> Scope {
     let logits = model.head(&g, &x).within(&g).reshape_as(&kept, &[batch, "kept".into(), arch.vocab_size().into()]);
     g.output("logits", &logits);
     g
+}
+
+/// Inputs for the cache of the first `layers` layers before rows at `positions [batch, sequence]`: the keys and values of
+/// each, and how the rows see them.
+pub(super) fn past_inputs(
+    g: &Scope,
+    source: &Source,
+    layers: usize,
+    positions: &Value,
+) -> (Vec<[Value; 2]>, Option<CachedRows>) {
+    let arch = &source.arch;
+    let (extent, in_place) = match source.target {
+        Target::OrtCpu => ("capacity", Some(g.input("past_length", DType::I64, &[1.into()]))),
+        Target::Portable => ("past", None),
+    };
+    let shape = [positions.dim(0), arch.num_kv_heads().into(), extent.into(), arch.head_dim().into()];
+    let past: Vec<[Value; 2]> = (0..layers)
+        .map(|l| ["key", "value"].map(|part| g.input(&format!("past_key_values.{l}.{part}"), DType::F32, &shape)))
+        .collect();
+    let cache = in_place.map_or_else(
+        || past.first().map(|[key, _]| CachedRows::Growing { visible: visible_rows(g, key, positions) }),
+        |past_length| Some(CachedRows::InPlace { past_length }),
+    );
+    (past, cache)
 }
 
 /// `[sequence, past + sequence]`: new row `t` sees the past and the new rows up to itself.

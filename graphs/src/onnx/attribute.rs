@@ -1,6 +1,8 @@
 //! Node attributes.
 
+use super::subgraph::Subgraph;
 use onnx_protobuf::{AttributeProto, attribute_proto::AttributeType};
+use protobuf::MessageField;
 
 /// The value of a node attribute.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +17,8 @@ pub enum Attribute {
     IntOf(&'static str),
     /// Inside a function body: the value the caller gives for the function's attribute of that name, a real number.
     FloatOf(&'static str),
+    /// A graph.
+    Graph(Subgraph),
 }
 
 impl From<i64> for Attribute {
@@ -64,6 +68,10 @@ impl Attribute {
             Self::FloatOf(caller) => {
                 (*caller).clone_into(&mut proto.ref_attr_name);
                 AttributeType::FLOAT
+            }
+            Self::Graph(graph) => {
+                proto.g = MessageField::some(graph.proto().clone());
+                AttributeType::GRAPH
             }
         };
         proto.type_ = kind.into();

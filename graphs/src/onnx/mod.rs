@@ -11,6 +11,7 @@ mod ops;
 mod scope;
 mod serialize;
 mod shape;
+mod subgraph;
 
 pub use attribute::Attribute;
 pub use function::Operator;
@@ -18,6 +19,7 @@ pub use scope::{Scope, Value};
 pub use serialize::{GraphSignature, Model, ValueInfo, tap_outputs};
 pub use shape::Dim;
 pub(crate) use shape::product;
+pub use subgraph::{Step, Subgraph};
 
 /// Opset of the default ONNX domain that all graphs use.
 pub const OPSET: i64 = 23;

@@ -60,6 +60,24 @@ impl Value {
         self.elementwise("Sigmoid")
     }
 
+    /// `ln(1 + e^x)`.
+    #[must_use]
+    pub fn softplus(&self) -> Value {
+        self.elementwise("Softplus")
+    }
+
+    /// `e^x`.
+    #[must_use]
+    pub fn exp(&self) -> Value {
+        self.elementwise("Exp")
+    }
+
+    /// `-x`.
+    #[must_use]
+    pub fn neg(&self) -> Value {
+        self.elementwise("Neg")
+    }
+
     /// Cosine.
     #[must_use]
     pub fn cos(&self) -> Value {
@@ -167,6 +185,29 @@ impl Value {
         }
         let shape = with(&a[..n - 1], &b[m - 1..]);
         self.one("MatMul", &[other], vec![], self.dtype(), shape)
+    }
+
+    /// A convolution of every channel by itself along the last axis, `self [batch, D, length]`, `weight [D, 1, k]`: each
+    /// place sees the `k - 1` before it, zeros in front of the first, and itself.
+    #[must_use]
+    pub fn causal_depthwise_conv(&self, weight: &Value, bias: Option<&Value>) -> Value {
+        self.expect_rank("Conv", 3);
+        weight.expect_rank("Conv", 3);
+        let (Dim::Known(channels), Dim::Known(kernel @ 1..)) = (weight.dim(0), weight.dim(2)) else {
+            self.scope
+                .fail(format!("Conv of {self:?} with {weight:?}: expected known channels and a kernel of 1 or more"));
+            return self.clone();
+        };
+        if self.dim(1) != weight.dim(0) {
+            self.scope.fail(format!("Conv of {self:?} with {weight:?}: channels differ"));
+        }
+        let attributes = vec![
+            ("group", channels.into()),
+            ("kernel_shape", Attribute::Ints(vec![kernel as i64])),
+            ("pads", Attribute::Ints(vec![kernel as i64 - 1, 0])),
+        ];
+        let inputs: Vec<&Value> = std::iter::once(weight).chain(bias).collect();
+        self.one("Conv", &inputs, attributes, self.dtype(), self.shape().to_vec())
     }
 
     /// RMS normalisation over the last dimension, times `gain`.
@@ -380,12 +421,22 @@ impl Value {
     /// Maximum along `axis`, which disappears.
     #[must_use]
     pub fn reduce_max(&self, axis: usize) -> Value {
+        self.reduce("ReduceMax", axis)
+    }
+
+    /// Sum along `axis`, which disappears.
+    #[must_use]
+    pub fn reduce_sum(&self, axis: usize) -> Value {
+        self.reduce("ReduceSum", axis)
+    }
+
+    fn reduce(&self, op: &str, axis: usize) -> Value {
         let mut shape = self.shape().to_vec();
         if axis < shape.len() {
             shape.remove(axis);
         }
         let axes = self.scope.ints(&[axis as i64]);
-        self.one("ReduceMax", &[&axes], vec![("keepdims", 0_i64.into())], self.dtype(), shape)
+        self.one(op, &[&axes], vec![("keepdims", 0_i64.into())], self.dtype(), shape)
     }
 
     /// Euclidean norm along `axis`, which stays as a dimension of 1.
@@ -482,6 +533,14 @@ impl Scope {
     pub fn range(&self, count: &Value, extent: Dim) -> Value {
         let (zero, one) = (self.int(0), self.int(1));
         self.node("Range", &[Some(&zero), Some(count), Some(&one)], vec![], vec![(DType::I64, vec![extent])]).remove(0)
+    }
+
+    /// In a function body: the caller's integer attribute `name`, `[1]`.
+    pub fn integer_attribute(&self, name: &'static str) -> Value {
+        let scalar = self
+            .node("Constant", &[], vec![("value_int", Attribute::IntOf(name))], vec![(DType::I64, vec![])])
+            .remove(0);
+        scalar.reshape(&[1.into()])
     }
 
     /// In a function body: the caller's real attribute `name`, without dimensions.

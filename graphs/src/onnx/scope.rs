@@ -38,6 +38,8 @@ pub(super) struct GraphData {
     pub(super) linked: BTreeMap<String, (usize, WeightRef)>,
     pub(super) constants: Vec<(usize, Constant)>,
     pub(super) functions: BTreeMap<&'static str, Function>,
+    /// Of all names: a graph inside a node must not repeat those around it.
+    prefix: String,
     names_used: HashMap<String, usize>,
     error: Option<BuildError>,
 }
@@ -69,6 +71,16 @@ pub(super) enum Constant {
 impl Scope {
     /// The root scope of a new graph called `name`, over the tensors of `weights`.
     pub fn new(name: &str, weights: Rc<WeightIndex>) -> Self {
+        Self::prefixed(name, String::new(), weights)
+    }
+
+    /// The root scope of a graph that a node of this one will carry.
+    pub(super) fn inside(&self, name: &str) -> Self {
+        let name = self.graph.borrow_mut().unique(self.join(name));
+        Self::prefixed(&name, format!("{name}."), Rc::default())
+    }
+
+    fn prefixed(name: &str, prefix: String, weights: Rc<WeightIndex>) -> Self {
         let data = GraphData {
             name: name.to_owned(),
             weights,
@@ -80,6 +92,7 @@ impl Scope {
             linked: BTreeMap::new(),
             constants: Vec::new(),
             functions: BTreeMap::new(),
+            prefix,
             names_used: HashMap::new(),
             error: None,
         };
@@ -298,8 +311,9 @@ fn join(path: &str, name: &str) -> String {
 }
 
 impl GraphData {
-    /// `name`, or `name_2`, `name_3`, ... if it is taken.
-    fn unique(&mut self, name: String) -> String {
+    /// `name` behind the graph's prefix, or `name_2`, `name_3`, ... if it is taken.
+    fn unique(&mut self, mut name: String) -> String {
+        name.insert_str(0, &self.prefix);
         let count = self.names_used.entry(name.clone()).or_insert(0);
         *count += 1;
         if *count == 1 { name } else { format!("{name}_{count}") }

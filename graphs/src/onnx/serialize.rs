@@ -168,6 +168,18 @@ impl GraphData {
         }
     }
 
+    /// The graph of a node: its constants are initializers, and it links to no weights.
+    pub(super) fn to_proto(&self) -> GraphProto {
+        GraphProto {
+            name: self.name.clone(),
+            node: self.operator_nodes().collect(),
+            initializer: self.constants.iter().map(|(id, c)| c.to_proto(&self.values[*id].name)).collect(),
+            input: self.inputs.iter().map(|&id| self.value_info_proto(id)).collect(),
+            output: self.outputs.iter().map(|&id| self.value_info_proto(id)).collect(),
+            ..GraphProto::default()
+        }
+    }
+
     pub(super) fn operator_nodes(&self) -> impl Iterator<Item = NodeProto> {
         self.nodes.iter().map(|node| self.node_proto(node))
     }

@@ -1,7 +1,7 @@
 //! RCC: how a context fills encoder windows, and which positions of them become slots.
 
-use super::{PlanError, PromptLengths};
-use crate::architecture::Encoder;
+use super::{OperationCount, PlanError, PromptLengths};
+use crate::architecture::{Architecture, Encoder};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -162,6 +162,28 @@ impl RccPlan {
         self.lengths.prefix + self.lengths.context
     }
 
+    /// Operations up to the first generated token: the live blocks of `encoder` over all segments, the maps, the layers of
+    /// `decoder` over the slots (of the last one only keys and values) and over the prompt behind them, with logits of its
+    /// last row.
+    pub fn operations(&self, decoder: &Architecture, encoder: &Encoder) -> OperationCount {
+        let (layers, slots, prompt) = (decoder.num_layers(), self.slots, self.lengths.suffix);
+        let (blocks, _) = self.settings.encoder_states(encoder, self.settings.live_states(layers));
+        let window = self.settings.window;
+        let block = match encoder {
+            Encoder::Transformer(arch) => OperationCount::layer(arch, window, window),
+            Encoder::Mamba(arch) => OperationCount::mamba_block(arch, window),
+        };
+        let map = OperationCount::linear_map(encoder.hidden_size(), decoder.hidden_size(), slots);
+        let before_last = layers.saturating_sub(1);
+        block.times(blocks * self.segments)
+            + map.times(layers)
+            + OperationCount::layer(decoder, slots, slots).times(before_last)
+            + OperationCount::keys_values(decoder, slots)
+            + OperationCount::layer_after(decoder, slots, prompt, prompt).times(before_last)
+            + OperationCount::layer_after(decoder, slots, prompt, prompt.min(1))
+            + OperationCount::lm_head(decoder, 1)
+    }
+
     /// The tokens of segment `index` of the padded `text`, which has to be the one that was planned for.
     pub fn segment(&self, text: &[u32], index: usize) -> Vec<u32> {
         let window = self.settings.window;
@@ -179,6 +201,7 @@ fn out_of_range(what: &'static str, found: usize, expected: impl Into<String>) -
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::architecture::{GptNeox, Rope, RopeScaling};
 
     fn plan(context: usize, window: usize, ratio: usize) -> Result<RccPlan, PlanError> {
         let settings = RccSettings { window, ratio, pairs: false, first_state_is_embedding: true };
@@ -204,6 +227,35 @@ mod tests {
         assert_eq!(padded(2, 8), [0, 1, 0, 1, 0, 1, 0, 1]);
         assert_eq!(padded(8, 8), [0, 1, 2, 3, 4, 5, 6, 7]);
         assert_eq!(padded(1, 3), [0, 0, 0]);
+    }
+
+    #[test]
+    fn operations_are_those_of_what_is_live() {
+        let model = Architecture::GptNeox(GptNeox {
+            num_layers: 2,
+            hidden_size: 4,
+            intermediate_size: 8,
+            num_heads: 1,
+            vocab_size: 10,
+            max_positions: 8,
+            layer_norm_eps: 1e-5,
+            rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
+            rotary_dims: 2,
+            parallel_residual: true,
+            tie_word_embeddings: false,
+            attention_bias: true,
+            eos_token_ids: vec![],
+            bos_token_id: None,
+        });
+        // One segment, 4 slots, 1 prompt token; a layer has 64 + 64 weights, and of two encoder blocks one is live.
+        let found = plan(8, 8, 2).unwrap().operations(&model, &Encoder::Transformer(model.clone()));
+        let encoder = 2 * 128 * 8;
+        let maps = 2 * (2 * 16 * 4);
+        let slots = 2 * 128 * 4 + 2 * (4 * 8) * 4;
+        let prompt = 2 * (2 * 128) + 2 * 4 * 10;
+        assert_eq!(found.linear, encoder + maps + slots + prompt);
+        // Row pairs: in the segment, among the slots in the first layer, of the token in both.
+        assert_eq!(found.attention, 4 * 4 * (36 + 10 + 2 * 5));
     }
 
     #[test]

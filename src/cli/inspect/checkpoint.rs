@@ -42,7 +42,7 @@ pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Description> {
     let model = checkpoint.architecture();
     let weights = checkpoint.weights();
     let mut dtypes = BTreeMap::new();
-    for (_, weight) in weights.iter() {
+    for (_, weight) in weights.stored() {
         *dtypes.entry(weight.dtype.to_string()).or_default() += 1;
     }
     let names = weights.files().iter().filter_map(|path| path.file_name());

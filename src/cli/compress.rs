@@ -1,0 +1,120 @@
+//! `accordion compress`.
+
+use super::Outcome;
+use super::common::EngineArguments;
+use super::compression::CompressionArguments;
+use super::framing::{FramingArguments, context_ids};
+use super::method::MethodName;
+use super::output::Output;
+use super::text::{bytes, grouped};
+use accordion::bundle::Bundle;
+use accordion::checkpoint::Tokenizer;
+use accordion::pipeline::prompt::PromptIds;
+use accordion::pipeline::state_file::{Origin, SavedState};
+use accordion_graphs::plan::PromptLengths;
+use anyhow::ensure;
+use clap::Args;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Compress a context into a file that questions can be asked about
+///
+/// `accordion run --state FILE` continues from it as if the context had been compressed just then. plain and rcc keep the
+/// same of a context whatever is asked; homer and sharedllm compress it for a question, which --prompt has to give.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The exported bundle
+    bundle: PathBuf,
+    /// The context, UTF-8 text; - reads standard input
+    #[arg(long, value_name = "FILE")]
+    context: String,
+    /// The question to compress for, or to have read already behind the context
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// The file to write
+    #[arg(long, short, value_name = "FILE")]
+    out: PathBuf,
+    /// What happens to the context [default: the method of the bundle]
+    #[arg(long, value_enum)]
+    method: Option<MethodName>,
+    #[command(flatten)]
+    framing: FramingArguments,
+    #[command(flatten)]
+    compression: CompressionArguments,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    schema: &'static str,
+    state: &'a Path,
+    method: &'a str,
+    lengths: PromptLengths,
+    tokens_kept: usize,
+    /// Of keys and values, injected ones included.
+    cache_bytes: u64,
+    /// From token ids to the state.
+    seconds: f64,
+}
+
+/// Runs the command.
+pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    let Arguments { framing, prompt: question, .. } = arguments;
+    let bundle = Bundle::open(&arguments.bundle)?;
+    let method = MethodName::choose(arguments.method, &bundle)?;
+    framing.check(method, usize::from(question.is_some()))?;
+    arguments.compression.check(method)?;
+    ensure!(
+        question.is_some() || framing.instruction().is_none(),
+        "--instruction compresses the question with the context: give it with --prompt"
+    );
+    let compression = arguments.compression.compression(method, None, &bundle)?;
+    let tokenizer = Tokenizer::open(bundle.dir(), bundle.architecture().vocab_size())?;
+    let text = framing.text(&arguments.context, question.as_deref())?;
+    let context = context_ids(&tokenizer, &text, &arguments.context)?;
+    let (prefix, mut suffixes) = match question {
+        Some(question) => framing.affixes(&tokenizer, method, std::slice::from_ref(question))?,
+        None => (framing.prefix(&tokenizer, method)?, Vec::new()),
+    };
+    arguments.compression.truncate(&bundle, &mut suffixes, output);
+    let prompt = PromptIds { prefix, context, suffix: suffixes.pop().unwrap_or_default() };
+    compression.check(&bundle, prompt.lengths())?;
+
+    let mut engines = arguments.engine.engines(&bundle, output)?;
+    let bar = output.bar("compressing", 0);
+    let mut on_progress = |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    };
+    let started = Instant::now();
+    let state = match question {
+        Some(_) => compression.compress(&mut engines, &prompt, &mut on_progress)?,
+        None => compression.read_context(&mut engines, &prompt, &mut on_progress)?,
+    };
+    bar.finish_and_clear();
+    let seconds = started.elapsed().as_secs_f64();
+    let origin = Origin::new(&bundle, (&compression).into(), &text, prompt.lengths());
+    let report = Report {
+        schema: "accordion.compress/1",
+        state: &arguments.out,
+        method: compression.method(),
+        lengths: prompt.lengths(),
+        tokens_kept: state.len(),
+        cache_bytes: state.cache_bytes(),
+        seconds,
+    };
+    SavedState { state, prefix_ids: prompt.prefix, suffix_ids: prompt.suffix, origin }.save(&arguments.out)?;
+    output.result(&report, || {
+        format!(
+            "{}: {}, kept {} of {} tokens, {} of keys and values, {seconds:.2} s",
+            report.state.display(),
+            report.method,
+            grouped(report.tokens_kept as u64),
+            grouped(report.lengths.total() as u64),
+            bytes(report.cache_bytes),
+        )
+    })?;
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,140 @@
+//! `accordion compress`, and `accordion run` from what it writes.
+
+use super::tiny::{LONG, Tiny};
+use accordion::bundle::Bundle;
+use accordion::pipeline::ContextState;
+use serde_json::{Deserializer, Value};
+
+const QUESTION: [&str; 2] = ["--prompt", " Who?"];
+
+fn reports(tiny: &Tiny, arguments: &[&[&str]]) -> Vec<Value> {
+    let text = tiny.succeed(&[&[&["run"][..], &["--json", "--max-tokens", "20"]], arguments].concat().concat());
+    Deserializer::from_str(&text).into_iter().map(Result::unwrap).collect()
+}
+
+fn ids(reports: &[Value]) -> Vec<&Value> {
+    reports.iter().map(|report| &report["token_ids"]).collect()
+}
+
+fn compress(tiny: &Tiny, bundle: &str, out: &str, more: &[&str]) -> Value {
+    let head = ["compress", bundle, "--context", "long.txt", "-o", out, "--json"];
+    serde_json::from_str(&tiny.succeed(&[&head[..], more].concat())).unwrap()
+}
+
+/// What continues from a file is what continues from the context.
+fn continues(tiny: &Tiny, bundle: &str, compressed: &[&str], run: &[&str]) {
+    let report = compress(tiny, bundle, "state", compressed);
+    let table: &[&str] = if compressed.contains(&"--table") { &["--table", "none"] } else { &[] };
+    let direct = reports(tiny, &[&[bundle, "--context", "long.txt"], table, run]);
+    let saved = reports(tiny, &[&[bundle, "--state", "state"], run]);
+    assert_eq!(ids(&saved), ids(&direct), "{bundle} {compressed:?} {run:?}");
+    for (saved, direct) in saved.iter().zip(&direct) {
+        assert_eq!((&saved["method"], &saved["lengths"]), (&direct["method"], &direct["lengths"]));
+        assert_eq!(saved["tokens_kept"], direct["tokens_kept"]);
+        assert_eq!(saved["compression_seconds"], 0.0);
+    }
+    assert_eq!(report["lengths"]["context"], direct[0]["lengths"]["context"]);
+    // Read and written again, it is the same, bit by bit.
+    let bundle = Bundle::open(tiny.path(bundle)).unwrap();
+    let state = ContextState::load(&tiny.path("state"), &bundle).unwrap();
+    assert_eq!(state.state.len() as u64, report["tokens_kept"].as_u64().unwrap());
+    state.save(&tiny.path("again")).unwrap();
+    assert_eq!(std::fs::read(tiny.path("state")).unwrap(), std::fs::read(tiny.path("again")).unwrap());
+}
+
+#[test]
+fn a_run_from_a_state_is_a_run_from_the_context() {
+    let tiny = Tiny::new();
+    let several = ["--prompt", " Who?", "--prompt", "\nWhere was it?"];
+    let homer = [&QUESTION[..], &["--table", "none"]].concat();
+    for run in [&QUESTION[..], &several, &["--prompt", " Who?", "--temperature", "3", "--seed", "5"]] {
+        continues(&tiny, "homer", &homer, run);
+        continues(&tiny, "plain", &QUESTION, run);
+    }
+    continues(&tiny, "plain", &[], &QUESTION);
+    let asked = reports(&tiny, &[&["homer", "--context", "long.txt", "--table", "none"], &QUESTION]);
+    compress(&tiny, "homer", "state", &homer);
+    assert_eq!(ids(&reports(&tiny, &[&["homer", "--state", "state"]])), ids(&asked), "it has its own question");
+    // A plain state is any decoder's of the same model.
+    compress(&tiny, "homer", "state", &["--method", "plain"]);
+    let saved = reports(&tiny, &[&["plain", "--state", "state"], &QUESTION]);
+    assert_eq!(ids(&saved), ids(&reports(&tiny, &[&["plain", "--context", "long.txt"], &QUESTION])));
+}
+
+#[test]
+fn an_rcc_document_is_compressed_once_for_all_questions() {
+    let tiny = Tiny::rcc(|_| {});
+    let report = compress(&tiny, "rcc", "state", &[]);
+    // 92 tokens take two windows of 64, and 8 tokens a slot.
+    assert_eq!((&report["tokens_kept"], &report["method"]), (&16.into(), &"rcc".into()));
+    continues(&tiny, "rcc", &[], &QUESTION);
+    continues(&tiny, "rcc", &["--width", "max"], &["--prompt", " Who?", "--prompt", "!", "--prompt", " Why?"]);
+    continues(&tiny, "rcc", &QUESTION, &["--prompt", " Who?", "--prompt", "!"]);
+    // Instructions are compressed with the context, so that they are part of the state.
+    let instruct = ["--prompt", "Who?", "--instruction"];
+    for mode in ["reconstruct", "manual"] {
+        let instruct = [&instruct[..], &[mode]].concat();
+        continues(&tiny, "rcc", &instruct, &instruct);
+    }
+}
+
+#[test]
+fn provenance_is_in_the_file() {
+    let tiny = Tiny::rcc(|_| {});
+    compress(&tiny, "rcc", "state", &QUESTION);
+    let bundle = Bundle::open(tiny.path("rcc")).unwrap();
+    let saved = ContextState::load(&tiny.path("state"), &bundle).unwrap();
+    assert_eq!(saved.origin.model, bundle.manifest().identity());
+    assert_eq!((saved.origin.lengths.context, saved.origin.lengths.suffix), (LONG.len(), 5));
+    let sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    assert_eq!(saved.origin.context_sha256.len(), sha256.len());
+    assert_ne!(saved.origin.context_sha256, sha256, "the hash of nothing");
+}
+
+#[test]
+fn states_of_something_else_are_refused() {
+    let tiny = Tiny::new();
+    compress(&tiny, "homer", "homer.state", &[&QUESTION[..], &["--table", "none"]].concat());
+    compress(&tiny, "plain", "plain.state", &QUESTION);
+    let refuse = |tiny: &Tiny, arguments: &[&str], words: &[&str]| {
+        let message = tiny.refuse(&[&["run"], arguments].concat());
+        assert!(words.iter().all(|word| message.contains(word)), "{arguments:?}: {message}");
+    };
+    refuse(&tiny, &["plain", "--state", "homer.state"], &["the method", "homer", "plain", "max_chunk_len"]);
+    let other = Tiny::with(|arch| arch.rope.theta = 1234.0, None);
+    std::fs::copy(tiny.path("plain.state"), other.path("plain.state")).unwrap();
+    refuse(&other, &["plain", "--state", "plain.state"], &["plain.state", "of the state", "that of the bundle"]);
+    tiny.succeed(&["export", "homer", "checkpoint", "homer48", "--max-chunk-len", "48", "--context", "200"]);
+    refuse(&tiny, &["homer48", "--state", "homer.state"], &["the method", "40", "48"]);
+
+    refuse(&tiny, &["plain", "--state", "nowhere"], &["nowhere"]);
+    refuse(&tiny, &["plain", "--state", "plain.state", "--context", "long.txt"], &["cannot be used with"]);
+    refuse(&tiny, &["homer", "--state", "homer.state", "--max-chunk-len", "40"], &["cannot be used with"]);
+    refuse(&tiny, &["homer", "--state", "homer.state", "--width", "2"], &["cannot be used with"]);
+    refuse(&tiny, &["plain", "--state", "plain.state", "--prompt", "?", "--prefix", "a"], &["another text before"]);
+    compress(&tiny, "plain", "bare", &[]);
+    refuse(&tiny, &["plain", "--state", "bare"], &["give one with --prompt"]);
+}
+
+#[test]
+fn what_cannot_be_compressed_leaves_nothing() {
+    let tiny = Tiny::new();
+    std::fs::write(tiny.path("empty.txt"), "").unwrap();
+    for (arguments, expected) in [
+        (&["homer", "--context", "long.txt", "--table", "none"][..], "homer compresses a context for a question"),
+        (&["homer", "--context", "long.txt", "--prompt", "?"], "accordion calibrate significance"),
+        (&["plain", "--context", "empty.txt"], "the context is empty"),
+        (&["plain", "--context", "long.txt", "--instruction", "manual", "--prompt", "?"], "--instruction is for rcc"),
+        (&["plain", "--context", "long.txt", "--truncate-prompt"], "--truncate-prompt is for rcc"),
+    ] {
+        let message = tiny.refuse(&[&["compress"], arguments, &["-o", "state"]].concat());
+        assert!(message.contains(expected), "{arguments:?}: {message}");
+        assert!(!tiny.path("state").exists());
+    }
+    let message = tiny.refuse(&["compress", "plain", "--context", "long.txt", "-o", "nowhere/state"]);
+    assert!(message.contains("nowhere/state"), "{message}");
+    let rcc = Tiny::rcc(|_| {});
+    let message =
+        rcc.refuse(&["compress", "rcc", "--context", "long.txt", "-o", "state", "--instruction", "reconstruct"]);
+    assert!(message.contains("give it with --prompt"), "{message}");
+}
