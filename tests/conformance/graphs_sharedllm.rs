@@ -37,7 +37,7 @@ pub(crate) fn run(case: &SharedLlmCase, engines: &mut Engines<'_>, quirks: Quirk
 /// The name of a golden tensor that the graphs do not have.
 pub(crate) fn omits(case: &SharedLlmCase, name: &str) -> bool {
     // Both rotations of cross attention are one, in the keys. The mask is an input.
-    let rotated = name.contains("cross.layer") && (name.ends_with(".q") || name.ends_with(".k"));
+    let rotated = name.contains("cross.layer") && matches!(name.rsplit('.').next(), Some("q" | "k"));
     // Of the last layer, only what is kept is computed.
     let last = format!("layer{}", case.model.injected_layers - 1);
     let unused = name.starts_with("enc.") && name.split('.').any(|part| part == last);
@@ -205,10 +205,14 @@ fn rows_first(tensor: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Implementation;
+    use super::super::compare::{Comparison, SINGLE, Verdict};
     use super::super::graphs::{Graphs, checkpoint};
+    use super::super::reference::Reference;
     use super::*;
     use accordion::bundle::MethodSettings;
     use accordion::checkpoint::config_json;
+    use accordion_graphs::plan::sharedllm::Keep;
     use safetensors::SafeTensors;
     use safetensors::tensor::TensorView;
     use std::path::Path;
@@ -291,6 +295,59 @@ mod tests {
                 let separate = [alone[0][output].as_slice(), &alone[1][output]].concat();
                 let worst = both.iter().zip(&separate).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(both.len() == separate.len() && worst <= 1e-5, "output {output} is off by {worst}");
+            }
+        }
+    }
+
+    /// Case q4 with other settings.
+    fn variations() -> Vec<(&'static str, SharedLlmCase)> {
+        let vary = |name, change: fn(&mut SharedLlmCase)| {
+            let mut case = case("q4");
+            change(&mut case);
+            (name, case)
+        };
+        vec![
+            vary("one layer", |case| case.model.injected_layers = 1),
+            vary("one layer, always the right half", |case| {
+                case.model.injected_layers = 1;
+                case.retrieval = false;
+            }),
+            vary("a tree of its leaves", |case| case.tree_depth = 1),
+            vary("a token over in every leaf's parent", |case| {
+                case.chunk_len = 60;
+                case.context_ids.truncate(4 * 60);
+                case.context_mask.truncate(4 * 60);
+            }),
+            vary("everything kept", |case| case.keep = Keep::All),
+            vary("a running text of one token", |case| {
+                case.running_ids.truncate(1);
+                case.query_index = 0;
+            }),
+            vary("a running text as long as there are chunks", |case| {
+                case.running_ids.truncate(4);
+                case.query_index = 3;
+            }),
+        ]
+    }
+
+    /// What no golden has: the graphs and the reference agree.
+    #[test]
+    fn other_settings_agree_with_the_reference() {
+        for (what, case) in variations() {
+            for quirks in [Quirks::Faithful, Quirks::Fixed] {
+                let expected = Reference.sharedllm(&case, quirks).unwrap();
+                for mut graphs in Graphs::all() {
+                    let found = graphs.sharedllm(&case, quirks).unwrap();
+                    let mut result = Comparison::new("");
+                    let shared = |name: &str| found.contains_key(name) && !name.starts_with("teacher_forced");
+                    for (name, expected) in expected.iter().filter(|(name, _)| shared(name)) {
+                        result.compare(name, expected, &found, SINGLE);
+                    }
+                    let findings: Vec<_> = result.findings().collect();
+                    assert_eq!(result.verdict(), Verdict::Pass, "{what}, {quirks:?}, {}: {findings:?}", graphs.name());
+                    let needed = ["kv.layer0.key", "kv.layer0.value", "prefill.logits", "decode.3.logits"];
+                    assert!(needed.iter().all(|name| expected.contains_key(*name) && shared(name)));
+                }
             }
         }
     }
