@@ -48,7 +48,7 @@ impl Sequence {
     /// # Errors
     ///
     /// As [`Self::new`].
-    pub fn over(engines: &Engines<'_>, injected: Injected, capacity: usize) -> Result<Self, PipelineError> {
+    pub fn attending_to(engines: &Engines<'_>, injected: Injected, capacity: usize) -> Result<Self, PipelineError> {
         Ok(Self { injected: Some(injected), ..Self::new(engines, capacity)? })
     }
 

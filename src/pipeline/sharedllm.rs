@@ -155,7 +155,7 @@ pub fn read(
     running: &[u32],
     mut on_progress: impl FnMut(usize),
 ) -> Result<ContextState, PipelineError> {
-    let mut sequence = Sequence::over(engines, injected, running.len())?;
+    let mut sequence = Sequence::attending_to(engines, injected, running.len())?;
     let mut logits = Vec::new();
     for piece in pieces(running.len()) {
         logits = sequence.forward(engines, &running[piece], 1)?.to_f32();

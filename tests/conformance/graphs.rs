@@ -15,8 +15,7 @@ use accordion_graphs::plan::homer::HomerPlan;
 use accordion_graphs::plan::sharedllm::Quirks;
 use anyhow::Result;
 use std::collections::BTreeMap;
-use std::path::Path;
-use tempfile::TempDir;
+use std::path::{Path, PathBuf};
 
 /// Graphs of one target, with or without our kernels, at one batch width.
 pub(crate) struct Graphs {
@@ -41,42 +40,43 @@ impl Graphs {
             row("ort-cpu fused, width max", Target::OrtCpu, true, usize::MAX),
         ]
     }
-}
 
-/// A bundle in a folder of its own, and how its graphs are run.
-pub(crate) struct Opened {
-    bundle: Bundle,
-    fused_operators: bool,
-    _folder: TempDir,
-}
-
-impl Opened {
-    pub(crate) fn engines(&self) -> Result<Engines<'_>> {
-        let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
-        let options = OrtOptions { fused_operators: self.fused_operators };
-        let loader = OrtCpu::new(runtime, self.bundle.weights().clone(), &options)?;
-        Ok(Engines::new(&self.bundle, Box::new(loader)))
-    }
-}
-
-impl Graphs {
-    /// A checkpoint of `weights` and `config`, exported and opened.
-    pub(crate) fn open(&self, weights: &Path, config: &serde_json::Value, method: MethodSettings) -> Result<Opened> {
-        let folder = tempfile::tempdir()?;
-        let checkpoint = folder.path().join("checkpoint");
-        std::fs::create_dir(&checkpoint)?;
-        std::fs::copy(weights, checkpoint.join("model.safetensors"))?;
-        std::fs::write(checkpoint.join("config.json"), config.to_string())?;
-        self.open_in(folder, &checkpoint, method)
+    /// A case of SharedLLM, with `weights` for its weights, exported inside `folder`.
+    pub(crate) fn sharedllm_bundle(
+        &self,
+        folder: &Path,
+        case: &SharedLlmCase,
+        weights: &Path,
+        quirks: Quirks,
+    ) -> Result<Bundle> {
+        let settings = case.settings(quirks);
+        let config = sharedllm_json(&case.architecture, &case.model, &settings);
+        self.bundle(&checkpoint(folder, weights, &config)?, MethodSettings::SharedLlm(settings))
     }
 
-    /// `checkpoint`, which lies in `folder`, exported beside itself and opened.
-    pub(crate) fn open_in(&self, folder: TempDir, checkpoint: &Path, method: MethodSettings) -> Result<Opened> {
-        let out = folder.path().join("bundle");
+    /// The checkpoint exported beside itself.
+    pub(crate) fn bundle(&self, checkpoint: &Path, method: MethodSettings) -> Result<Bundle> {
+        let out = checkpoint.with_file_name("bundle");
         let options = ExportOptions { method, target: self.target, weights: WeightStorage::Link, force: false };
         export(&Checkpoint::open(checkpoint)?, &out, &options)?;
-        Ok(Opened { bundle: Bundle::open(&out)?, fused_operators: self.fused_operators, _folder: folder })
+        Ok(Bundle::open(out)?)
     }
+
+    pub(crate) fn engines<'b>(&self, bundle: &'b Bundle) -> Result<Engines<'b>> {
+        let runtime = load(LoadOptions::fetching(&mut |_| {}))?;
+        let options = OrtOptions { fused_operators: self.fused_operators };
+        let loader = OrtCpu::new(runtime, bundle.weights().clone(), &options)?;
+        Ok(Engines::new(bundle, Box::new(loader)))
+    }
+}
+
+/// Writes the folder `checkpoint` of `weights` and `config` into `folder`.
+pub(crate) fn checkpoint(folder: &Path, weights: &Path, config: &serde_json::Value) -> Result<PathBuf> {
+    let checkpoint = folder.join("checkpoint");
+    std::fs::create_dir(&checkpoint)?;
+    std::fs::copy(weights, checkpoint.join("model.safetensors"))?;
+    std::fs::write(checkpoint.join("config.json"), config.to_string())?;
+    Ok(checkpoint)
 }
 
 impl Implementation for Graphs {
@@ -85,10 +85,12 @@ impl Implementation for Graphs {
     }
 
     fn homer(&mut self, case: &HomerCase, plan: &HomerPlan) -> Result<Tensors> {
+        let folder = tempfile::tempdir()?;
+        let checkpoint = checkpoint(folder.path(), case.weights_path(), &config_json(&case.architecture))?;
         let tree_heights = vec![plan.tree_height];
         let method = MethodSettings::Homer { settings: case.settings, tree_heights, significance: None };
-        let opened = self.open(case.weights_path(), &config_json(&case.architecture), method)?;
-        let mut engines = opened.engines()?;
+        let bundle = self.bundle(&checkpoint, method)?;
+        let mut engines = self.engines(&bundle)?;
 
         let mut found = Tensors::new();
         let (frequencies, _) = rope::frequencies(&case.architecture.rope, case.architecture.head_dim);
@@ -107,15 +109,14 @@ impl Implementation for Graphs {
     fn rcc(&mut self, case: &RccCase) -> Result<Tensors> {
         let folder = tempfile::tempdir()?;
         let checkpoint = rcc_graphs::checkpoint(case, folder.path())?;
-        let opened = self.open_in(folder, &checkpoint, MethodSettings::Rcc(case.settings))?;
-        rcc_graphs::run(case, &mut opened.engines()?, self.width)
+        let bundle = self.bundle(&checkpoint, MethodSettings::Rcc(case.settings))?;
+        rcc_graphs::run(case, &mut self.engines(&bundle)?, self.width)
     }
 
     fn sharedllm(&mut self, case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
-        let settings = case.settings(quirks);
-        let config = sharedllm_json(&case.architecture, &case.model, &settings);
-        let opened = self.open(case.weights_path(), &config, MethodSettings::SharedLlm(settings))?;
-        graphs_sharedllm::run(&opened, case, quirks, self.width)
+        let folder = tempfile::tempdir()?;
+        let bundle = self.sharedllm_bundle(folder.path(), case, case.weights_path(), quirks)?;
+        graphs_sharedllm::run(case, &mut self.engines(&bundle)?, quirks, self.width)
     }
 
     fn omits_sharedllm(&self, case: &SharedLlmCase, name: &str) -> bool {

@@ -1,7 +1,6 @@
 //! SharedLLM's exported graphs: both calls, the running text, decoding.
 
 use super::compare::Tensors;
-use super::graphs::Opened;
 use super::sharedllm::plan;
 use accordion::goldens::SharedLlmCase;
 use accordion::pipeline::decode::{Continuation, DECODER, Sequence};
@@ -13,33 +12,32 @@ use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
 use anyhow::{Context as _, Result};
 
 /// Everything of a case that the graphs compute, by golden name. `width` chunks go through one call where that is free.
-pub(crate) fn run(opened: &Opened, case: &SharedLlmCase, quirks: Quirks, width: usize) -> Result<Tensors> {
-    let mut engines = opened.engines()?;
+pub(crate) fn run(case: &SharedLlmCase, engines: &mut Engines<'_>, quirks: Quirks, width: usize) -> Result<Tensors> {
     let plan = plan(case, quirks)?;
     let padded = case.context_mask.iter().any(|&token| !token);
     let mask = padded.then_some(case.context_mask.as_slice());
     let context = Context { ids: &case.context_ids, mask, running: &case.running_ids, query_index: case.query_index };
 
     let mut taps = Tensors::new();
-    inject(&mut engines, &plan, context, width, &mut taps, &mut |_| {})?;
+    inject(engines, &plan, context, width, &mut taps, &mut |_| {})?;
     let mut found = Tensors::new();
     tree(case, &plan, &taps, &mut found)?;
     encoded(case, &plan, &taps, &mut found)?;
     // Without taps, in calls of the row's own width.
-    let injected = inject(&mut engines, &plan, context, width, &mut NoTaps, &mut |_| {})?;
-    running(case, &mut engines, &injected, quirks, &mut found)?;
+    let injected = inject(engines, &plan, context, width, &mut NoTaps, &mut |_| {})?;
+    running(case, engines, &injected, quirks, &mut found)?;
 
     // The authors' `generate` forgets which row is the query.
     let last = Context { query_index: case.running_ids.len() - 1, ..context };
-    let injected = inject(&mut engines, &plan, last, width, &mut NoTaps, &mut |_| {})?;
-    generate(case, &mut engines, injected, &mut found)?;
+    let injected = inject(engines, &plan, last, width, &mut NoTaps, &mut |_| {})?;
+    generate(case, engines, injected, &mut found)?;
     Ok(found)
 }
 
 /// The name of a golden tensor that the graphs do not have.
 pub(crate) fn omits(case: &SharedLlmCase, name: &str) -> bool {
     // Both rotations of cross attention are one, in the keys. The mask is an input.
-    let rotated = name.contains("cross.layer") && (name.ends_with(".q") || name.ends_with(".k"));
+    let rotated = name.contains("cross.layer") && matches!(name.rsplit('.').next(), Some("q" | "k"));
     // Of the last layer, only what is kept is computed.
     let last = format!("layer{}", case.model.injected_layers - 1);
     let unused = name.starts_with("enc.") && name.split('.').any(|part| part == last);
@@ -119,7 +117,7 @@ fn running(
     found: &mut Tensors,
 ) -> Result<()> {
     let (arch, count) = (&case.architecture, case.running_ids.len());
-    let over = |engines: &Engines<'_>| Sequence::over(engines, injected.clone(), 0);
+    let over = |engines: &Engines<'_>| Sequence::attending_to(engines, injected.clone(), 0);
     let batch = |tensor: Tensor| {
         let shape = [&[1], tensor.shape()].concat();
         tensor.reshaped(shape)
@@ -207,10 +205,14 @@ fn rows_first(tensor: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::graphs::Graphs;
+    use super::super::Implementation;
+    use super::super::compare::{Comparison, SINGLE, Verdict};
+    use super::super::graphs::{Graphs, checkpoint};
+    use super::super::reference::Reference;
     use super::*;
     use accordion::bundle::MethodSettings;
-    use accordion::checkpoint::{config_json, sharedllm_json};
+    use accordion::checkpoint::config_json;
+    use accordion_graphs::plan::sharedllm::Keep;
     use safetensors::SafeTensors;
     use safetensors::tensor::TensorView;
     use std::path::Path;
@@ -218,12 +220,6 @@ mod tests {
     fn case(name: &str) -> SharedLlmCase {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/sharedllm");
         SharedLlmCase::open(&folder.join(format!("case_{name}.json"))).unwrap()
-    }
-
-    fn open(graphs: &Graphs, case: &SharedLlmCase, quirks: Quirks) -> Opened {
-        let settings = case.settings(quirks);
-        let config = sharedllm_json(&case.architecture, &case.model, &settings);
-        graphs.open(case.weights_path(), &config, MethodSettings::SharedLlm(settings)).unwrap()
     }
 
     /// Cross attention that adds nothing leaves the model what it was, to the last bit.
@@ -247,18 +243,19 @@ mod tests {
         safetensors::serialize_to_file(views, None, &silenced).unwrap();
 
         for graphs in Graphs::all() {
-            let settings = case.settings(Quirks::Faithful);
-            let config = sharedllm_json(&case.architecture, &case.model, &settings);
-            let shared = graphs.open(&silenced, &config, MethodSettings::SharedLlm(settings)).unwrap();
-            let plain = graphs.open(&silenced, &config_json(&case.architecture), MethodSettings::Plain).unwrap();
-            let mut engines = shared.engines().unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let shared = graphs.sharedllm_bundle(folder.path(), &case, &silenced, Quirks::Faithful).unwrap();
+            let mut engines = graphs.engines(&shared).unwrap();
             let (ids, running) = (&case.context_ids, &case.running_ids);
             let context = Context { ids, mask: None, running, query_index: running.len() - 1 };
             let plan = plan(&case, Quirks::Faithful).unwrap();
             let injected = inject(&mut engines, &plan, context, 1, &mut NoTaps, &mut |_| {}).unwrap();
-            let mut sequence = Sequence::over(&engines, injected, running.len()).unwrap();
+            let mut sequence = Sequence::attending_to(&engines, injected, running.len()).unwrap();
             let with = sequence.forward(&mut engines, running, running.len()).unwrap();
-            let mut engines = plain.engines().unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let plain = checkpoint(folder.path(), &silenced, &config_json(&case.architecture)).unwrap();
+            let plain = graphs.bundle(&plain, MethodSettings::Plain).unwrap();
+            let mut engines = graphs.engines(&plain).unwrap();
             let mut sequence = Sequence::new(&engines, running.len()).unwrap();
             let without = sequence.forward(&mut engines, running, running.len()).unwrap();
             assert_eq!(with.to_f32(), without.to_f32());
@@ -270,8 +267,9 @@ mod tests {
     fn entries_of_a_batch_are_contexts_of_their_own() {
         let case = case("q4");
         for graphs in Graphs::all() {
-            let opened = open(&graphs, &case, Quirks::Faithful);
-            let mut engines = opened.engines().unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let bundle = graphs.sharedllm_bundle(folder.path(), &case, case.weights_path(), Quirks::Faithful).unwrap();
+            let mut engines = graphs.engines(&bundle).unwrap();
             let ids = |ids: &[u32]| ids.iter().copied().map(i64::from).collect::<Vec<_>>();
             let contexts = [ids(&case.context_ids), ids(&case.context_ids).into_iter().rev().collect()];
             let runnings = [ids(&case.running_ids), ids(&case.running_ids).into_iter().rev().collect()];
@@ -297,6 +295,59 @@ mod tests {
                 let separate = [alone[0][output].as_slice(), &alone[1][output]].concat();
                 let worst = both.iter().zip(&separate).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(both.len() == separate.len() && worst <= 1e-5, "output {output} is off by {worst}");
+            }
+        }
+    }
+
+    /// Case q4 with other settings.
+    fn variations() -> Vec<(&'static str, SharedLlmCase)> {
+        let vary = |name, change: fn(&mut SharedLlmCase)| {
+            let mut case = case("q4");
+            change(&mut case);
+            (name, case)
+        };
+        vec![
+            vary("one layer", |case| case.model.injected_layers = 1),
+            vary("one layer, always the right half", |case| {
+                case.model.injected_layers = 1;
+                case.retrieval = false;
+            }),
+            vary("a tree of its leaves", |case| case.tree_depth = 1),
+            vary("a token over in every leaf's parent", |case| {
+                case.chunk_len = 60;
+                case.context_ids.truncate(4 * 60);
+                case.context_mask.truncate(4 * 60);
+            }),
+            vary("everything kept", |case| case.keep = Keep::All),
+            vary("a running text of one token", |case| {
+                case.running_ids.truncate(1);
+                case.query_index = 0;
+            }),
+            vary("a running text as long as there are chunks", |case| {
+                case.running_ids.truncate(4);
+                case.query_index = 3;
+            }),
+        ]
+    }
+
+    /// What no golden has: the graphs and the reference agree.
+    #[test]
+    fn other_settings_agree_with_the_reference() {
+        for (what, case) in variations() {
+            for quirks in [Quirks::Faithful, Quirks::Fixed] {
+                let expected = Reference.sharedllm(&case, quirks).unwrap();
+                for mut graphs in Graphs::all() {
+                    let found = graphs.sharedllm(&case, quirks).unwrap();
+                    let mut result = Comparison::new("");
+                    let shared = |name: &str| found.contains_key(name) && !name.starts_with("teacher_forced");
+                    for (name, expected) in expected.iter().filter(|(name, _)| shared(name)) {
+                        result.compare(name, expected, &found, SINGLE);
+                    }
+                    let findings: Vec<_> = result.findings().collect();
+                    assert_eq!(result.verdict(), Verdict::Pass, "{what}, {quirks:?}, {}: {findings:?}", graphs.name());
+                    let needed = ["kv.layer0.key", "kv.layer0.value", "prefill.logits", "decode.3.logits"];
+                    assert!(needed.iter().all(|name| expected.contains_key(*name) && shared(name)));
+                }
             }
         }
     }

@@ -202,10 +202,10 @@ impl SharedLlmPlan {
     /// counted: of the last lower layer only the keys and values of kept rows, of the one before it no other row's MLP, and
     /// of halves that are compared only the last row behind the first layer's keys and values.
     pub fn operations(&self, upper: &Architecture, lower: &Architecture, injected_layers: usize) -> OperationCount {
-        let (chunks, running) = (self.chunks, self.running as u64);
+        let running = self.running as u64;
         OperationCount::plain_prefill(upper, self.running)
-            + self.encoding(lower, injected_layers).times(chunks)
-            + self.search(lower).times(chunks)
+            + self.encoding(lower, injected_layers).times(self.chunks)
+            + self.search(lower).times(self.chunks)
             + self.query(upper)
             + OperationCount {
                 linear: 2 * RowCost::of(upper).queries_outputs * running,
