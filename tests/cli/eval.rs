@@ -263,6 +263,23 @@ fn pruning_changes_predictions_and_texts_are_read_from_their_start() {
 }
 
 #[test]
+fn where_a_past_ends_makes_no_difference_to_plain() {
+    let tiny = tiny();
+    let total = |segment: &str| -> f64 {
+        let out = format!("{segment}.jsonl");
+        let window =
+            ["--text", "hay.txt", "--from-start", "400", "--samples", "1", "--buffer", "5", "--against", "none"];
+        tiny.succeed(&[&["eval", "perplexity", "plain", "--segment", segment, "--out", &out], &window[..]].concat());
+        rows(&tiny, &out).iter().map(|row| row["outcome"]["nll"].as_f64().unwrap()).sum()
+    };
+    let [long, short] = ["100", "40"].map(total);
+    assert!((long - short).abs() < 1e-2, "{long} {short}");
+    // Random weights are hardly better than a die with a face for every token.
+    let die = 399.0 * 128.0_f64.ln();
+    assert!(long > 0.5 * die && long < 2.0 * die, "{long} {die}");
+}
+
+#[test]
 fn reconstructions_are_scored_against_the_text() {
     let tiny = tiny();
     let text = ["--text", "hay.txt", "--length", "150", "--new-tokens", "30", "--samples", "3", "--out", "rows.jsonl"];
