@@ -48,6 +48,12 @@ impl ContextState {
         self.position_ids.is_empty()
     }
 
+    /// Tokens of which something is kept: the rows in the cache, and the injected ones.
+    pub fn tokens_kept(&self) -> usize {
+        let injected = self.injected.iter().flat_map(|injected| injected.layers.first());
+        self.len() + injected.map(|layer| layer.key.shape().get(2).copied().unwrap_or(0)).sum::<usize>()
+    }
+
     /// Bytes of keys and values, injected ones included.
     pub fn cache_bytes(&self) -> u64 {
         let injected = self.injected.iter().flat_map(|injected| &injected.layers);
