@@ -38,6 +38,14 @@ pub enum VerifyError {
         /// The plan's.
         expected: String,
     },
+    /// The bundle has no model that compresses.
+    #[error("{}: bundle.json describes no compressor of {method}", dir.display())]
+    NoCompressor {
+        /// The bundle.
+        dir: PathBuf,
+        /// The method that needs one.
+        method: &'static str,
+    },
     /// The bundle cannot be written or opened.
     #[error(transparent)]
     Bundle(#[from] BundleError),

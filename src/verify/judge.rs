@@ -6,8 +6,17 @@ use crate::taps::TapSink;
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
 
-/// Taps that graphs do not have: they mark affixes by their number, and gather what is kept.
-const NOT_IN_GRAPHS: [&str; 2] = [".in_reduction_mask", ".prune.remove_idx"];
+/// Taps that graphs do not have: they mark affixes by their number, gather what is kept, and rotate the keys of cross
+/// attention only, before the decoder.
+const NOT_IN_GRAPHS: [&str; 5] = [".in_reduction_mask", ".prune.remove_idx", ".cross.q", ".cross.k", ".cross.v"];
+
+/// How taps of tree nodes and segments, which lead to the result, begin.
+const PARTS: [&str; 6] = ["node.", "query.", "tree.", "encoder.", "maps", "embed"];
+
+/// Whether the tap called `name` is what the next selection or choice is made by.
+fn is_score(name: &str) -> bool {
+    name.ends_with(".prune.scores") || name.ends_with(".similarity")
+}
 
 /// How much is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -15,9 +24,9 @@ pub enum Detail {
     /// Every tap.
     #[default]
     All,
-    /// What enters, is scored and leaves every tree node, and the result.
+    /// What enters, is scored and leaves every tree node or segment, and the result.
     Nodes,
-    /// Which tokens every tree node keeps, and the result.
+    /// Which tokens every tree node keeps or which half is split further, and the result.
     Result,
 }
 
@@ -28,11 +37,12 @@ impl Detail {
             return false;
         }
         let in_layer = name.starts_with("layers.") || name.contains(".layers.");
-        let selects = || name.ends_with(".prune.scores") || name.ends_with(".prune.keep_idx");
+        let selects = || is_score(name) || matches!(TapKind::of(name), TapKind::Selection | TapKind::Choice);
+        let inside = || PARTS.iter().any(|part| name.starts_with(part));
         match self {
             Self::All => true,
             Self::Nodes => !in_layer,
-            Self::Result => !in_layer && (!name.starts_with("node.") || selects()),
+            Self::Result => !in_layer && (!inside() || selects()),
         }
     }
 }
@@ -82,6 +92,11 @@ impl Judge {
         self.actual.insert(name.to_owned(), value);
     }
 
+    /// A sink for the expected side that takes no other taps than those that wait for it.
+    pub(super) fn offered(&mut self) -> Offered<'_> {
+        Offered(self)
+    }
+
     /// Begins a part of the computation; `diverged` says that it follows from another choice than the expected one.
     pub(super) fn begin(&mut self, diverged: bool) {
         self.diverged = diverged;
@@ -114,16 +129,17 @@ impl Judge {
     pub(super) fn compare(&mut self, name: &str, actual: &Tensor, expected: &Tensor) {
         let kind = TapKind::of(name);
         let mut bounds = (self.bounds)(kind);
+        let decides = matches!(kind, TapKind::Selection | TapKind::Choice);
         let mut scores = None;
-        if let (TapKind::Selection, Some((expected, off_by))) = (kind, &self.scores) {
+        if let (true, Some((expected, off_by))) = (decides, &self.scores) {
             // Scores that agree only so far leave ties that far apart open.
             bounds.abs = bounds.abs.max(*off_by);
             scores = Some(expected);
         }
         let result = judge(&format!("{}{name}", self.prefix), actual, expected, scores, &bounds);
-        // A wrong selection is told once, not again by every tensor that follows from it.
-        self.diverged |= kind == TapKind::Selection && result.verdict != Verdict::Pass;
-        if name.ends_with(".prune.scores") {
+        // A wrong decision is told once, not again by every tensor that follows from it.
+        self.diverged |= decides && result.verdict != Verdict::Pass;
+        if is_score(name) {
             let within = result.difference.values().filter(|_| result.verdict == Verdict::Pass);
             self.scores = Some((expected.clone(), within.map_or(0.0, |values| values.max_abs)));
         }
@@ -155,6 +171,19 @@ impl TapSink for Judge {
             let full = format!("{}{name}", self.prefix);
             self.findings.taps.push(TapResult::missing(&full, expected.shape(), "the actual side"));
         }
+    }
+}
+
+/// See [`Judge::offered`].
+pub(super) struct Offered<'a>(&'a mut Judge);
+
+impl TapSink for Offered<'_> {
+    fn wants(&self, name: &str) -> bool {
+        self.0.actual.contains_key(name) && self.0.wants(name)
+    }
+
+    fn record(&mut self, name: &str, value: Tensor) {
+        self.0.record(name, value);
     }
 }
 

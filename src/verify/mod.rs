@@ -4,11 +4,13 @@
 //! - [`selection`]: the same for sets of surviving tokens, where near-ties have to be told from errors.
 //! - [`verdict`]: bounds, and what they say about those numbers.
 //! - [`judge`]: where the taps of two sides meet, and what cannot be compared any more.
-//! - [`homer`], [`plain`] and [`rcc`]: an engine and the reference in step; [`golden`]: either against a golden case.
+//! - [`homer`], [`plain`], [`rcc`] and [`sharedllm`]: an engine and the reference in step;
+//!   [`bundle`]: whichever a bundle is for; [`golden`]: either against a golden case.
 //! - [`weights`]: NaN and infinities in a checkpoint.
 //! - [`schema`]: the report that is printed, stored and drawn; [`text`]: for a terminal.
 //! - [`order`]: tap names put into the order in which the model computes them.
 
+pub mod bundle;
 pub mod compare;
 mod error;
 pub mod golden;
@@ -19,6 +21,8 @@ pub mod plain;
 pub mod rcc;
 pub mod schema;
 pub mod selection;
+pub mod sharedllm;
+mod sides;
 pub mod text;
 pub mod verdict;
 pub mod weights;

@@ -3,18 +3,18 @@
 
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, Judge};
-use super::plain::BothSides;
+use super::sides::{BothSides, Decoder};
 use super::verdict::Bounds;
 use crate::pipeline::Engines;
 use crate::pipeline::rcc::read_slots;
 use crate::reference::cache::Cache;
+use crate::reference::decode::Continuation;
 use crate::reference::rcc::Rcc;
 use crate::taps::TapSink;
 use crate::tensor::Tensor;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::rcc::RccPlan;
 use std::cell::RefCell;
-use std::collections::BTreeSet;
 
 /// What both sides are given.
 #[derive(Debug, Clone, Copy)]
@@ -49,7 +49,6 @@ pub fn compare_rcc(
         reference,
         cache: reference.decoder().empty_cache(),
         judge: Judge::new(detail, |kind| Bounds::new(kind, DType::F32)),
-        offered: BTreeSet::new(),
         error: None,
     });
     let mut sequence = {
@@ -59,11 +58,12 @@ pub fn compare_rcc(
         };
         read_slots(engines, input.plan, input.text, 1, &mut EngineTaps(&lockstep), &mut on_batch)?
     };
-    let Lockstep { mut cache, mut judge, error, .. } = lockstep.into_inner();
+    let Lockstep { cache, mut judge, error, .. } = lockstep.into_inner();
     if let Some(error) = error {
         return Err(error);
     }
-    let mut rows = BothSides { engines, sequence: &mut sequence, reference: reference.decoder(), cache: &mut cache };
+    let mut reference = Decoder { model: reference.decoder(), continuation: Continuation::after(cache) };
+    let mut rows = BothSides { engines, sequence: &mut sequence, reference: &mut reference };
     for (prefix, ids) in [("prompt.", input.prompt), ("teacher.", input.teacher)] {
         rows.compare(&mut judge, ids, prefix, &mut |_| {})?;
     }
@@ -74,20 +74,12 @@ pub fn compare_rcc(
 /// The engine's taps, on their way to the judge.
 struct EngineTaps<'c, 'a>(&'c RefCell<Lockstep<'a>>);
 
-/// The reference's taps that the engine has too.
-struct Offered<'a> {
-    judge: &'a mut Judge,
-    offered: &'a BTreeSet<String>,
-}
-
 /// The reference, one segment behind the engine.
 struct Lockstep<'a> {
     input: RccInput<'a>,
     reference: &'a Rcc,
     cache: Cache,
     judge: Judge,
-    /// Names of the engine's taps of the segment that the reference has not run.
-    offered: BTreeSet<String>,
     /// The engine cannot be stopped from inside: what went wrong waits here.
     error: Option<VerifyError>,
 }
@@ -101,18 +93,12 @@ impl Lockstep<'_> {
         let RccInput { plan, text, .. } = self.input;
         self.judge.prefix = format!("segments.{index}.");
         self.judge.begin(false);
-        let mut taps = Offered { judge: &mut self.judge, offered: &self.offered };
+        let mut taps = self.judge.offered();
         let maps = self.reference.encode(&plan.segment(text, index), &mut taps);
         let filled = maps.and_then(|maps| self.reference.fill(&maps, &mut self.cache, &mut taps));
         self.error = filled.err().map(Into::into);
         self.judge.end("");
         self.judge.prefix.clear();
-        self.offered.clear();
-    }
-
-    fn offer(&mut self, tap: &str, value: Tensor) {
-        self.judge.offer(tap, value);
-        self.offered.insert(tap.to_owned());
     }
 }
 
@@ -138,27 +124,17 @@ impl TapSink for EngineTaps<'_, '_> {
         let offered = if tap == "maps" {
             (0..rows).try_for_each(|map| {
                 let value = value.rows(map..map + 1).reshaped(shape.clone())?;
-                lockstep.offer(&format!("maps.{map}"), value);
+                lockstep.judge.offer(&format!("maps.{map}"), value);
                 Ok(())
             })
         } else if rows == 1 && shape.len() > 1 {
-            value.reshaped(shape).map(|value| lockstep.offer(tap, value))
+            value.reshaped(shape).map(|value| lockstep.judge.offer(tap, value))
         } else {
-            lockstep.offer(tap, value);
+            lockstep.judge.offer(tap, value);
             Ok(())
         };
         if let Err(error) = offered {
             lockstep.error = Some(VerifyError::Tensor(error));
         }
-    }
-}
-
-impl TapSink for Offered<'_> {
-    fn wants(&self, name: &str) -> bool {
-        self.offered.contains(name) && self.judge.wants(name)
-    }
-
-    fn record(&mut self, name: &str, value: Tensor) {
-        self.judge.record(name, value);
     }
 }

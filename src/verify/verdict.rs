@@ -10,7 +10,7 @@
 //! such a near-tie is [`Verdict::Ambiguous`].
 
 use super::compare::{Comparison, FloatDifference, IntegerDifference, LogitAgreement, compare, compare_logits};
-use super::selection::{SelectionDifference, compare_selections};
+use super::selection::{SelectionDifference, SelectionError, compare_choices, compare_selections};
 use crate::tensor::Tensor;
 use accordion_graphs::dtype::DType;
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,8 @@ impl std::fmt::Display for Verdict {
 pub enum TapKind {
     /// Indices of surviving tokens: `prune.keep_idx`.
     Selection,
+    /// Which of two halves goes on: `chosen`.
+    Choice,
     /// Scores over the vocabulary: `logits`.
     Logits,
     /// Everything else: floats within bounds, integers exactly.
@@ -53,6 +55,7 @@ impl TapKind {
     pub fn of(name: &str) -> Self {
         match name.rsplit('.').next() {
             Some("keep_idx") => Self::Selection,
+            Some("chosen") => Self::Choice,
             Some("logits") => Self::Logits,
             _ => Self::Value,
         }
@@ -76,8 +79,8 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// The bounds for a tap of `kind` in a trained model, when the less precise side computes in `dtype`. A selection is
-    /// held against its scores as closely as rounding of well-conditioned numbers allows.
+    /// The bounds for a tap of `kind` in a trained model, when the less precise side computes in `dtype`. A selection or choice
+    /// is held against its scores as closely as rounding of well-conditioned numbers allows; those of choices are cosines.
     pub fn new(kind: TapKind, dtype: DType) -> Self {
         match dtype {
             DType::F16 => Self { abs: 5e-3, rel: 1e-2, norm_rel: 4e-2, min_cosine: 0.999, min_top_k: 0.6 },
@@ -87,9 +90,10 @@ impl Bounds {
                     TapKind::Value => 1e-3,
                     // They sum over the full hidden width right after a normalisation.
                     TapKind::Logits => 1e-4,
-                    TapKind::Selection => 1e-5,
+                    TapKind::Selection | TapKind::Choice => 1e-5,
                 };
-                Self { abs: 1e-4, rel, norm_rel: 1e-4, min_cosine: 0.99999, min_top_k: 0.8 }
+                let abs = if kind == TapKind::Choice { 1e-5 } else { 1e-4 };
+                Self { abs, rel, norm_rel: 1e-4, min_cosine: 0.99999, min_top_k: 0.8 }
             }
         }
     }
@@ -175,15 +179,15 @@ impl TapResult {
     }
 }
 
-/// Compares and judges one tap. `scores` are the expected scores `[tokens]` that a selection was cut by; without them
-/// a selection has to match exactly.
+/// Compares and judges one tap. `scores` are the expected scores `[tokens]` that a selection was cut by, or `[count, 2]` that
+/// choices were made between; without them these have to match exactly.
 pub fn judge(name: &str, actual: &Tensor, expected: &Tensor, scores: Option<&Tensor>, bounds: &Bounds) -> TapResult {
     let kind = TapKind::of(name);
     let (verdict, reason, bound_use, difference) = match (kind, scores) {
-        (TapKind::Selection, Some(scores)) => match compare_selections(actual, expected, scores) {
-            Ok(found) => judge_selection(found, bounds),
-            Err(error) => (Verdict::Fail, error.to_string(), None, Difference::Incomparable),
-        },
+        (TapKind::Selection, Some(scores)) => {
+            judge_selection(compare_selections(actual, expected, scores), "tokens", bounds)
+        }
+        (TapKind::Choice, Some(scores)) => judge_selection(compare_choices(actual, expected, scores), "halves", bounds),
         _ => match compare(actual, expected) {
             Comparison::Float(values) => {
                 let choices = (kind == TapKind::Logits).then(|| compare_logits(actual, expected)).flatten();
@@ -201,10 +205,18 @@ pub fn judge(name: &str, actual: &Tensor, expected: &Tensor, scores: Option<&Ten
 
 type Judgement = (Verdict, String, Option<f64>, Difference);
 
-fn judge_selection(found: SelectionDifference, bounds: &Bounds) -> Judgement {
+fn judge_selection(
+    found: Result<SelectionDifference, SelectionError>,
+    what: &str,
+    bounds: &Bounds,
+) -> Judgement {
+    let found = match found {
+        Ok(found) => found,
+        Err(error) => return (Verdict::Fail, error.to_string(), None, Difference::Incomparable),
+    };
     let margin = bounds.tie_margin(found.score_scale);
     let (verdict, reason) = match found.score_gap {
-        None => (Verdict::Pass, format!("the same {} tokens survive", found.kept)),
+        None => (Verdict::Pass, format!("the same {} {what} are kept", found.kept)),
         Some(gap) if gap <= margin => (
             Verdict::Ambiguous,
             format!("{} near-ties decided differently: scores {gap:.1e} apart, margin {margin:.1e}", found.exchanged),
@@ -212,7 +224,7 @@ fn judge_selection(found: SelectionDifference, bounds: &Bounds) -> Judgement {
         Some(f64::MAX) => (Verdict::Fail, "a token that is exempt from the cut was exchanged".to_owned()),
         Some(gap) => (
             Verdict::Fail,
-            format!("{} tokens exchanged across a score gap of {gap:.1e}, margin {margin:.1e}", found.exchanged),
+            format!("{} {what} exchanged across a score gap of {gap:.1e}, margin {margin:.1e}", found.exchanged),
         ),
     };
     let bound_use = Some(found.score_gap.map_or(0.0, |gap| gap / margin));
@@ -397,6 +409,17 @@ mod tests {
         assert_eq!(judged(&[9.0, f32::INFINITY, 0.999]).verdict, Verdict::Fail);
         let exact = judge("a.keep_idx", &ids(&[0, 2]), &ids(&[0, 1]), None, &FP32);
         assert_eq!(exact.verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn choices_are_ambiguous_only_at_near_ties() {
+        let judged = |right: f32| {
+            let scores = Tensor::from_f32([2, 2], vec![0.9, 0.1, 0.5, right]).unwrap();
+            let bounds = Bounds::new(TapKind::Choice, DType::F32);
+            judge("tree.0.chosen", &ids(&[0, 1]), &ids(&[0, 0]), Some(&scores), &bounds).verdict
+        };
+        assert_eq!(judged(0.499_99), Verdict::Ambiguous);
+        assert_eq!(judged(0.499_9), Verdict::Fail);
     }
 
     #[test]
