@@ -149,14 +149,6 @@ impl Staging {
         self.write_with(name, |file| file.write_all(bytes))
     }
 
-    /// Writes a new file that goes on with `zeros` bytes of 0, which take no room where the file system knows holes.
-    pub(crate) fn write_and_zeros(&mut self, name: &str, bytes: &[u8], zeros: u64) -> Result<(), StagingError> {
-        self.write_with(name, |file| {
-            file.write_all(bytes)?;
-            file.set_len(bytes.len() as u64 + zeros)
-        })
-    }
-
     /// Writes a new JSON file.
     pub(crate) fn write_json(&mut self, name: &str, value: &Value) -> Result<(), StagingError> {
         self.write(name, format!("{value:#}\n").as_bytes())

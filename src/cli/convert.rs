@@ -3,7 +3,7 @@
 use super::output::Output;
 use super::text::bytes;
 use super::{Outcome, models};
-use accordion::convert::{Converted, CrossAttention, SharedLlmOptions, to_sharedllm};
+use accordion::convert::{Converted, CrossAttention, RccOptions, SharedLlmOptions, to_rcc, to_sharedllm};
 use accordion_graphs::plan::sharedllm::Keep;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -19,15 +19,42 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Method {
+    /// RCC without its training: a Llama or GPT-NeoX with itself as the encoder, and maps of constants. The text it makes
+    /// means nothing; it is for time, memory and parity
+    Rcc(RccArguments),
     /// SharedLLM: the lower model is the bottom layers of a Llama, as the paper begins its training
     Sharedllm(SharedLlmArguments),
 }
 
+/// What goes in, and where to.
 #[derive(Debug, Args)]
-struct SharedLlmArguments {
-    /// Checkpoint folder, GGUF file, or the name of a model that can be fetched; a Llama without biases
+struct Folders {
+    /// Checkpoint folder, GGUF file, or the name of a model that can be fetched
     #[arg(long, value_name = "CHECKPOINT")]
     from: PathBuf,
+    /// Replace a converted checkpoint that is already there
+    #[arg(long)]
+    force: bool,
+    /// The checkpoint folder to write
+    out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct RccArguments {
+    #[command(flatten)]
+    folders: Folders,
+    /// Tokens of an encoder segment
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    window: usize,
+    /// Tokens per slot; divides the window
+    #[arg(long, value_name = "TOKENS", default_value_t = 32)]
+    ratio: usize,
+}
+
+#[derive(Debug, Args)]
+struct SharedLlmArguments {
+    #[command(flatten)]
+    folders: Folders,
     /// Bottom layers that attend to the context, and layers of the lower model
     #[arg(long, value_name = "M")]
     layers: usize,
@@ -43,11 +70,6 @@ struct SharedLlmArguments {
     /// Whether the half that is more similar to the running text is split further, rather than always the right one
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     retrieval: bool,
-    /// Replace a converted checkpoint that is already there
-    #[arg(long)]
-    force: bool,
-    /// The checkpoint folder to write
-    out: PathBuf,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -63,7 +85,8 @@ struct Summary<'a> {
     schema: &'static str,
     checkpoint: &'a Path,
     method: &'static str,
-    injected_layers: usize,
+    #[serde(flatten)]
+    settings: Settings,
     aliases: usize,
     bytes_written: u64,
     seconds: f64,
@@ -71,18 +94,56 @@ struct Summary<'a> {
     link_failure: Option<&'a str>,
 }
 
+/// What was chosen and decides shapes.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Settings {
+    Rcc { window: usize, ratio: usize },
+    SharedLlm { injected_layers: usize },
+}
+
+impl Settings {
+    fn method(&self) -> &'static str {
+        match self {
+            Self::Rcc { .. } => "rcc",
+            Self::SharedLlm { .. } => "sharedllm",
+        }
+    }
+
+    fn text(&self) -> String {
+        match self {
+            Self::Rcc { window, ratio } => {
+                format!("rcc, untrained, with segments of {window} and {ratio} tokens per slot")
+            }
+            Self::SharedLlm { injected_layers } => format!("sharedllm with {injected_layers} injected layers"),
+        }
+    }
+}
+
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
-    let Method::Sharedllm(arguments) = &arguments.method;
-    let source = models::open(&arguments.from, output)?;
+    let folders = match &arguments.method {
+        Method::Rcc(arguments) => &arguments.folders,
+        Method::Sharedllm(arguments) => &arguments.folders,
+    };
+    let source = models::open(&folders.from, output)?;
     let start = Instant::now();
-    let Converted { bytes_written, aliases, link_failure } =
-        to_sharedllm(&source, &arguments.out, &arguments.options())?;
+    let (Converted { bytes_written, aliases, link_failure }, settings) = match &arguments.method {
+        Method::Rcc(RccArguments { window, ratio, .. }) => {
+            let [window, ratio] = [*window, *ratio];
+            let options = RccOptions { window, ratio, force: folders.force };
+            (to_rcc(&source, &folders.out, &options)?, Settings::Rcc { window, ratio })
+        }
+        Method::Sharedllm(arguments) => {
+            let settings = Settings::SharedLlm { injected_layers: arguments.layers };
+            (to_sharedllm(&source, &folders.out, &arguments.options())?, settings)
+        }
+    };
     let summary = Summary {
         schema: "accordion.convert/1",
-        checkpoint: &arguments.out,
-        method: "sharedllm",
-        injected_layers: arguments.layers,
+        checkpoint: &folders.out,
+        method: settings.method(),
+        settings,
         aliases,
         bytes_written,
         seconds: start.elapsed().as_secs_f64(),
@@ -93,12 +154,12 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     }
     output.result(&summary, || {
         format!(
-            "{}: sharedllm with {} injected layers\n{} written in {:.2} s; {aliases} tensors are others of {} too",
+            "{}: {}\n{} written in {:.2} s; {aliases} tensors are others of {} too",
             summary.checkpoint.display(),
-            summary.injected_layers,
+            summary.settings.text(),
             bytes(bytes_written),
             summary.seconds,
-            arguments.from.display(),
+            folders.from.display(),
         )
     })?;
     Ok(Outcome::Done)
@@ -115,7 +176,7 @@ impl SharedLlmArguments {
             keep: self.keep,
             tree_depth: self.tree_depth,
             retrieval: self.retrieval,
-            force: self.force,
+            force: self.folders.force,
         }
     }
 }

@@ -11,25 +11,17 @@
 //! | `model.layers.<i>.cross_attn.o_proj` | `model.layers.<i>.self_attn.o_proj`, or zeros |
 //! | `model.layers.<i>.cross_attn.layernorm` | `model.layers.<i>.post_attention_layernorm` |
 
+use super::assembly::{Assembly, NewFile};
 use super::{ConvertError, Converted};
-use crate::checkpoint::{
-    ALIASES, CONFIG, Checkpoint, CheckpointError, INDEX, SIDE_FILES, SINGLE, aliases_json, config_json, index_json,
-    required_tensors, safetensors_header, sharedllm_json,
-};
-use crate::staging::{Kind, Placement, Staging};
-use accordion_graphs::architecture::{Architecture, Compressor, Llama, RopeScaling, SharedLlmModel};
+use crate::checkpoint::{CONFIG, Checkpoint, config_json, required_tensors, sharedllm_json};
+use accordion_graphs::architecture::{Architecture, Llama, RopeScaling, SharedLlmModel};
 use accordion_graphs::plan::sharedllm::{Keep, Quirks, SharedLlmSettings};
-use accordion_graphs::weights::{WeightIndex, WeightRef};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::io::Seek;
+use std::path::Path;
 
-/// Only what a conversion wrote is replaced: nobody else's folder has aliases.
-const CONVERTED: Kind = Kind { noun: "converted checkpoint", marker: ALIASES, prefix: ".accordion-convert-" };
 /// The file of the output projections that are zero.
 const ZEROS: &str = "cross_attention.safetensors";
-/// Name of the source's only file where it is one of two: `model.safetensors` would hide the index.
-const BASE: &str = "model-base.safetensors";
 const MAX_DEPTH: usize = 32;
 
 /// How the output projections of the cross attention begin; the rest is copied in any case.
@@ -67,56 +59,43 @@ pub struct SharedLlmOptions {
 pub fn to_sharedllm(source: &Checkpoint, out: &Path, options: &SharedLlmOptions) -> Result<Converted, ConvertError> {
     let plain = source.config().map_err(Box::new)?;
     let model = check(source, &plain, options)?;
-    let mut staging = Staging::create(out, CONVERTED, options.force)?;
-
-    let mut parts = Parts::of(source)?;
-    if options.cross_attention == CrossAttention::Zero {
-        let (tensor, weight) = parts.add_zeros(model, source)?;
-        let header = safetensors_header(weight.dtype, [(tensor, weight.shape.clone())]);
-        staging.write_and_zeros(ZEROS, &header, weight.len)?;
-    }
-    parts.name_files();
-    for (from, file) in source.weights().files().iter().zip(&parts.files) {
-        staging.place(from, file, Placement::Link)?;
-    }
-    let index = parts.index(model, options, &out.join(ALIASES))?;
-    if let [_, _, ..] = index.files() {
-        let tensors = index.stored().map(|(name, weight)| (name, parts.files[weight.file].as_str()));
-        staging.write_json(INDEX, &index_json(tensors, index.byte_count()))?;
-    }
-    staging.write_json(ALIASES, &aliases_json(index.aliases()))?;
-    staging.write_json(CONFIG, &config(plain, model, options))?;
-    for file in SIDE_FILES.into_iter().filter(|file| *file != CONFIG) {
-        let from = source.dir().join(file);
-        if from.is_file() {
-            staging.place(&from, file, Placement::Copy)?;
-        }
-    }
-    let converted = Converted {
-        bytes_written: staging.bytes_written(),
-        aliases: index.aliases().len(),
-        link_failure: staging.link_failure().map(str::to_owned),
+    // The output projection of the bottom layer's cross attention, which the other layers share.
+    let output = (cross_attention(0, "o_proj"), vec![model.hidden_size, model.num_heads * model.head_dim]);
+    let dtype = super::dtype_of(source, &self_attention(0, "o_proj"))?;
+    let bytes = (output.1.iter().product::<usize>() * dtype.size()) as u64;
+    let zeros = NewFile {
+        name: ZEROS,
+        dtype,
+        tensors: vec![output],
+        // Nothing is written, and where the file system knows holes, nothing takes room.
+        fill: &|file| {
+            let header = file.stream_position()?;
+            file.set_len(header + bytes)
+        },
     };
-    staging.publish()?;
-    Ok(converted)
+    let assembly = Assembly {
+        source,
+        aliases: lower_model(model, options.layers).chain(cross_attentions(options)).collect(),
+        new: (options.cross_attention == CrossAttention::Zero).then_some(zeros),
+        descriptions: vec![(CONFIG, config(plain, model, options))],
+    };
+    assembly.write(out, options.force)
 }
 
 /// The source's model, if it can be converted with these options.
 fn check<'a>(source: &'a Checkpoint, config: &Value, options: &SharedLlmOptions) -> Result<&'a Llama, ConvertError> {
     let path = || source.dir().to_owned();
-    let refuse = |found: &str| Err(ConvertError::Family { path: path(), found: found.to_owned() });
-    match source.compressor() {
-        None => {}
-        Some(Compressor::SharedLlm(_)) => return refuse("sharedllm already"),
-        Some(_) => return refuse("a checkpoint of another method"),
+    let refuse =
+        |found: String| Err(ConvertError::Family { path: path(), method: "sharedllm", made_of: "Llama", found });
+    if let Some(compressor) = source.compressor() {
+        return refuse(super::trained_for(compressor));
     }
-    let family = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
-    let (Architecture::Llama(model), "llama") = (source.architecture(), family) else {
-        return refuse(&format!("'{family}'"));
+    let (Architecture::Llama(model), "llama") = (source.architecture(), super::family(config)) else {
+        return refuse(format!("'{}'", super::family(config)));
     };
     match model.rope.scaling {
         RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Dynamic { .. } => {}
-        _ => return refuse("one with another rotary scaling than linear or dynamic"),
+        _ => return refuse("one with another rotary scaling than linear or dynamic".to_owned()),
     }
     let is_bias = |name: &String| Path::new(name).extension().is_some_and(|extension| extension == "bias");
     if let Some(tensor) = required_tensors(model).map(|(name, _)| name).find(is_bias) {
@@ -137,65 +116,6 @@ fn check<'a>(source: &'a Checkpoint, config: &Value, options: &SharedLlmOptions)
         return Err(setting("--tree-depth", options.tree_depth.to_string(), &format!("1 to {MAX_DEPTH}")));
     }
     Ok(model)
-}
-
-/// The tensors of the new checkpoint and the names of its files.
-struct Parts {
-    files: Vec<String>,
-    tensors: BTreeMap<String, WeightRef>,
-    aliases: BTreeMap<String, String>,
-}
-
-impl Parts {
-    fn of(source: &Checkpoint) -> Result<Self, ConvertError> {
-        let name = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).map(str::to_owned);
-        let weights = source.weights();
-        let files = weights.files().iter().map(|path| name(path).ok_or_else(|| path.clone())).collect::<Result<_, _>>();
-        Ok(Self {
-            files: files.map_err(|path| ConvertError::FileName { path })?,
-            tensors: weights.stored().map(|(name, weight)| (name.to_owned(), weight.clone())).collect(),
-            aliases: weights.aliases().clone(),
-        })
-    }
-
-    /// Adds the output projection of the bottom layer's cross attention, in a file of its own; the other layers share it.
-    fn add_zeros(&mut self, model: &Llama, source: &Checkpoint) -> Result<(String, WeightRef), ConvertError> {
-        let like = self_attention(0, "o_proj");
-        let Some(weight) = source.weights().get(&like) else {
-            let path = source.dir().to_owned();
-            return Err(Box::new(CheckpointError::MissingTensor { path, name: like }).into());
-        };
-        let shape = vec![model.hidden_size, model.num_heads * model.head_dim];
-        let weight = WeightRef { file: self.files.len(), offset: 0, shape, ..weight.clone() };
-        self.files.push(ZEROS.to_owned());
-        let name = cross_attention(0, "o_proj");
-        self.tensors.insert(name.clone(), weight.clone());
-        Ok((name, weight))
-    }
-
-    /// A single file has the name that needs no index; one of several must not have it.
-    fn name_files(&mut self) {
-        if let [only] = self.files.as_mut_slice() {
-            SINGLE.clone_into(only);
-        }
-        let several = self.files.len() > 1;
-        for file in self.files.iter_mut().filter(|file| several && *file == SINGLE) {
-            BASE.clone_into(file);
-        }
-    }
-
-    /// All tensors under all of their names; `origin` is the file that will list the names.
-    fn index(&self, model: &Llama, options: &SharedLlmOptions, origin: &Path) -> Result<WeightIndex, ConvertError> {
-        let mut index = WeightIndex::new(self.files.iter().map(PathBuf::from).collect(), self.tensors.clone());
-        let new = lower_model(model, options.layers).chain(cross_attentions(options));
-        for (alias, target) in self.aliases.clone().into_iter().chain(new) {
-            let target = self.aliases.get(&target).unwrap_or(&target).clone();
-            index.alias(&alias, &target).map_err(|problem| {
-                Box::new(CheckpointError::Alias { path: origin.to_owned(), alias, target, problem })
-            })?;
-        }
-        Ok(index)
-    }
 }
 
 /// The lower model's tensors as parts of `model`.

@@ -4,10 +4,19 @@
 
 use crate::program::{Run, Workspace, command};
 use crate::sparse;
-use crate::tiny::Tiny;
+use crate::tiny::{LONG, Tiny};
 use accordion::bundle::Bundle;
-use accordion::checkpoint::{Checkpoint, config_json};
-use accordion_graphs::architecture::{Compressor, Llama};
+use accordion::checkpoint::{Checkpoint, NamedShape, architecture_json, config_json, decoder_tensors};
+use accordion::pipeline::Engines;
+use accordion::reference::rcc::Rcc;
+use accordion::runtime::locate::{LoadOptions, load};
+use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion::verify::Detail;
+use accordion::verify::rcc::{RccInput, compare_rcc};
+use accordion::verify::verdict::Verdict;
+use accordion_graphs::architecture::{Architecture, Compressor, Encoder, GptNeox, Llama, Rope, RopeScaling};
+use accordion_graphs::plan::PromptLengths;
+use accordion_graphs::plan::rcc::RccPlan;
 use accordion_graphs::plan::sharedllm::Keep;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -19,8 +28,12 @@ use std::path::Path;
 
 /// A workspace with a source in `checkpoint`, converted into `out`.
 fn convert(workspace: &Workspace, more: &[&str]) -> Run {
+    convert_to("sharedllm", workspace, more)
+}
+
+fn convert_to(method: &str, workspace: &Workspace, more: &[&str]) -> Run {
     let mut command = command();
-    command.args(["convert", "sharedllm", "--from"]).arg(workspace.path("checkpoint"));
+    command.args(["convert", method, "--from"]).arg(workspace.path("checkpoint"));
     Run::of(command.args(more).arg(workspace.path("out")))
 }
 
@@ -209,6 +222,144 @@ fn what_cannot_be_converted_is_refused_and_leaves_nothing() {
     );
     assert!(again.error().contains("sharedllm already"));
     assert_eq!(json_file(&workspace.path("out").join("config.json"))["num_cross_attn_layers"], -3);
+}
+
+/// A GPT-NeoX of three layers.
+fn neox() -> Architecture {
+    Architecture::GptNeox(GptNeox {
+        num_layers: 3,
+        hidden_size: 32,
+        intermediate_size: 48,
+        num_heads: 4,
+        vocab_size: 50,
+        max_positions: 64,
+        layer_norm_eps: 1e-5,
+        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
+        rotary_dims: 2,
+        parallel_residual: true,
+        tie_word_embeddings: false,
+        attention_bias: true,
+        eos_token_ids: vec![0],
+        bos_token_id: Some(0),
+    })
+}
+
+fn write_checkpoint(workspace: &Workspace, arch: &Architecture, dtype: &str, shards: usize) {
+    let folder = workspace.path("checkpoint");
+    fs::remove_dir_all(&folder).unwrap();
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("config.json"), architecture_json(arch).to_string()).unwrap();
+    sparse::write_tensors(&folder, &decoder_tensors(arch), dtype, shards);
+}
+
+#[test]
+fn the_encoder_is_the_decoder_and_the_maps_are_diagonal() {
+    let llama = |tied| Architecture::Llama(Llama { tie_word_embeddings: tied, ..sparse::tiny_model() });
+    for (arch, body, dtype, shards, scale) in [
+        (llama(true), "model", "F32", 1, 0.125),
+        (llama(false), "model", "F16", 3, 0.125),
+        (neox(), "gpt_neox", "BF16", 2, 0.25),
+    ] {
+        let workspace = Workspace::new();
+        write_checkpoint(&workspace, &arch, dtype, shards);
+        let plain = Checkpoint::open(workspace.path("checkpoint")).unwrap();
+        let settings = ["--window", "16", "--ratio", "8", "--json"];
+        let found = convert_to("rcc", &workspace, &settings).json("accordion.convert/1");
+        assert_eq!((&found["method"], &found["window"], &found["ratio"]), (&json!("rcc"), &json!(16), &json!(8)));
+
+        let made = Checkpoint::open(workspace.path("out")).unwrap();
+        assert_eq!(made.architecture(), plain.architecture());
+        let Some(Compressor::Rcc(model)) = made.compressor() else { panic!("{:?}", made.compressor()) };
+        assert_eq!(model.encoder, Encoder::Transformer(arch.clone()));
+        let settings = made.rcc_settings().unwrap();
+        assert_eq!((settings.window, settings.ratio, settings.pairs), (16, 8, false));
+
+        // Every tensor once more, and the maps of all layers but the first.
+        let tensors: Vec<NamedShape> = decoder_tensors(&arch);
+        assert_eq!(found["aliases"], tensors.len() + arch.num_layers() - 1);
+        for (name, _) in &tensors {
+            let encoder = place(&made, &format!("{body}.rcc_encoder.{name}"));
+            assert_eq!(encoder, place(&made, name));
+            assert_eq!((encoder.1, encoder.2), (place(&plain, name).1, place(&plain, name).2));
+        }
+        let map = |name: &str| made.tensor(&format!("{body}.rcc_encoder2gpt_{name}.weight")).unwrap().to_f32();
+        let diagonal =
+            |number: f32| -> Vec<f32> { (0..32 * 32).map(|i| if i % 33 == 0 { number } else { 0.0 }).collect() };
+        assert_eq!(map("embed"), diagonal(1.0));
+        for layer in 0..arch.num_layers() {
+            assert_eq!(map(&format!("A_matrix.{layer}")), diagonal(scale), "{layer}");
+        }
+        let maps = 2 * 32 * 32 * if dtype == "F32" { 4 } else { 2 };
+        assert_eq!(made.weights().byte_count(), plain.weights().byte_count() + maps);
+        let size = |name: &str| fs::metadata(workspace.path("out").join(name)).unwrap();
+        let (config, source) =
+            (size("config.json"), fs::read(workspace.path("checkpoint").join("config.json")).unwrap());
+        assert_eq!((config.nlink(), config.len()), (1, source.len() as u64));
+        assert!(found["bytes_written"].as_u64().unwrap() < 20_000 + maps, "{found}");
+    }
+}
+
+#[test]
+fn what_rcc_is_not_made_of_is_refused_and_leaves_nothing() {
+    let workspace = Workspace::new();
+    let refuse = |more: &[&str], parts: &[&str]| {
+        let message = convert_to("rcc", &workspace, more).error();
+        for part in parts {
+            assert!(message.contains(part), "'{message}' does not say '{part}'");
+        }
+        assert_eq!(fs::read_dir(workspace.path("")).unwrap().count(), 1);
+    };
+    refuse(&["--ratio", "3"], &["ratio is 3", "2048"]);
+    refuse(&["--window", "0"], &["window is 0"]);
+    for (qkv_bias, found) in [(true, "'qwen2'"), (false, "'mistral'")] {
+        source(&workspace, &Llama { qkv_bias, sliding_window: Some(64), ..sparse::tiny_model() }, "F32", 1);
+        refuse(&[], &["rcc is made of a plain Llama or GPT-NeoX", found]);
+    }
+    write_checkpoint(&workspace, &neox(), "F32", 1);
+    let message = convert(&workspace, &["--layers", "1"]).error();
+    assert!(message.contains("sharedllm is made of a plain Llama") && message.contains("'gpt_neox'"), "{message}");
+    convert_to("rcc", &workspace, &[]).output();
+    for method in ["rcc", "sharedllm"] {
+        let mut command = command();
+        command.args(["convert", method, "--from"]).args(["out", "twice"].map(|n| workspace.path(n)));
+        if method == "sharedllm" {
+            command.args(["--layers", "1"]);
+        }
+        assert!(Run::of(&mut command).error().contains("rcc already"), "{method}");
+    }
+}
+
+#[test]
+fn a_converted_model_runs_as_rcc_and_agrees_with_the_reference() {
+    let tiny = Tiny::new();
+    tiny.succeed(&["convert", "rcc", "--from", "checkpoint", "--window", "16", "--ratio", "4", "converted"]);
+    let checkpoint = Checkpoint::open(tiny.path("converted")).unwrap();
+    let (Some(Compressor::Rcc(model)), Some(settings)) = (checkpoint.compressor(), checkpoint.rcc_settings()) else {
+        panic!("{:?}", checkpoint.compressor())
+    };
+    let arch = checkpoint.architecture();
+    let reference = Rcc::load(arch, model, settings, |name: &str| checkpoint.tensor(name)).unwrap();
+    let text: Vec<u32> = LONG.bytes().map(u32::from).collect();
+    let lengths = PromptLengths { prefix: 0, context: text.len(), suffix: 2 };
+    let plan = RccPlan::new(lengths, settings).unwrap();
+    for target in ["portable", "ort-cpu"] {
+        tiny.succeed(&["export", "rcc", "converted", target, "--target", target]);
+        let run = ["run", target, "--context", "long.txt", "--prompt", "?", "--max-tokens", "4", "--json"];
+        let found: Value = serde_json::from_str(&tiny.succeed(&run)).unwrap();
+        assert!(found["text"].as_str().is_some_and(|text| !text.is_empty()), "{found}");
+
+        let bundle = Bundle::open(tiny.path(target)).unwrap();
+        let runtime = load(LoadOptions::fetching(&mut |_| {})).unwrap();
+        let loader = OrtCpu::new(runtime, bundle.weights().clone(), &OrtOptions { fused_operators: true }).unwrap();
+        let mut engines = Engines::new(&bundle, Box::new(loader));
+        let input = RccInput { plan: &plan, text: &text, prompt: &[63, 32], teacher: &[65, 66] };
+        let findings = compare_rcc(&mut engines, &reference, &input, Detail::All, &mut |_| {}).unwrap();
+        for tap in &findings.taps {
+            assert_eq!(tap.verdict, Verdict::Pass, "{target}: {}: {}", tap.name, tap.reason);
+        }
+        let last = format!("segments.{}.layers.0.injected", plan.segments - 1);
+        assert!(findings.taps.iter().any(|tap| tap.name == last), "{last}");
+    }
 }
 
 /// A checkpoint of golden weights, in which the tensors of layer 1 are those of layer 0: as copies, or as aliases.

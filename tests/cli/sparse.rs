@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use accordion::checkpoint::{config_json, from_config_json, required_tensors};
+use accordion::checkpoint::{NamedShape, config_json, from_config_json, required_tensors};
 use accordion_graphs::architecture::{Architecture, Llama};
 use serde_json::{Map, Value, json};
 use std::fs::{self, File};
@@ -38,8 +38,12 @@ pub(crate) fn model(config: &Value) -> Llama {
 /// Writes a checkpoint of `model` into the existing folder `dir`: one file, or `shards` of them with an index.
 pub(crate) fn write(dir: &Path, model: &Llama, dtype: &str, shards: usize) {
     fs::write(dir.join("config.json"), config_json(model).to_string()).unwrap();
+    write_tensors(dir, &required_tensors(model).collect::<Vec<_>>(), dtype, shards);
+}
+
+/// Writes the weight files of a checkpoint into the existing folder `dir`: one, or `shards` of them with an index.
+pub(crate) fn write_tensors(dir: &Path, tensors: &[NamedShape], dtype: &str, shards: usize) {
     let size = if dtype == "F32" { 4 } else { 2 };
-    let tensors: Vec<(String, Vec<usize>)> = required_tensors(model).collect();
     let mut weight_map = Map::new();
     for (number, part) in tensors.chunks(tensors.len().div_ceil(shards)).enumerate() {
         let file = match shards {
