@@ -6,9 +6,13 @@ use super::compression::CompressionArguments;
 use super::framing::{FramingArguments, context_ids};
 use super::method::MethodName;
 use super::output::Output;
+use super::report::write_aside;
 use super::text::{bytes, grouped};
 use accordion::bundle::Bundle;
 use accordion::checkpoint::Tokenizer;
+use accordion::eval::kept::KeptText;
+use accordion::eval::trace::KeptRows;
+use accordion::pipeline::compress::Compression;
 use accordion::pipeline::prompt::PromptIds;
 use accordion::pipeline::state_file::{Origin, SavedState};
 use accordion_graphs::plan::PromptLengths;
@@ -35,6 +39,9 @@ pub(crate) struct Arguments {
     /// The file to write
     #[arg(long, short, value_name = "FILE")]
     out: PathBuf,
+    /// Also write the text with what every level of the tree kept of it, for `accordion report`; for homer
+    #[arg(long, value_name = "FILE", requires = "prompt")]
+    kept: Option<PathBuf>,
     /// What happens to the context [default: the method of the bundle]
     #[arg(long, value_enum)]
     method: Option<MethodName>,
@@ -70,6 +77,11 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         question.is_some() || framing.instruction().is_none(),
         "--instruction compresses the question with the context: give it with --prompt"
     );
+    ensure!(
+        method == MethodName::Homer || arguments.kept.is_none(),
+        "--kept is for homer, and the method is {}",
+        method.name()
+    );
     let compression = arguments.compression.compression(method, None, &bundle)?;
     let tokenizer = Tokenizer::open(bundle.dir(), bundle.architecture().vocab_size())?;
     let text = framing.text(&arguments.context, question.as_deref())?;
@@ -92,12 +104,25 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         bar.set_position(done as u64);
     };
     let started = Instant::now();
-    let state = match question {
-        Some(_) => compression.compress(&mut engines, &prompt, &mut on_progress)?,
-        None => compression.read_context(&mut engines, &prompt, &mut on_progress)?,
+    let mut rows = KeptRows::default();
+    let state = match (&compression, question, &arguments.kept) {
+        (Compression::Homer(homer), Some(_), Some(_)) => {
+            homer.compress(&mut engines, &prompt, &mut rows, &mut on_progress)?
+        }
+        (_, Some(_), _) => compression.compress(&mut engines, &prompt, &mut on_progress)?,
+        (_, None, _) => compression.read_context(&mut engines, &prompt, &mut on_progress)?,
     };
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
+    let kept = match (&compression, question, &arguments.kept) {
+        (Compression::Homer(homer), Some(question), Some(path)) => {
+            let plan = homer.plan(&bundle, prompt.lengths())?;
+            let model = &bundle.manifest().fingerprint;
+            let kept = KeptText::new(&plan, &rows, &tokenizer, &prompt, question, model)?;
+            Some((path, serde_json::to_vec(&kept)?))
+        }
+        _ => None,
+    };
     let origin = Origin::new(&bundle, (&compression).into(), &text, prompt.lengths());
     let report = Report {
         schema: "accordion.compress/1",
@@ -109,6 +134,9 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         seconds,
     };
     SavedState { state, prefix_ids: prompt.prefix, suffix_ids: prompt.suffix, origin }.save(&arguments.out)?;
+    if let Some((path, kept)) = kept {
+        write_aside(path, &kept)?;
+    }
     output.result(&report, || {
         format!(
             "{}: {}, kept {} of {} tokens, {} of keys and values, {seconds:.2} s",

@@ -2,6 +2,7 @@
 
 mod bundle;
 mod checkpoint;
+mod graph;
 mod plan;
 
 use super::output::Output;
@@ -11,6 +12,7 @@ use accordion::bundle::{Bundle, MANIFEST_FILE};
 use accordion::checkpoint::{Checkpoint, gguf_facts};
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::plan::PromptLengths;
+use anyhow::ensure;
 use clap::Args;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -31,6 +33,9 @@ pub(crate) struct Arguments {
     /// Tokens after the context
     #[arg(long, value_name = "N", default_value_t = 1, requires = "context")]
     suffix: usize,
+    /// Only this graph of a bundle, with its operators, functions and modules
+    #[arg(long, value_name = "NAME", conflicts_with = "context")]
+    graph: Option<String>,
 }
 
 /// The result: what was found at the path, and the plan that was asked for.
@@ -57,9 +62,13 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         arguments.context.map(|context| PromptLengths { prefix: arguments.prefix, context, suffix: arguments.suffix });
     if path.join(MANIFEST_FILE).exists() {
         let bundle = Bundle::open(path)?;
+        if let Some(name) = &arguments.graph {
+            return print(path.clone(), graph::describe(&bundle, name)?, None, output);
+        }
         let plan = lengths.map(|lengths| plan::of_bundle(&bundle, lengths)).transpose()?;
         return print(path.clone(), bundle::describe(&bundle)?, plan, output);
     }
+    ensure!(arguments.graph.is_none(), "--graph is for bundles, and {} is none", path.display());
     if path.is_file() {
         let facts = gguf_facts(path)?;
         let plan = lengths.map(|lengths| plan::plain(&facts.model.clone().into(), lengths)).transpose()?;

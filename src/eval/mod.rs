@@ -4,7 +4,7 @@
 //!   answers; it runs nothing.
 //! - A [`contender`] is a way of reading the context: the bundle's method, plain, or plain over the last tokens only.
 //! - [`attempt`] puts one sample to one contender; [`session`] puts all of them to all, and keeps what is done in [`rows`].
-//! - [`score`] and [`stats`] judge, [`trace`] tells where a tree lost the answer, [`schema`] is what is stored and
+//! - [`score`] and [`stats`] judge, [`trace`] tells where a tree lost the answer, [`kept`] what it kept of the whole text, [`schema`] is what is stored and
 //!   [`summary`] what is shown.
 //!
 //! Everything random comes from a seed, the task and the case ([`task::stream`]): the same command asks the same questions,
@@ -14,6 +14,7 @@ pub mod attempt;
 pub mod contender;
 mod error;
 pub mod haystack;
+pub mod kept;
 pub mod needle;
 pub mod passkey;
 pub mod perplexity;

@@ -3,21 +3,101 @@
 use super::contender::Contender;
 use super::perplexity::OPENING;
 use super::schema::{
-    BucketPerplexity, Cell, CellResult, Comparison, LevelSurvival, MethodSettings, Outcome, Row, Running, SCHEMA,
+    BucketPerplexity, Cell, CellResult, Comparison, LevelSurvival, MethodSettings, Outcome, Row, RowKey, Running, SCHEMA,
     Summary,
 };
 use super::session::Session;
 use super::stats::{mean, wilson};
-use super::task::Task;
+use super::task::{Settings, Task};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Summarises the `rows` of `task` in `session` on the model called `model`.
 pub fn summarise(task: &dyn Task, session: &Session<'_>, model: &str, rows: &[Row]) -> Summary {
     let mut settings = session.engine.clone();
     settings.extend(task.settings());
+    let of = |one: &Contender| MethodSettings { method: one.name().to_owned(), settings: one.settings() };
+    let methods = session.contenders.iter().map(of).collect();
+    filled(task.name(), model, task.seed(), settings, methods, rows)
+}
+
+/// Summarises rows of a file that may come from several evaluations: one summary for each task, model and seed. Settings
+/// in which the rows of one evaluation differ decide who is a contender: where a method took part with several, its name
+/// says which. Of several rows with the same key the last one counts.
+pub fn summarise_rows(rows: Vec<Row>) -> Vec<Summary> {
+    let mut last: BTreeMap<RowKey, usize> = BTreeMap::new();
+    let mut distinct: Vec<Row> = Vec::new();
+    for row in rows {
+        match last.entry(row.key.clone()) {
+            Entry::Occupied(place) => distinct[*place.get()] = row,
+            Entry::Vacant(place) => {
+                place.insert(distinct.len());
+                distinct.push(row);
+            }
+        }
+    }
+    let mut evaluations: Vec<Vec<Row>> = Vec::new();
+    let same = |a: &RowKey, b: &RowKey| (&a.task, &a.model, a.seed) == (&b.task, &b.model, b.seed);
+    for row in distinct {
+        match evaluations.iter_mut().find(|others| others.iter().take(1).all(|other| same(&other.key, &row.key))) {
+            Some(others) => others.push(row),
+            None => evaluations.push(vec![row]),
+        }
+    }
+    evaluations.into_iter().filter_map(evaluation).collect()
+}
+
+/// Summarises rows of one task, model and seed; `None` without rows.
+fn evaluation(mut rows: Vec<Row>) -> Option<Summary> {
+    let RowKey { task, model, seed, settings, .. } = rows.first()?.key.clone();
+    let mut shared = settings;
+    shared.retain(|name, value| rows.iter().all(|row| row.key.settings.get(name) == Some(value)));
+    let mut methods: Vec<MethodSettings> = Vec::new();
+    for row in &rows {
+        let mut settings = row.key.settings.clone();
+        settings.retain(|name, _| !shared.contains_key(name));
+        let method = MethodSettings { method: row.key.method.clone(), settings };
+        if !methods.contains(&method) {
+            methods.push(method);
+        }
+    }
+    let called: Vec<String> = methods.iter().map(|one| name_among(one, &methods)).collect();
+    for row in &mut rows {
+        let own = |one: &MethodSettings| {
+            one.method == row.key.method
+                && row.key.settings.iter().filter(|(name, _)| !shared.contains_key(*name)).eq(&one.settings)
+        };
+        if let Some(place) = methods.iter().position(own) {
+            row.key.method.clone_from(&called[place]);
+        }
+    }
+    let methods = methods.into_iter().zip(called).map(|(one, method)| MethodSettings { method, ..one }).collect();
+    Some(filled(&task, &model, seed, shared, methods, &rows))
+}
+
+/// The method of `one`; where others of `all` have the same, with the settings in which it differs from them.
+fn name_among(one: &MethodSettings, all: &[MethodSettings]) -> String {
+    let namesakes: Vec<&MethodSettings> = all.iter().filter(|other| other.method == one.method).collect();
+    let differs = |(name, value): &(&String, &String)| namesakes.iter().any(|other| other.settings.get(*name) != Some(value));
+    let told: Vec<String> = one.settings.iter().filter(differs).map(|(name, value)| format!("{name} {value}")).collect();
+    match (namesakes.len(), told.is_empty()) {
+        (1, _) => one.method.clone(),
+        (_, true) => format!("{} (default)", one.method),
+        _ => format!("{} ({})", one.method, told.join(", ")),
+    }
+}
+
+fn filled(
+    task: &str,
+    model: &str,
+    seed: u64,
+    settings: Settings,
+    contenders: Vec<MethodSettings>,
+    rows: &[Row],
+) -> Summary {
     let openings: Vec<&Row> = rows.iter().filter(|row| is_opening(row)).collect();
     let rows: Vec<&Row> = rows.iter().filter(|row| !is_opening(row)).collect();
-    let methods: Vec<&str> = session.contenders.iter().map(Contender::name).collect();
+    let methods: Vec<&str> = contenders.iter().map(|one| one.method.as_str()).collect();
     let mut cells = Vec::new();
     for method in &methods {
         let of_method: Vec<&Row> = rows.iter().copied().filter(|row| row.key.method == *method).collect();
@@ -33,17 +113,16 @@ pub fn summarise(task: &dyn Task, session: &Session<'_>, model: &str, rows: &[Ro
             cells.extend(cell(method, length, None, &of_length));
         }
     }
-    let of = |one: &Contender| MethodSettings { method: one.name().to_owned(), settings: one.settings() };
     Summary {
         schema: SCHEMA.to_owned(),
-        task: task.name().to_owned(),
+        task: task.to_owned(),
         model: model.to_owned(),
-        seed: task.seed(),
+        seed,
         settings,
-        methods: session.contenders.iter().map(of).collect(),
         cells,
         comparisons: comparisons(&methods, &rows),
         running: running(&methods, &openings, &rows),
+        methods: contenders,
     }
 }
 
@@ -169,4 +248,69 @@ fn running(methods: &[&str], openings: &[&Row], rows: &[&Row]) -> Vec<Running> {
         }
     }
     running
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use accordion_graphs::plan::PromptLengths;
+
+    fn row(method: &str, sample: usize, hit: bool, target: Option<&str>) -> Row {
+        let mut settings = Settings::from([("new_tokens".into(), "20".into())]);
+        settings.extend(target.map(|target| ("target_len".into(), target.into())));
+        let (task, method, model) = ("passkey".into(), method.into(), "abc".into());
+        Row {
+            schema: SCHEMA.into(),
+            key: RowKey { task, method, length: 4096, depth: Some(50), sample, seed: 3, model, settings },
+            prompt: PromptLengths { prefix: 1, context: 2, suffix: 3 },
+            tokens_kept: 6,
+            outcome: Outcome::Answer { expected: Vec::new(), answer: String::new(), hit, score: f64::from(u8::from(hit)) },
+            survival: None,
+            compression_seconds: 0.25,
+            answer_seconds: 0.5,
+        }
+    }
+
+    fn told(summary: &Summary) -> Vec<(&str, usize, usize)> {
+        let whole = summary.cells.iter().filter(|cell| cell.depth.is_none());
+        let hits = |cell: &Cell| match cell.result {
+            CellResult::Answer { hits, .. } => hits,
+            _ => usize::MAX,
+        };
+        whole.map(|cell| (cell.method.as_str(), cell.n, hits(cell))).collect()
+    }
+
+    #[test]
+    fn rows_alone_make_the_summary() {
+        let rows = vec![
+            row("homer", 0, false, Some("2048")),
+            row("plain", 0, true, None),
+            row("homer", 1, true, Some("2048")),
+            row("homer", 0, true, Some("2048")),
+        ];
+        let [summary] = &summarise_rows(rows)[..] else { panic!("one evaluation") };
+        assert_eq!(told(summary), [("homer", 2, 2), ("plain", 1, 1)]);
+        assert_eq!((summary.seed, summary.task.as_str(), summary.cells[0].depth), (3, "passkey", Some(50)));
+        assert_eq!(summary.settings, Settings::from([("new_tokens".into(), "20".into())]));
+        assert_eq!(summary.methods[0].settings["target_len"], "2048");
+        assert_eq!((&*summary.comparisons[0].method, summary.comparisons[0].difference.n), ("plain", 1));
+    }
+
+    #[test]
+    fn one_method_with_several_settings_is_several_contenders() {
+        let mut other_seed = row("homer", 0, true, Some("2048"));
+        other_seed.key.seed = 4;
+        let rows = vec![
+            row("homer", 0, true, Some("2048")),
+            row("homer", 0, false, Some("1024")),
+            row("plain", 0, true, None),
+            other_seed,
+        ];
+        let [summary, other] = &summarise_rows(rows)[..] else { panic!("two evaluations") };
+        let expected = [("homer (target_len 2048)", 1, 1), ("homer (target_len 1024)", 1, 0), ("plain", 1, 1)];
+        assert_eq!(told(summary), expected);
+        assert_eq!((told(other), other.seed), (vec![("homer", 1, 1)], 4));
+        assert!(summarise_rows(Vec::new()).is_empty());
+    }
 }

@@ -53,31 +53,46 @@ impl TapSink for KeptRows {
     }
 }
 
-/// Follows the tokens at `marked` (indices in the context) through the tree of `plan`.
-pub fn survival(plan: &HomerPlan, kept: &KeptRows, marked: &[usize]) -> Survival {
-    let marked: BTreeSet<usize> = marked.iter().copied().collect();
+/// Which token of the context each row of a node is, before and behind it; rows of the affixes are none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NodeRows {
+    pub(super) entering: Vec<Option<usize>>,
+    pub(super) leaving: Vec<Option<usize>>,
+}
+
+/// The rows of all nodes of `plan`, in its order.
+pub(super) fn follow(plan: &HomerPlan, kept: &KeptRows) -> Vec<NodeRows> {
     let (prefix, suffix) = (plan.lengths.prefix, plan.lengths.suffix);
-    // For each finished node, which token of the context each of its rows is; affixes are none.
-    let mut rows_of: Vec<Vec<Option<usize>>> = Vec::with_capacity(plan.nodes.len());
-    let mut nodes = Vec::new();
+    let mut followed: Vec<NodeRows> = Vec::with_capacity(plan.nodes.len());
     for node in &plan.nodes {
-        let inner =
-            |rows: &[Option<usize>]| rows.get(prefix..rows.len().saturating_sub(suffix)).unwrap_or_default().to_vec();
+        let inner = |child: usize| {
+            let rows = &followed[child].leaving;
+            rows.get(prefix..rows.len().saturating_sub(suffix)).unwrap_or_default()
+        };
         let context = match node.children {
             None => node.context.clone().map(Some).collect(),
-            Some([left, right]) => [inner(&rows_of[left]), inner(&rows_of[right])].concat(),
+            Some([left, right]) => [inner(left), inner(right)].concat(),
         };
         let entering = [vec![None; prefix], context, vec![None; suffix]].concat();
-        let name = node.tap_scope();
-        let leaving = match kept.0.get(&name) {
+        let leaving = match kept.0.get(&node.tap_scope()) {
             // The affixes are kept by every plan; a node without layers keeps everything.
             Some(kept) => kept.iter().filter_map(|&row| entering.get(usize::try_from(row).ok()?).copied()).collect(),
             None => entering.clone(),
         };
-        let count = |rows: &[Option<usize>]| rows.iter().flatten().filter(|token| marked.contains(token)).count();
+        followed.push(NodeRows { entering, leaving });
+    }
+    followed
+}
+
+/// Follows the tokens at `marked` (indices in the context) through the tree of `plan`.
+pub fn survival(plan: &HomerPlan, kept: &KeptRows, marked: &[usize]) -> Survival {
+    let marked: BTreeSet<usize> = marked.iter().copied().collect();
+    let count = |rows: &[Option<usize>]| rows.iter().flatten().filter(|token| marked.contains(token)).count();
+    let mut nodes = Vec::new();
+    for (node, NodeRows { entering, leaving }) in plan.nodes.iter().zip(follow(plan, kept)) {
         if count(&entering) > 0 {
             nodes.push(NodeSurvival {
-                node: name,
+                node: node.tap_scope(),
                 height: node.height,
                 layers: node.layers.clone(),
                 rows: [entering.len(), leaving.len()],
@@ -85,7 +100,6 @@ pub fn survival(plan: &HomerPlan, kept: &KeptRows, marked: &[usize]) -> Survival
                 left: count(&leaving),
             });
         }
-        rows_of.push(leaving);
     }
     let first_loss = nodes.iter().find(|node| node.left < node.entered).map(|node| node.node.clone());
     Survival { tokens: marked.len(), first_loss, nodes }

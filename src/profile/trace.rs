@@ -5,6 +5,7 @@
 //! a record is its name's path. Recording costs time: a traced run is slower than a measured one.
 
 use super::ProfileError;
+use accordion_graphs::onnx::{module_path, module_pattern};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -99,11 +100,7 @@ fn parse_name(name: &str) -> Option<(f64, &str)> {
 fn node(event: &Value) -> Option<(String, String)> {
     let name = event["name"].as_str()?.strip_suffix(KERNEL)?;
     let operator = event["args"]["op_name"].as_str()?;
-    let path = name.split('/').next().unwrap_or(name);
-    let module = path.strip_suffix(operator).map_or(path, |module| module.trim_end_matches('.'));
-    let star = |word: &str| if word.parse::<u32>().is_ok() { "*" } else { word }.to_owned();
-    let words: Vec<String> = module.split('.').map(star).collect();
-    Some((words.join("."), operator.to_owned()))
+    Some((module_pattern(module_path(name, operator)), operator.to_owned()))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 
 mod attribute;
 mod function;
+mod modules;
 mod ops;
 mod scope;
 mod serialize;
@@ -15,6 +16,7 @@ mod subgraph;
 
 pub use attribute::Attribute;
 pub use function::Operator;
+pub use modules::{ModuleNodes, module_path, module_pattern};
 pub use scope::{Scope, Value};
 pub use serialize::{GraphSignature, Model, ValueInfo, tap_outputs};
 pub use shape::Dim;

@@ -1,6 +1,7 @@
 //! From a built graph to the bytes of an ONNX model.
 
 use super::function::opset;
+use super::modules::{ModuleNodes, function_name, modules};
 use super::scope::{Constant, GraphData, NodeData};
 use super::{BuildError, Dim, IR_VERSION, Scope};
 use crate::dtype::DType;
@@ -40,6 +41,12 @@ pub struct GraphSignature {
     pub taps: BTreeMap<String, ValueInfo>,
     /// Number of nodes.
     pub nodes: usize,
+    /// What these nodes are, by module in the order of the graph; older bundles do not say.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<ModuleNodes>,
+    /// Functions of the model, and how many nodes the body of each has.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub functions: BTreeMap<String, usize>,
 }
 
 /// A finished ONNX model.
@@ -165,6 +172,8 @@ impl GraphData {
             weights: self.linked.keys().cloned().collect(),
             taps: self.taps.iter().map(|(tap, id)| (tap.clone(), info(id))).collect(),
             nodes: self.nodes.len(),
+            modules: modules(&self.nodes),
+            functions: self.functions.values().map(|f| (function_name(&f.proto().name), f.proto().node.len())).collect(),
         }
     }
 

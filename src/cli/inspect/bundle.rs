@@ -5,7 +5,7 @@ use crate::cli::text::{bytes, grouped, table};
 use accordion::bundle::{Bundle, Method};
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
-use accordion_graphs::onnx::{GraphSignature, ValueInfo};
+use accordion_graphs::onnx::{GraphSignature, ValueInfo, module_pattern};
 use accordion_graphs::plan::sharedllm::Quirks;
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -70,7 +70,7 @@ pub(super) fn describe(bundle: &Bundle) -> anyhow::Result<Description<'_>> {
         windows: table.windows(),
     });
     let graphs = manifest.graphs.iter().map(|(name, entry)| {
-        let GraphSignature { inputs, outputs, weights, taps, nodes } = &entry.signature;
+        let GraphSignature { inputs, outputs, weights, taps, nodes, .. } = &entry.signature;
         Ok(Graph {
             name,
             file: &entry.file,
@@ -137,7 +137,7 @@ impl Described for Description<'_> {
                 "\n{name}: {} nodes, {linked_tensors} linked tensors, {taps} taps, {}\n{}",
                 grouped(*nodes as u64),
                 bytes(*size),
-                interface(graph),
+                interface(graph.inputs, graph.outputs),
             );
         }
         text
@@ -187,12 +187,12 @@ fn method(method: &Method) -> String {
 }
 
 /// Inputs and outputs, those that differ only by a layer's number on one line.
-fn interface(graph: &Graph<'_>) -> String {
+pub(super) fn interface(inputs: &[ValueInfo], outputs: &[ValueInfo]) -> String {
     let mut rows: Vec<([String; 4], usize)> = Vec::new();
-    for (direction, values) in [("in", graph.inputs), ("out", graph.outputs)] {
+    for (direction, values) in [("in", inputs), ("out", outputs)] {
         for value in values {
             let row =
-                [format!("  {direction}"), pattern(&value.name), value.dtype.to_string(), value.shape.join(" x ")];
+                [format!("  {direction}"), module_pattern(&value.name), value.dtype.to_string(), value.shape.join(" x ")];
             match rows.iter_mut().find(|(known, _)| *known == row) {
                 Some((_, count)) => *count += 1,
                 None => rows.push((row, 1)),
@@ -207,10 +207,4 @@ fn interface(graph: &Graph<'_>) -> String {
         })
         .collect();
     table(["", "", "", ""], &rows)
-}
-
-/// `past_key_values.*.key` for `past_key_values.12.key`.
-fn pattern(name: &str) -> String {
-    let parts = name.split('.').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
-    parts.collect::<Vec<_>>().join(".")
 }
