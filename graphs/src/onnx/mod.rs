@@ -6,6 +6,7 @@
 //! returns it. Names matter only when writing; until then values are linked by identity.
 
 mod attribute;
+mod cut;
 mod function;
 mod ops;
 mod scope;
@@ -14,6 +15,7 @@ mod shape;
 mod subgraph;
 
 pub use attribute::Attribute;
+pub use cut::{Part, PartNode, Point};
 pub use function::Operator;
 pub use scope::{Scope, Value};
 pub use serialize::{GraphSignature, Model, ValueInfo, tap_outputs};
