@@ -9,6 +9,7 @@
 //! [`reference`](mod@reference) computes the same methods a second time, in plain `ndarray`, and shares nothing with the graphs but the
 //! [plan](accordion_graphs::plan) and the [architecture](accordion_graphs::architecture).
 
+pub mod bisect;
 pub mod bundle;
 pub mod checkpoint;
 pub mod convert;

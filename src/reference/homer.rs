@@ -132,6 +132,15 @@ impl<'a> Compression<'a> {
         Ok(Some(node))
     }
 
+    /// What the node that ran last leaves, if one has run: as if the tree ended there.
+    pub fn last(&self) -> Option<ContextState> {
+        self.finished.last().map(|chunk| ContextState {
+            cache: chunk.cache.clone(),
+            position_ids: chunk.position_ids.clone(),
+            last_hidden: chunk.hidden.clone(),
+        })
+    }
+
     /// The context state, once every node has run.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 //! returns it. Names matter only when writing; until then values are linked by identity.
 
 mod attribute;
+mod cut;
 mod function;
 mod modules;
 mod ops;
@@ -15,6 +16,7 @@ mod shape;
 mod subgraph;
 
 pub use attribute::Attribute;
+pub use cut::{Part, PartNode, Point};
 pub use function::Operator;
 pub use modules::{ModuleNodes, module_path, module_pattern};
 pub use scope::{Scope, Value};

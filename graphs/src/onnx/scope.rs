@@ -44,6 +44,7 @@ pub(super) struct GraphData {
     error: Option<BuildError>,
 }
 
+#[derive(Clone)]
 pub(super) struct NodeData {
     pub(super) name: String,
     pub(super) domain: &'static str,
@@ -53,6 +54,7 @@ pub(super) struct NodeData {
     pub(super) attributes: Vec<(&'static str, Attribute)>,
 }
 
+#[derive(Clone)]
 pub(super) struct ValueData {
     pub(super) name: String,
     pub(super) dtype: DType,

@@ -157,15 +157,18 @@ pub fn tap_outputs(names: &[&str]) -> Vec<u8> {
 }
 
 impl GraphData {
+    /// Value `id` as a caller sees it.
+    pub(super) fn value_info(&self, id: usize) -> ValueInfo {
+        let value = &self.values[id];
+        ValueInfo {
+            name: value.name.clone(),
+            dtype: value.dtype,
+            shape: value.shape.iter().map(ToString::to_string).collect(),
+        }
+    }
+
     fn signature(&self) -> GraphSignature {
-        let info = |&id: &usize| {
-            let value = &self.values[id];
-            ValueInfo {
-                name: value.name.clone(),
-                dtype: value.dtype,
-                shape: value.shape.iter().map(ToString::to_string).collect(),
-            }
-        };
+        let info = |&id: &usize| self.value_info(id);
         GraphSignature {
             inputs: self.inputs.iter().map(info).collect(),
             outputs: self.outputs.iter().map(info).collect(),

@@ -1,0 +1,348 @@
+//! From a wrong output to the nodes that went wrong.
+//!
+//! Every run declares one value an output besides the graph's own, so that the runtime may fuse what it always fuses. Half
+//! by half the first wrong point is found in as many runs as the number of points has binary digits. That takes for granted
+//! that what follows from something wrong is wrong, which a graph need not do: so the points that the found one is
+//! computed from are looked at too, and as long as one of them is wrong the search goes on there. It ends at a point that
+//! is wrong although all it is computed from is right.
+//!
+//! The nodes between are told apart by the points beside: a node that one of these needs too, and that comes out right, is
+//! not to blame; and of several wrong ones, what they have in common is. At last the nodes alone are run on the reference's
+//! values: if they are right then, it is what had gathered before them that made them wrong.
+
+use super::BisectError;
+use super::case::Case;
+use crate::runtime::{EngineError, Loader};
+use crate::tensor::Tensor;
+use crate::verify::verdict::{TapKind, TapResult, Verdict};
+use accordion_graphs::onnx::{Part, PartNode, Point};
+use serde::Serialize;
+use std::collections::{BTreeSet, HashMap};
+
+/// A point vouches for the nodes it needs if it uses no more of its bounds than this: rounding uses a hundredth.
+const CLEARLY_RIGHT: f64 = 0.1;
+
+/// Where the difference comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// From the nodes: they are wrong on the reference's values.
+    Nodes,
+    /// From before them: what they are given is within its bounds, and still too far off.
+    Accumulated,
+}
+
+/// A node of the graph.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Node {
+    /// Its name, as viewers show it.
+    pub name: String,
+    /// Its operator.
+    pub operator: String,
+}
+
+/// A value that the nodes read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Read {
+    /// Its name in the graph.
+    pub value: String,
+    /// The tap that it is; none where it is an input of the graph.
+    pub tap: Option<String>,
+    /// Its shape in this run.
+    pub shape: Vec<usize>,
+}
+
+/// What went wrong first.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Culprit {
+    /// The graph.
+    pub graph: String,
+    /// The tree node it ran for; empty where there are none.
+    pub place: String,
+    /// The first wrong tap or output.
+    pub tap: String,
+    /// How wrong.
+    pub result: TapResult,
+    /// Whether the nodes are wrong by themselves.
+    pub origin: Origin,
+    /// The modules of the nodes that are to blame, in the order of the computation.
+    pub modules: Vec<String>,
+    /// The nodes that are to blame.
+    pub suspects: Vec<Node>,
+    /// The nodes between what is right and what is wrong.
+    pub nodes: Vec<Node>,
+    /// What these read; the tensors of the checkpoint apart.
+    pub reads: Vec<Read>,
+    /// The tensors of the checkpoint that these read.
+    pub weights: Vec<String>,
+    /// Points that the reference has a value for.
+    pub points: usize,
+    /// Runs that it took.
+    pub runs: usize,
+}
+
+/// A culprit, and what its nodes were given and should have made of it.
+pub struct Found {
+    /// What went wrong.
+    pub culprit: Culprit,
+    /// The nodes, or everything up to the wrong point where the difference was accumulated.
+    pub part: Part,
+    /// What they read.
+    pub inputs: Vec<(String, Tensor)>,
+    /// What they should compute.
+    pub expected: Tensor,
+}
+
+/// Looks for the first wrong point of `case` with engines of `loader`. `None` if every output is right.
+///
+/// # Errors
+///
+/// The graph, or a part of it, cannot be loaded or run.
+pub fn bisect(case: &Case<'_>, loader: &dyn Loader) -> Result<Option<Found>, BisectError> {
+    let points =
+        case.graph.scope.points().into_iter().filter(|point| case.expected.contains_key(&point.name)).collect();
+    let mut search = Search { case, loader, points, checked: HashMap::new(), runs: 0 };
+    search.check_outputs()?;
+    let Some(wrong) = search.first_wrong()? else {
+        return Ok(None);
+    };
+    let part = search.part(wrong)?;
+    let suspects = search.suspects(wrong, &part)?;
+    search.found(wrong, part, &suspects).map(Some)
+}
+
+struct Checked {
+    result: TapResult,
+    shape: Vec<usize>,
+}
+
+impl Checked {
+    fn is_wrong(&self) -> bool {
+        self.result.verdict == Verdict::Fail
+    }
+
+    fn is_clearly_right(&self) -> bool {
+        self.result.verdict == Verdict::Pass && self.result.bound_use.is_some_and(|used| used <= CLEARLY_RIGHT)
+    }
+}
+
+struct Search<'a, 'r> {
+    case: &'a Case<'r>,
+    loader: &'a dyn Loader,
+    /// What the reference has values for, in the order of the computation.
+    points: Vec<Point>,
+    checked: HashMap<usize, Checked>,
+    runs: usize,
+}
+
+impl Search<'_, '_> {
+    /// Judges all outputs in one run. What follows from a near-tie that was decided differently is left out.
+    fn check_outputs(&mut self) -> Result<(), BisectError> {
+        let outputs = &self.case.graph.model.signature.outputs;
+        let (places, names): (Vec<usize>, Vec<&str>) = self
+            .points
+            .iter()
+            .enumerate()
+            .filter(|(_, point)| outputs.iter().any(|output| output.name == point.value.name))
+            .map(|(i, point)| (i, point.value.name.as_str()))
+            .unzip();
+        let values = self.case.run(self.case.load(self.loader, None)?.as_mut(), &names)?;
+        self.runs += 1;
+        for (at, value) in places.into_iter().zip(values) {
+            self.note(at, &value);
+        }
+        let is_tie = |at: &usize| {
+            let selects = TapKind::of(&self.points[*at].name) == TapKind::Selection;
+            selects && self.checked[at].result.verdict == Verdict::Ambiguous
+        };
+        if let Some(tie) = self.checked.keys().copied().filter(is_tie).min() {
+            self.points.truncate(tie);
+            self.checked.retain(|&i, _| i < tie);
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, at: usize, value: &Tensor) {
+        if let Some(result) = self.case.judge(&self.points[at].name, value) {
+            self.checked.insert(at, Checked { result, shape: value.shape().to_vec() });
+        }
+    }
+
+    /// Judges point `at`, in a run of its own if it was not judged yet.
+    fn check(&mut self, at: usize) -> Result<&Checked, BisectError> {
+        if !self.checked.contains_key(&at) {
+            let name = self.points[at].value.name.clone();
+            let mut engine = self.case.load(self.loader, Some(&name))?;
+            let values = self.case.run(engine.as_mut(), &[&name])?;
+            self.runs += 1;
+            if let Some(value) = values.first() {
+                self.note(at, value);
+            }
+        }
+        // Every point has an expected value, and every run yields what it is asked for.
+        self.checked.get(&at).ok_or_else(|| self.absent(at))
+    }
+
+    /// A point that is wrong although all it is computed from is right.
+    fn first_wrong(&mut self) -> Result<Option<usize>, BisectError> {
+        let outputs = self.checked.iter().filter(|(_, checked)| checked.is_wrong()).map(|(&i, _)| i).min();
+        let mut wrong = match (outputs, self.points.len()) {
+            (Some(output), _) => output,
+            // Outputs that follow from a near-tie say nothing: what is before it has to.
+            (None, n) if n > 0 && self.check(n - 1)?.is_wrong() => n - 1,
+            _ => return Ok(None),
+        };
+        let mut unknown = 0..wrong;
+        while !unknown.is_empty() {
+            let middle = unknown.start.midpoint(unknown.end);
+            if self.check(middle)?.is_wrong() {
+                wrong = middle;
+                unknown.end = middle;
+            } else {
+                unknown.start = middle + 1;
+            }
+        }
+        while let Some(before) = self.wrong_read(wrong)? {
+            wrong = before;
+        }
+        Ok(Some(wrong))
+    }
+
+    /// The first wrong one of the points that point `at` is computed from.
+    fn wrong_read(&mut self, at: usize) -> Result<Option<usize>, BisectError> {
+        let part = self.part(at)?;
+        for read in self.points_of(&part) {
+            if self.check(read)?.is_wrong() {
+                return Ok(Some(read));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The nodes between point `at` and the points before it.
+    fn part(&self, at: usize) -> Result<Part, BisectError> {
+        let given = self.points.iter().map(|point| point.value.name.as_str()).collect();
+        self.part_from(at, &given)
+    }
+
+    fn part_from(&self, at: usize, given: &BTreeSet<&str>) -> Result<Part, BisectError> {
+        self.case.graph.scope.part(&self.points[at].value.name, given).ok_or_else(|| self.absent(at))
+    }
+
+    /// Point `at` is not in the graph.
+    fn absent(&self, at: usize) -> BisectError {
+        let (graph, name) = (self.case.graph.name.clone(), self.points[at].value.name.clone());
+        EngineError::UnknownName { graph, kind: "output", name }.into()
+    }
+
+    /// The points among what `part` reads, in the order of the computation.
+    fn points_of(&self, part: &Part) -> Vec<usize> {
+        let reads = |point: &Point| part.reads.iter().any(|read| read.name == point.value.name);
+        (0..self.points.len()).filter(|&i| reads(&self.points[i])).collect()
+    }
+
+    /// The nodes of `part`, which computes the wrong point `wrong`, that the points beside it leave to blame.
+    fn suspects(&mut self, wrong: usize, part: &Part) -> Result<Vec<PartNode>, BisectError> {
+        let mut suspects: BTreeSet<&PartNode> = part.nodes.iter().collect();
+        let mut common = suspects.clone();
+        for other in (0..self.points.len()).filter(|&other| other != wrong) {
+            let beside = self.part(other)?;
+            if !beside.nodes.iter().any(|node| suspects.contains(node)) {
+                continue;
+            }
+            let right = |read: usize| self.checked.get(&read).is_some_and(|checked| !checked.is_wrong());
+            let given_right_values = self.points_of(&beside).into_iter().all(right);
+            if other > wrong && !given_right_values {
+                continue;
+            }
+            let checked = self.check(other)?;
+            if checked.is_wrong() && given_right_values {
+                common.retain(|node| beside.nodes.contains(node));
+            } else if checked.is_clearly_right() {
+                // Of a node with several results, another one may be wrong.
+                suspects.retain(|node| node.outputs > 1 || !beside.nodes.contains(node));
+            }
+        }
+        let both: Vec<PartNode> = suspects.intersection(&common).map(|&node| node.clone()).collect();
+        let choices = [both, suspects.into_iter().cloned().collect(), part.nodes.clone()];
+        Ok(choices.into_iter().find(|nodes| !nodes.is_empty()).unwrap_or_default())
+    }
+
+    /// Runs the nodes of `part` on the reference's values, and tells everything about them.
+    fn found(mut self, wrong: usize, part: Part, suspects: &[PartNode]) -> Result<Found, BisectError> {
+        let graph = self.case.graph;
+        let inputs = self.values(&part)?;
+        let cut = graph.scope.cut(&part, graph.bundle.weights().index())?.finish(graph.locations)?;
+        let mut engine = self.loader.load(&graph.name, &cut.bytes, &cut.signature.weights)?;
+        let given: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, value)| (name.as_str(), value)).collect();
+        let values = engine.run(&given, &mut [], &[&part.wanted])?;
+        self.runs += 1;
+        let tap = self.points[wrong].name.clone();
+        let alone = values.first().and_then(|value| self.case.judge(&tap, value));
+        let origin = match alone {
+            Some(TapResult { verdict: Verdict::Fail, .. }) => Origin::Nodes,
+            _ => Origin::Accumulated,
+        };
+        let Checked { result, shape } = self.checked.remove(&wrong).ok_or_else(|| self.absent(wrong))?;
+        let nodes = |nodes: &[PartNode]| -> Vec<Node> {
+            nodes.iter().map(|n| Node { name: n.name.clone(), operator: n.operator.clone() }).collect()
+        };
+        let mut modules: Vec<String> = Vec::new();
+        for node in suspects {
+            if !modules.iter().any(|known| known == node.module()) {
+                modules.push(node.module().to_owned());
+            }
+        }
+        let tap_of = |value: &str| Some(self.points.iter().find(|p| p.value.name == value)?.name.clone());
+        let culprit = Culprit {
+            graph: graph.name.clone(),
+            place: self.case.place.clone(),
+            origin,
+            modules,
+            suspects: nodes(suspects),
+            nodes: nodes(&part.nodes),
+            reads: inputs
+                .iter()
+                .map(|(name, value)| Read { value: name.clone(), tap: tap_of(name), shape: value.shape().to_vec() })
+                .collect(),
+            weights: part.weights.clone(),
+            points: self.points.len(),
+            runs: self.runs,
+            result,
+            tap,
+        };
+        // Where the nodes alone are right, only all that is before them shows the difference.
+        let (part, inputs) = match origin {
+            Origin::Nodes => (part, inputs),
+            Origin::Accumulated => {
+                let all = self.part_from(wrong, &BTreeSet::new())?;
+                let inputs = self.values(&all)?;
+                (all, inputs)
+            }
+        };
+        let expected = self.expected(wrong, &shape);
+        Ok(Found { culprit, part, inputs, expected })
+    }
+
+    /// What `part` reads, as the reference has it.
+    fn values(&self, part: &Part) -> Result<Vec<(String, Tensor)>, BisectError> {
+        let value = |name: &str| -> Result<Option<Tensor>, BisectError> {
+            if let Some((_, tensor)) = self.case.inputs.iter().find(|(input, _)| input == name) {
+                return Ok(Some(tensor.clone()));
+            }
+            let Some(at) = self.points.iter().position(|point| point.value.name == name) else { return Ok(None) };
+            Ok(self.checked.get(&at).map(|checked| self.expected(at, &checked.shape)))
+        };
+        let mut values = Vec::with_capacity(part.reads.len());
+        for read in &part.reads {
+            values.extend(value(&read.name)?.map(|tensor| (read.name.clone(), tensor)));
+        }
+        Ok(values)
+    }
+
+    /// The reference's value of point `at`, in the graph's `shape` if it has as many elements.
+    fn expected(&self, at: usize, shape: &[usize]) -> Tensor {
+        let value = &self.case.expected[&self.points[at].name];
+        value.reshaped(shape).unwrap_or_else(|_| value.clone())
+    }
+}

@@ -1,0 +1,275 @@
+//! Planted faults are found: the right tap of the right layer, and the module that the fault sits in.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod faults;
+#[path = "../architectures/synthetic.rs"]
+mod synthetic;
+
+use accordion::bisect::homer::bisect_homer;
+use accordion::bisect::plain::bisect_plain;
+use accordion::bisect::rebuild::Rebuilt;
+use accordion::bisect::search::{Found, Origin};
+use accordion::bisect::{BisectError, reproducer};
+use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
+use accordion::checkpoint::Checkpoint;
+use accordion::reference::homer::Prompt;
+use accordion::reference::llama::Llama as Reference;
+use accordion::runtime::locate::{LoadOptions, load};
+use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion_graphs::architecture::{Llama, Rope, RopeScaling};
+use accordion_graphs::blocks::Target;
+use accordion_graphs::dtype::DType;
+use accordion_graphs::plan::PromptLengths;
+use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
+use faults::{Fault, FaultyRuntime};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use synthetic::{Storage, write_checkpoint};
+use tempfile::TempDir;
+
+const SETTINGS: HomerSettings =
+    HomerSettings { max_chunk_len: 20, max_initial_chunk_len: None, target_len: 16, layers_warmup: 2 };
+
+fn architecture() -> Llama {
+    Llama {
+        num_layers: 8,
+        hidden_size: 64,
+        intermediate_size: 80,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 16,
+        vocab_size: 97,
+        max_positions: 64,
+        rms_norm_eps: 1e-5,
+        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
+        tie_word_embeddings: false,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        sliding_window: None,
+        eos_token_ids: vec![],
+        bos_token_id: None,
+    }
+}
+
+/// What runs a graph, and of which method.
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    homer: bool,
+    target: Target,
+    fused: bool,
+}
+
+const FORMS: [Form; 6] = {
+    const fn form(homer: bool, target: Target, fused: bool) -> Form {
+        Form { homer, target, fused }
+    }
+    [
+        form(false, Target::Portable, false),
+        form(true, Target::Portable, false),
+        form(false, Target::OrtCpu, true),
+        form(true, Target::OrtCpu, true),
+        form(false, Target::OrtCpu, false),
+        form(true, Target::OrtCpu, false),
+    ]
+};
+
+/// A sound checkpoint, and the reference of it.
+struct Laboratory {
+    folder: TempDir,
+    good: Checkpoint,
+    reference: Reference,
+}
+
+impl Laboratory {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("checkpoint");
+        write_checkpoint(&dir, &architecture(), &Storage { dtype: DType::F32, shards: 1 }, 11);
+        let good = Checkpoint::open(&dir).unwrap();
+        let reference = Reference::load(&architecture(), |tensor| good.tensor(tensor)).unwrap();
+        Self { folder, good, reference }
+    }
+
+    /// A bundle with the fault, if that is one of bundles.
+    fn bundle(&self, fault: &Fault, form: Form, name: &str) -> Bundle {
+        let dir = self.folder.path().join(format!("{name} checkpoint"));
+        fault.write_checkpoint(&self.good, &architecture(), &dir);
+        let method = if form.homer {
+            MethodSettings::Homer { settings: SETTINGS, tree_heights: vec![2], significance: None }
+        } else {
+            MethodSettings::Plain
+        };
+        let out = self.folder.path().join(name);
+        let options = ExportOptions { method, target: form.target, weights: WeightStorage::Link, force: false };
+        export(&Checkpoint::open(dir).unwrap(), &out, &options).unwrap();
+        Bundle::open(out).unwrap()
+    }
+
+    /// Looks for what is wrong with `bundle` where the runtime has the fault, if that is one of runtimes.
+    fn bisect(&self, bundle: &Bundle, rebuilt: &Rebuilt<'_>, fault: &Fault, form: Form) -> Option<Found> {
+        let runtime = load(LoadOptions::fetching(&mut |_| {})).unwrap();
+        let options = OrtOptions { fused_operators: form.fused };
+        let sound = OrtCpu::new(runtime, bundle.weights().clone(), &options).unwrap();
+        let loader = FaultyRuntime { sound, fault: fault.clone() };
+        let ids: Vec<u32> = (0..57).map(|i| i * 31 % 97).collect();
+        if !form.homer {
+            return bisect_plain(rebuilt, &loader, &self.reference, &ids[..33]).unwrap();
+        }
+        let lengths = PromptLengths { prefix: 3, context: 50, suffix: 4 };
+        let plan = HomerPlan::new(architecture().num_layers, lengths, SETTINGS).unwrap();
+        assert_eq!(plan.tree_height, 2);
+        let row: Vec<f32> = (0..=plan.max_distance()).map(|d| 0.3 / (1.0 + d as f32)).collect();
+        let bias = vec![row.as_slice(); architecture().num_layers];
+        let prompt = Prompt { prefix: &ids[..3], context: &ids[3..53], suffix: &ids[53..] };
+        bisect_homer(rebuilt, &loader, &self.reference, (&plan, prompt), &bias, &mut |_| {}).unwrap()
+    }
+}
+
+/// Whether `found` is `fault`: the tap, the layer with it, the module, and few others beside.
+fn check(what: &str, fault: &Fault, found: Option<&Found>) {
+    let Some(found) = found else { panic!("{what}: nothing found") };
+    let culprit = &found.culprit;
+    let (mut tap, module) = fault.place();
+    // A leaf's embeddings are what enters it.
+    if tap == "embed" && culprit.graph.starts_with("leaf") {
+        "in_hidden".clone_into(&mut tap);
+    }
+    let summary = reproducer::summary(culprit);
+    assert_eq!(culprit.tap, tap, "{what}:\n{summary}");
+    assert!(culprit.modules.contains(&module), "{what}: {module} is not named:\n{summary}");
+    assert_eq!(culprit.origin, Origin::Nodes, "{what}:\n{summary}");
+    // Between two taps of a gated MLP lie a norm, three projections, and what joins them.
+    assert!(culprit.modules.len() <= 8, "{what}:\n{summary}");
+    let digits = (usize::BITS - culprit.points.leading_zeros()) as usize;
+    assert!(culprit.runs <= digits + 12, "{what}: {} runs for {} points", culprit.runs, culprit.points);
+}
+
+#[test]
+fn fifty_planted_faults_are_found_by_name() {
+    let laboratory = Laboratory::new();
+    let mut random = ChaCha8Rng::seed_from_u64(50);
+    let mut faults: Vec<Fault> = ["model.embed_tokens", "model.norm", "lm_head"]
+        .into_iter()
+        .map(|module| Fault::Weight(format!("{module}.weight")))
+        .chain([Fault::EveryEpsilon, Fault::Theta])
+        .collect();
+    faults.extend((0..45).map(|i| Fault::random(i, architecture().num_layers, &mut random)));
+    for (i, fault) in faults.iter().enumerate() {
+        let form = FORMS[(i + i / 5) % FORMS.len()];
+        let bundle = laboratory.bundle(fault, form, &format!("bundle {i}"));
+        let rebuilt = Rebuilt::new(&bundle).unwrap();
+        let found = laboratory.bisect(&bundle, &rebuilt, fault, form);
+        check(&format!("{i}: {fault:?} in {form:?}"), fault, found.as_ref());
+    }
+}
+
+#[test]
+fn nothing_is_found_where_nothing_is_wrong() {
+    let laboratory = Laboratory::new();
+    for (i, form) in FORMS.into_iter().enumerate() {
+        // An epsilon of a layer there is none of.
+        let fault = Fault::Epsilon(99, "input_layernorm");
+        let bundle = laboratory.bundle(&fault, form, &format!("bundle {i}"));
+        let found = laboratory.bisect(&bundle, &Rebuilt::new(&bundle).unwrap(), &fault, form);
+        assert!(found.is_none(), "{form:?}:\n{}", reproducer::summary(&found.unwrap().culprit));
+    }
+}
+
+#[test]
+fn another_versions_graph_is_refused() {
+    let laboratory = Laboratory::new();
+    let fault = Fault::Scale(0);
+    let bundle = laboratory.bundle(&fault, FORMS[0], "bundle");
+    // A graph of the same name and another content, which the manifest knows.
+    let path = bundle.dir().join("decoder.onnx");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes.extend(accordion_graphs::onnx::tap_outputs(&["rows.rotary.Cos"]));
+    std::fs::write(&path, &bytes).unwrap();
+    let manifest = bundle.dir().join("bundle.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    json["graphs"]["decoder"]["sha256"] = sha256(&bytes).into();
+    std::fs::write(&manifest, json.to_string()).unwrap();
+    let changed = Bundle::open(bundle.dir()).unwrap();
+    let rebuilt = Rebuilt::new(&changed).unwrap();
+    let error = rebuilt.graph("decoder").map(drop).unwrap_err();
+    assert!(matches!(error, BisectError::OtherVersion { .. }), "{error}");
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    format!("{:x}", Sha256::digest(bytes))
+}
+
+/// A reproducer of a weight fault, beside the laboratory's other files.
+fn reproduced(laboratory: &Laboratory, fault: &Fault, form: Form, name: &str) -> PathBuf {
+    let bundle = laboratory.bundle(fault, form, name);
+    let rebuilt = Rebuilt::new(&bundle).unwrap();
+    let found = laboratory.bisect(&bundle, &rebuilt, fault, form).unwrap();
+    let out = laboratory.folder.path().join(format!("{name} reproducer"));
+    reproducer::write(&rebuilt, &found, &out, false).unwrap();
+    // What is there stays.
+    assert!(reproducer::write(&rebuilt, &found, &out, false).is_err());
+    reproducer::write(&rebuilt, &found, &out, true).unwrap();
+    out
+}
+
+#[test]
+fn a_reproducer_is_small_and_stands_by_itself() {
+    let laboratory = Laboratory::new();
+    let fault = Fault::Weight("model.layers.5.self_attn.o_proj.weight".to_owned());
+    let out = reproduced(&laboratory, &fault, FORMS[0], "small");
+    let mut files: Vec<String> =
+        std::fs::read_dir(&out).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    files.sort_unstable();
+    let expected = [
+        "README.md",
+        "expected.npz",
+        "inputs.npz",
+        "model.onnx",
+        "reproduce.py",
+        "reproducer.json",
+        "weights.safetensors",
+    ];
+    assert_eq!(files, expected);
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("reproducer.json")).unwrap()).unwrap();
+    assert_eq!(json["culprit"]["weights"], serde_json::json!(["model.layers.5.self_attn.o_proj.weight"]));
+    let taps: Vec<&str> =
+        json["culprit"]["reads"].as_array().unwrap().iter().filter_map(|r| r["tap"].as_str()).collect();
+    assert_eq!(taps, ["layers.4.out", "layers.5.attn.out"]);
+    // One projection of 64 by 64 and its header.
+    let size = std::fs::metadata(out.join("weights.safetensors")).unwrap().len();
+    assert!((64 * 64 * 4..64 * 64 * 4 + 512).contains(&size), "{size}");
+    let readme = std::fs::read_to_string(out.join("README.md")).unwrap();
+    assert!(readme.contains("python reproduce.py") && readme.contains("polygraphy run model.onnx"), "{readme}");
+}
+
+fn run_stock(folder: &Path) -> (Option<i32>, String) {
+    let python = std::env::var_os("ACCORDION_STOCK_PYTHON").unwrap();
+    let output = Command::new(python).arg(folder.join("reproduce.py")).output().unwrap();
+    let text = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+    (output.status.code(), text)
+}
+
+#[test]
+#[ignore = "needs Python with tests/stock/requirements.txt, named by ACCORDION_STOCK_PYTHON"]
+fn stock_onnxruntime_shows_the_difference() {
+    let laboratory = Laboratory::new();
+    for (i, form) in FORMS.into_iter().enumerate() {
+        for tensor in ["layers.5.self_attn.k_proj", "layers.7.mlp.gate_proj", "layers.0.input_layernorm"] {
+            let fault = Fault::Weight(format!("model.{tensor}.weight"));
+            let out = reproduced(&laboratory, &fault, form, &format!("{tensor} {i}"));
+            let (code, text) = run_stock(&out);
+            assert_eq!(code, Some(1), "{tensor} in {form:?}: {text}");
+            assert!(text.contains("DIFFERENT"), "{text}");
+        }
+        // A fault of the runtime is not one of stock onnxruntime.
+        let out = reproduced(&laboratory, &Fault::Scale(3), form, &format!("runtime {i}"));
+        let (code, text) = run_stock(&out);
+        assert_eq!(code, Some(0), "{form:?}: {text}");
+        assert!(text.contains("within the bounds"), "{text}");
+    }
+}
