@@ -205,11 +205,7 @@ pub fn judge(name: &str, actual: &Tensor, expected: &Tensor, scores: Option<&Ten
 
 type Judgement = (Verdict, String, Option<f64>, Difference);
 
-fn judge_selection(
-    found: Result<SelectionDifference, SelectionError>,
-    what: &str,
-    bounds: &Bounds,
-) -> Judgement {
+fn judge_selection(found: Result<SelectionDifference, SelectionError>, what: &str, bounds: &Bounds) -> Judgement {
     let found = match found {
         Ok(found) => found,
         Err(error) => return (Verdict::Fail, error.to_string(), None, Difference::Incomparable),
