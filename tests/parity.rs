@@ -114,9 +114,15 @@ fn smollm2_agrees_with_the_reference() {
 fn plain(subject: &Subject, name: &str, target: Target, fused: bool) {
     let what = format!("plain, {name}");
     let bundle = subject.bundle(&what, MethodSettings::Plain, target);
-    let findings =
-        compare_plain(&mut engines(&bundle, fused), &subject.reference, &subject.ids[..ROWS], Detail::All, &mut |_| {})
-            .unwrap();
+    let findings = compare_plain(
+        &mut engines(&bundle, fused),
+        &subject.reference,
+        &subject.ids[..ROWS],
+        &[],
+        Detail::All,
+        &mut |_| {},
+    )
+    .unwrap();
     assert_eq!(findings.taps.len(), 30 * 7 + 1 + 30 * 2);
     check_all(&what, &findings);
     check_logits(&what, tap(&findings, "logits"), ROWS);

@@ -101,7 +101,8 @@ impl BothSides<'_, '_> {
 
     /// Compares the keys and values of all rows.
     pub(super) fn compare_caches(&self, judge: &mut Judge) -> Result<(), VerifyError> {
-        for (layer, (found, expected)) in self.sequence.cache()?.iter().zip(&self.reference.cache().layers).enumerate() {
+        for (layer, (found, expected)) in self.sequence.cache()?.iter().zip(&self.reference.cache().layers).enumerate()
+        {
             for (part, found, expected) in [("k", &found[0], &expected.k), ("v", &found[1], &expected.v)] {
                 let found = found.reshaped(&found.shape()[1..])?;
                 judge.compare(&format!("cache.{part}.{layer}"), &found, &to_tensor(expected)?);

@@ -1,7 +1,7 @@
 //! What a bundle and the reference are compared on.
 
-use super::{Arguments, Environment};
 use super::super::output::Output;
+use super::{Arguments, Environment};
 use accordion::bundle::{Bundle, Method};
 use accordion::checkpoint::Tokenizer;
 use accordion::pipeline;
@@ -133,7 +133,9 @@ fn plan(bundle: &Bundle, method: &Method, lengths: PromptLengths, output: &Outpu
             let table = significance(bundle, &plan, output)?;
             Plan::Homer(plan, table)
         }
-        Method::Rcc { settings } => Plan::Rcc(pipeline::rcc::Rcc { settings: *settings, width: 1 }.plan(bundle, lengths)?),
+        Method::Rcc { settings } => {
+            Plan::Rcc(pipeline::rcc::Rcc { settings: *settings, width: 1 }.plan(bundle, lengths)?)
+        }
         Method::SharedLlm { settings } => {
             // What is left of the context by whole chunks is read in front of the suffix.
             let policy = ChunkPolicy::LeaveRunning(lengths.suffix.max(1));
