@@ -8,13 +8,12 @@ use super::common::{EngineArguments, parse_width};
 use super::output::Output;
 use accordion::bundle::Bundle;
 use accordion::environment::Machine;
-use accordion::goldens::HomerCase;
 use accordion::verify::bundle::compare_bundle;
-use accordion::verify::golden::{engine_against_golden, export_golden, golden_plan, reference_against_golden};
+use accordion::verify::golden::GoldenCase;
 use accordion::verify::schema::{Subject, VerifyReport};
 use accordion::verify::verdict::Verdict;
 use accordion::verify::weights::finite_weights;
-use accordion::verify::{Detail, text};
+use accordion::verify::{Detail, Findings, text};
 use accordion_graphs::blocks::Target;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
@@ -32,7 +31,8 @@ pub(crate) struct Arguments {
     /// What to hold the bundle against
     #[arg(long, value_enum, default_value_t = Against::Reference, conflicts_with = "golden")]
     against: Against,
-    /// Hold the reference and the graphs against the authors' tensors in homer_<case>.json and the files beside it
+    /// Hold the reference and the graphs against the authors' tensors of a golden case: homer_<case>.json, <case>.config.json
+    /// (rcc) or case_<case>.json (sharedllm), with the files beside it
     #[arg(long, value_name = "PATH")]
     golden: Option<PathBuf>,
     /// Text to take the tokens from [default: pseudo-random tokens]
@@ -141,20 +141,25 @@ fn detail(arguments: &Arguments) -> Detail {
 }
 
 fn against_golden(path: &Path, arguments: &Arguments, output: &Output) -> anyhow::Result<VerifyReport> {
-    let case = HomerCase::open(path)?;
-    let plan = golden_plan(&case)?;
-    let mut all = reference_against_golden(&case, &plan)?;
-    for (name, target) in [("portable", Target::Portable), ("ort-cpu", Target::OrtCpu)] {
-        let folder = tempfile::tempdir()?;
-        let bundle = export_golden(&case, &plan, target, folder.path())?;
-        let mut engines = arguments.engine.engines(&bundle, output)?;
-        let found = engine_against_golden(name, &mut engines, &case, &plan, arguments.width)?;
-        all.taps.extend(found.taps);
-        all.not_comparable += found.not_comparable;
+    let cases = GoldenCase::open(path)?;
+    let mut all = Findings::default();
+    let mut found = |findings: Findings| {
+        all.taps.extend(findings.taps);
+        all.not_comparable += findings.not_comparable;
+    };
+    for case in &cases {
+        found(case.compare_reference()?);
+        for (name, target) in [("portable", Target::Portable), ("ort-cpu", Target::OrtCpu)] {
+            let folder = tempfile::tempdir()?;
+            let bundle = case.bundle(target, folder.path())?;
+            let mut engines = arguments.engine.engines(&bundle, output)?;
+            found(case.compare_engines(name, &mut engines, arguments.width)?);
+        }
     }
+    let of = |what: fn(&GoldenCase) -> String| cases.first().map(what).unwrap_or_default();
     let subject = Subject {
-        model: format!("golden {} ({})", case.name, case.dtype),
-        method: "homer".to_owned(),
+        model: format!("golden {}", of(GoldenCase::described)),
+        method: of(|case| case.method().to_owned()),
         actual: "reference, portable and ort-cpu graphs".to_owned(),
         expected: path.display().to_string(),
         environment: machine(),

@@ -73,14 +73,21 @@ struct Family<'a> {
 }
 
 /// Where a tap is shown: family, column and row. `node.h1.i0.in_k.3` is `node`, `h1.i0`, `in_k`; `cache.k.3` is `cache`,
-/// `3`, `k`. What is inside a layer inside a node is shown twice, by node and by layer: `node.h1.i0.layers.3.attn.q` is
-/// `node`, `h1.i0`, `attn.q` and `layers`, `3`, `attn.q`.
+/// `3`, `k`. What is inside a layer inside something else is shown twice, by that and by layer: `node.h1.i0.layers.3.attn.q`
+/// is `node`, `h1.i0`, `attn.q` and `layers`, `3`, `attn.q`. The layers of a model that compresses are a family of their own:
+/// `segments.0.encoder.layers.3.out` is `segments`, `0`, `encoder.out` and `encoder.layers`, `3`, `out`.
 fn places(name: &str) -> Vec<(&str, String, String)> {
+    const LAYERS: &str = "layers.";
     let scope = scope(name);
     let (family, numbers) = scope.split_once('.').unwrap_or((scope, ""));
     let rest = name[scope.len()..].trim_start_matches('.');
-    if let Some((layer, part)) = rest.strip_prefix("layers.").and_then(|inside| inside.split_once('.')) {
-        return vec![(family, numbers.to_owned(), part.to_owned()), ("layers", layer.to_owned(), part.to_owned())];
+    let within = rest.find(LAYERS).filter(|&at| at == 0 || rest[..at].ends_with('.'));
+    if let Some(at) = within
+        && let Some((layer, part)) = rest[at + LAYERS.len()..].split_once('.')
+    {
+        let layers = if family == "tree" { "lower.layers" } else { rest[..at + LAYERS.len()].trim_end_matches('.') };
+        let inside = format!("{}{part}", &rest[..at]);
+        return vec![(family, numbers.to_owned(), inside), (layers, layer.to_owned(), part.to_owned())];
     }
     let row = rest.trim_end_matches(|c: char| c.is_ascii_digit() || c == '.');
     let column = if numbers.is_empty() { rest[row.len()..].trim_start_matches('.') } else { numbers };
@@ -129,7 +136,13 @@ fn heat(tap: &TapResult) -> &'static str {
 fn heat_map(html: &mut Html, family: &Family<'_>) {
     let title = match family.name {
         "layers" => "Parity by layer",
+        "encoder.layers" => "Parity by layer of the encoder",
+        "lower.layers" => "Parity by layer of the lower model",
         "node" => "Parity by tree node",
+        "segments" => "Parity by segment",
+        "tree" => "Parity by level of the context tree",
+        "kv" => "Parity of what is kept of the context, by layer",
+        "steps" => "Parity by decoding step",
         "cache" => "Parity of the context state, by layer",
         _ => "Parity by place",
     };
@@ -346,6 +359,15 @@ mod tests {
         let attn_q = |family, column: &str| (family, column.to_owned(), "attn.q".to_owned());
         assert_eq!(places("node.h1.i0.layers.3.attn.q"), [attn_q("node", "h1.i0"), attn_q("layers", "3")]);
         assert_eq!(places("cache.k.3"), [("cache", "3".into(), "k".into())]);
+        let place = |family, column: &str, row: &str| (family, column.to_owned(), row.to_owned());
+        let encoder = [place("segments", "0", "encoder.out"), place("encoder.layers", "3", "out")];
+        assert_eq!(places("segments.0.encoder.layers.3.out"), encoder);
+        let slots = [place("segments", "1", "injected"), place("layers", "2", "injected")];
+        assert_eq!(places("segments.1.layers.2.injected"), slots);
+        assert_eq!(places("segments.1.maps.2"), [place("segments", "1", "maps")]);
+        assert_eq!(places("tree.1.layers.2.key"), [place("tree", "1", "key"), place("lower.layers", "2", "key")]);
+        assert_eq!(places("kv.2.key"), [place("kv", "2", "key")]);
+        assert_eq!(places("running.layers.0.cross.out")[1], place("layers", "0", "cross.out"));
         assert_eq!(places("logits"), [("logits", String::new(), String::new())]);
     }
 

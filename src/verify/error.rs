@@ -4,6 +4,7 @@ use crate::bundle::BundleError;
 use crate::checkpoint::CheckpointError;
 use crate::goldens::GoldenError;
 use crate::pipeline::PipelineError;
+use crate::pipeline::stop::StopSettingsError;
 use crate::reference::ReferenceError;
 use crate::runtime::EngineError;
 use crate::tensor::TensorError;
@@ -23,6 +24,28 @@ pub enum VerifyError {
     /// The golden case cannot be read.
     #[error(transparent)]
     Golden(#[from] GoldenError),
+    /// A file is no part of a golden case.
+    #[error(
+        "{}: not a golden case; expected homer_<case>.json, for rcc <case>.config.json or <case>.cases.safetensors, for \
+         sharedllm case_<case>.json",
+        path.display()
+    )]
+    NotGolden {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A side of a golden case did not compute something that others are made of.
+    #[error("the tap {tap} was not computed")]
+    MissingTap {
+        /// Its name.
+        tap: String,
+    },
+    /// Arrays do not fit together.
+    #[error("unexpected shape: {0}")]
+    Shape(#[from] ndarray::ShapeError),
+    /// A case generates no token.
+    #[error(transparent)]
+    Stop(#[from] StopSettingsError),
     /// There is no plan for the lengths.
     #[error(transparent)]
     Plan(#[from] PlanError),

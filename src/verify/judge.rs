@@ -14,8 +14,8 @@ const NOT_IN_GRAPHS: [&str; 5] = [".in_reduction_mask", ".prune.remove_idx", ".c
 const PARTS: [&str; 6] = ["node.", "query.", "tree.", "encoder.", "maps", "embed"];
 
 /// Whether the tap called `name` is what the next selection or choice is made by.
-fn is_score(name: &str) -> bool {
-    name.ends_with(".prune.scores") || name.ends_with(".similarity")
+pub(super) fn is_score(name: &str) -> bool {
+    [".prune.scores", ".similarity", ".sim"].iter().any(|part| name.ends_with(part))
 }
 
 /// How much is compared.
@@ -144,6 +144,16 @@ impl Judge {
             self.scores = Some((expected.clone(), within.map_or(0.0, |values| values.max_abs)));
         }
         self.findings.taps.push(result);
+    }
+
+    /// Takes a result that was judged elsewhere.
+    pub(super) fn tell(&mut self, result: TapResult) {
+        self.findings.taps.push(result);
+    }
+
+    /// Whether the sides have diverged since [`Judge::begin`].
+    pub(super) fn diverged(&self) -> bool {
+        self.diverged
     }
 
     /// Adds `count` taps that could not be compared.

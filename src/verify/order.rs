@@ -18,16 +18,70 @@ const STAGES: &[&str] = &[
     "prune.attn_out_hidden",
     "prune.scores",
     "prune.keep_idx",
+    "cross.out",
+    "cross_residual",
     "mlp.out",
+    // Places, sizes and what is given.
+    "pos",
+    "input_id",
+    "position_id",
+    "dec_input_ids",
+    // The context tree.
+    "query",
+    "query_vector",
+    "candidates",
+    "cand_ids",
+    "vectors",
+    "cand_hidden_last",
+    "enc_vectors",
+    "similarity",
+    "sim",
+    "chosen",
+    "encoded_ids",
+    "encoded_mask",
+    "tree",
+    "enc",
+    "kv",
+    // Segments and slots.
+    "segments",
+    "encoder",
+    "enc_hidden",
+    "rcc_states",
+    "maps",
+    "slot_embed",
+    "layer_maps",
+    "embed",
     "layers",
+    "dec_layer_out_raw",
+    "dec_hidden",
     "node",
     "out_hidden",
     "out_position_ids",
     "out",
+    "injected",
+    // The result, and what follows it.
     "prefix",
     "position_ids",
     "last_hidden",
+    "cross",
+    "running",
+    "prompt",
+    "prefill",
+    "hidden",
+    "prefill_logits",
+    "prefill_kv",
     "logits",
+    "past",
+    "decode",
+    "generated",
+    "step_ids",
+    "step_hidden",
+    "step_logits",
+    "final_kv",
+    "teacher",
+    "teacher_step",
+    "teacher_forced",
+    "steps",
     "cache",
     "k",
     "v",
@@ -137,6 +191,50 @@ mod tests {
         assert_ne!(names, expected);
         names.sort_by(|a, b| model_order(a, b));
         assert_eq!(names, expected);
+    }
+
+    #[test]
+    fn segments_trees_and_what_follows_them_sort_as_they_are_computed() {
+        let ordered = |expected: &[&str]| {
+            let mut names = expected.to_vec();
+            names.sort_unstable();
+            names.sort_by(|a, b| model_order(a, b));
+            assert_eq!(names, expected);
+        };
+        ordered(&[
+            "segments.2.encoder.layers.1.out",
+            "segments.2.maps.0",
+            "segments.2.layers.0.out",
+            "segments.2.layers.0.injected",
+            "segments.10.encoder.embed",
+            "prompt.logits",
+            "teacher.logits",
+            "cache.k.0",
+        ]);
+        ordered(&[
+            "query.vector",
+            "tree.0.similarity",
+            "tree.0.chosen",
+            "tree.0.encoded_ids",
+            "tree.0.layers.1.key",
+            "tree.1.similarity",
+            "kv.0.value",
+            "kv.1.key",
+            "running.layers.0.cross.out",
+            "running.layers.0.cross_residual",
+            "running.logits",
+            "steps.0.logits",
+        ]);
+        ordered(&[
+            "tree.d0.sim",
+            "tree.d0.chosen",
+            "tree.d1.cand_ids",
+            "enc.d0.layer0.key",
+            "prefill.logits",
+            "decode.0.input_id",
+            "decode.0.logits",
+        ]);
+        ordered(&["len1.rcc_states", "len1.prefill_logits", "len1.generated", "len1.final_kv", "len2.rcc_states"]);
     }
 
     #[test]

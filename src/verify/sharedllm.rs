@@ -3,7 +3,7 @@
 
 use super::bundle::sharedllm_model;
 use super::error::VerifyError;
-use super::judge::{Detail, Findings, Judge};
+use super::judge::{Detail, Findings, Judge, is_score};
 use super::sides::{BothSides, Running};
 use super::verdict::Bounds;
 use crate::pipeline::Engines;
@@ -53,7 +53,7 @@ pub fn compare_sharedllm(
     let compressed = Context { ids: context, mask: None, running, query_index };
     let taps = tree_taps(engines, plan, compressed, detail)?;
     for (tap, value) in taps {
-        judge.offer(&tap, value);
+        judge.offer(&tap, decided_between(plan, &tap, value)?);
     }
     judge.begin(false);
     let mask = vec![true; context.len()];
@@ -148,7 +148,6 @@ impl EngineTaps<'_> {
                 let len = value.shape().last().copied().unwrap_or(1).max(1);
                 value.reshaped([value.len() / len, len])?
             }
-            Some("similarity") => paired(self.plan, value)?,
             // As released, the leaves of a tree of one level are chunks of their own.
             Some("key" | "value") if self.plan.levels.len() == 1 && self.plan.settings.quirks == Quirks::Faithful => {
                 self.leaves_apart(value)?
@@ -202,14 +201,18 @@ impl EngineTaps<'_> {
     }
 }
 
-/// The similarities of all left and then all right halves, `[2 * n]`, as the pairs that are decided between, `[n, 2]`.
-fn paired(plan: &SharedLlmPlan, similarity: &Tensor) -> Result<Tensor, TensorError> {
-    let count = similarity.len() / 2;
+/// The tap `name`; similarities of all left and then all right halves, `[2 * n]`, as the pairs that are decided between,
+/// `[n, 2]`.
+pub(super) fn decided_between(plan: &SharedLlmPlan, name: &str, value: Tensor) -> Result<Tensor, TensorError> {
+    if !is_score(name) {
+        return Ok(value);
+    }
+    let count = value.len() / 2;
     match plan.settings.quirks {
         // As released, neighbours in the list.
-        Quirks::Faithful => similarity.reshaped([count, 2]),
+        Quirks::Faithful => value.reshaped([count, 2]),
         Quirks::Fixed => {
-            let values = similarity.to_f32();
+            let values = value.to_f32();
             let (left, right) = values.split_at(count);
             let pairs = left.iter().zip(right).flat_map(|(&left, &right)| [left, right]);
             Tensor::from_f32([count, 2], pairs.collect())
@@ -229,7 +232,8 @@ impl TapSink for Paired<'_> {
     }
 
     fn record(&mut self, name: &str, value: Tensor) {
-        let pairs = if name.ends_with(".similarity") { paired(self.plan, &value).ok() } else { None };
-        self.sink.record(name, pairs.unwrap_or(value));
+        // A tensor that cannot be paired fails by its shape.
+        let value = decided_between(self.plan, name, value.clone()).unwrap_or(value);
+        self.sink.record(name, value);
     }
 }

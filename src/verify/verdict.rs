@@ -53,10 +53,10 @@ pub enum TapKind {
 impl TapKind {
     /// The kind of the tap called `name`.
     pub fn of(name: &str) -> Self {
-        match name.rsplit('.').next() {
+        match name.rsplit(['.', '/']).next() {
             Some("keep_idx") => Self::Selection,
             Some("chosen") => Self::Choice,
-            Some("logits") => Self::Logits,
+            Some("logits" | "prefill_logits" | "step_logits") => Self::Logits,
             _ => Self::Value,
         }
     }
@@ -182,7 +182,18 @@ impl TapResult {
 /// Compares and judges one tap. `scores` are the expected scores `[tokens]` that a selection was cut by, or `[count, 2]` that
 /// choices were made between; without them these have to match exactly.
 pub fn judge(name: &str, actual: &Tensor, expected: &Tensor, scores: Option<&Tensor>, bounds: &Bounds) -> TapResult {
-    let kind = TapKind::of(name);
+    judge_as(TapKind::of(name), name, actual, expected, scores, bounds)
+}
+
+/// As [`judge`], whatever the name says of the tap's kind.
+pub(super) fn judge_as(
+    kind: TapKind,
+    name: &str,
+    actual: &Tensor,
+    expected: &Tensor,
+    scores: Option<&Tensor>,
+    bounds: &Bounds,
+) -> TapResult {
     let (verdict, reason, bound_use, difference) = match (kind, scores) {
         (TapKind::Selection, Some(scores)) => {
             judge_selection(compare_selections(actual, expected, scores), "tokens", bounds)

@@ -1,12 +1,11 @@
 //! What counts as equal, and how a comparison is told.
 
-use super::part;
 use accordion::tensor::Tensor;
+use accordion::verify::golden::part;
 use accordion_graphs::dtype::DType;
-use std::collections::BTreeMap;
 use std::fmt;
 
-pub(crate) type Tensors = BTreeMap<String, Tensor>;
+pub(crate) use accordion::verify::golden::Tensors;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -64,14 +63,10 @@ impl Comparison {
     /// Holds what was found of the golden tensor `name`, or of parts of it, against `expected`.
     pub(crate) fn compare(&mut self, name: &str, expected: &Tensor, found: &Tensors, bound: Bound) {
         self.compared += 1;
-        let whole = found.get(name).map(|found| (name, difference(expected, found, bound)));
-        let parts = part::of(name, found).map(|(key, ranges, found)| {
-            (key, part::slice(expected, &ranges).and_then(|expected| difference(&expected, found, bound)))
-        });
         let mut seen = 0;
-        for (key, compared) in whole.into_iter().chain(parts) {
+        for (key, expected, found) in part::pairs(name, expected, found) {
             seen += 1;
-            match compared {
+            match difference(&expected, found, bound) {
                 Ok(error) if error > self.worst => (self.worst, self.worst_tensor) = (error, key.to_owned()),
                 Ok(_) => {}
                 Err(difference) => self.failures.push(format!("{key}: {difference}")),

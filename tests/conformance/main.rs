@@ -10,9 +10,7 @@ mod compare;
 mod graphs;
 mod graphs_sharedllm;
 mod homer;
-mod part;
 mod rcc;
-mod rcc_graphs;
 mod rcc_lockstep;
 mod reference;
 mod sharedllm;
@@ -46,7 +44,7 @@ trait Implementation {
     fn homer(&mut self, case: &HomerCase, plan: &HomerPlan) -> anyhow::Result<Tensors>;
 
     /// Runs the whole case and returns everything it computed, by golden name. What it never materialises because it
-    /// reaches nothing may be missing from a tensor, see [`part`].
+    /// reaches nothing may be missing from a tensor, see [`part`](accordion::verify::golden::part).
     fn rcc(&mut self, _case: &RccCase) -> anyhow::Result<Tensors> {
         Err(NotDefined("no implementation").into())
     }

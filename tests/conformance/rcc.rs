@@ -4,6 +4,7 @@ use super::compare::{Bound, Comparison, SINGLE, Tensors};
 use super::table::Table;
 use super::{Implementation, implementations};
 use accordion::goldens::RccCase;
+use accordion::verify::golden::rcc::is_planned;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::rcc::RccPlan;
@@ -66,11 +67,6 @@ fn plans(case: &RccCase) -> Result<String, String> {
         n => format!(", {n} that they cannot pad are tiled"),
     };
     Ok(format!("{} texts padded as the authors pad them{raising}: PASS", case.runs.len()))
-}
-
-/// What the plan decides, compared there.
-fn is_planned(name: &str) -> bool {
-    name.ends_with("/padded_id") || (name.ends_with("/dec_input_ids") && !name.starts_with("train"))
 }
 
 fn compare(case: &RccCase, found: &Tensors, implementation: &dyn Implementation) -> Comparison {

@@ -1,11 +1,10 @@
 //! RCC's graphs and the reference in step, as `accordion verify` compares them.
 
 use super::graphs::Graphs;
-use super::rcc_graphs;
-use accordion::bundle::MethodSettings;
 use accordion::goldens::RccCase;
 use accordion::reference::rcc::Rcc;
 use accordion::tensor::Tensor;
+use accordion::verify::golden::rcc::bundle;
 use accordion::verify::rcc::{RccInput, compare_rcc};
 use accordion::verify::verdict::Verdict;
 use accordion::verify::{Detail, Findings};
@@ -17,8 +16,7 @@ fn findings(name: &str, graphs: &Graphs, change: impl Fn(&str, Tensor) -> Tensor
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/rcc");
     let case = RccCase::open(&folder.join(format!("{name}.cases.safetensors"))).unwrap();
     let workspace = tempfile::tempdir().unwrap();
-    let checkpoint = rcc_graphs::checkpoint(&case, workspace.path()).unwrap();
-    let bundle = graphs.bundle(&checkpoint, MethodSettings::Rcc(case.settings)).unwrap();
+    let bundle = bundle(&case, graphs.target, workspace.path()).unwrap();
     let source = |name: &str| case.weight(name).map(|weight| change(name, weight));
     let reference = Rcc::load(&case.decoder, &case.model, case.settings, source).unwrap();
     let plans = case.runs.iter().map(|run| (run, RccPlan::new(run.lengths(), case.settings).unwrap()));

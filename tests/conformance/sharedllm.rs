@@ -6,8 +6,8 @@ use super::table::Table;
 use super::{Implementation, implementations};
 use accordion::goldens::SharedLlmCase;
 use accordion::tensor::Tensor;
-use accordion_graphs::plan::PromptLengths;
-use accordion_graphs::plan::sharedllm::{ChunkPolicy, Quirks, SharedLlmPlan};
+use accordion::verify::golden::sharedllm::{is_planned, plan};
+use accordion_graphs::plan::sharedllm::Quirks;
 use std::path::Path;
 
 /// Similarities closer than this are a tie: their noise is a tenth of it.
@@ -52,12 +52,6 @@ fn one_case(table: &mut Table, case: &SharedLlmCase) {
     }
 }
 
-/// The plan of the case.
-pub(crate) fn plan(case: &SharedLlmCase, quirks: Quirks) -> anyhow::Result<SharedLlmPlan> {
-    let lengths = PromptLengths { prefix: 0, context: case.context_ids.len(), suffix: case.running_ids.len() };
-    Ok(SharedLlmPlan::new(lengths, case.settings(quirks), ChunkPolicy::Chunks(case.chunks()))?)
-}
-
 /// What lengths alone decide: which tokens of a node are kept, how many of a chunk, and in which order chunks follow.
 fn check_plan(case: &SharedLlmCase) -> Result<String, String> {
     let plan = plan(case, Quirks::Faithful).map_err(|e| e.to_string())?;
@@ -76,11 +70,6 @@ fn check_plan(case: &SharedLlmCase) -> Result<String, String> {
         }
     }
     Ok(format!("{} of {} tokens kept per chunk, as the authors keep them: PASS", plan.kept_per_chunk, case.chunk_len))
-}
-
-/// What the plan decides, compared there.
-fn is_planned(name: &str) -> bool {
-    name.ends_with(".selected") || name == "pos.self_prefill" || name == "pos.cross_key_nominal"
 }
 
 fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation: &dyn Implementation) -> Comparison {

