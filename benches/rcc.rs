@@ -186,17 +186,22 @@ fn main() -> anyhow::Result<()> {
             [("--method", method.to_owned()), ("--context", context.to_string()), ("--width", width.to_string())];
         common::in_own_process(&out, &arguments)
     };
-    let compressed = own_process("rcc", context)?;
-    let plain = own_process("plain", plain_context)?;
-    for (name, context, cost) in [("rcc", context, compressed), ("plain", plain_context, plain)] {
+    // Of the weights only what is read is resident: growth over one segment shows the context's own memory.
+    let compare = |method: &str, context: usize| {
+        let [short, long] = [settings.window, context].map(|context| own_process(method, context));
+        let (short, long) = (short?, long?);
         println!(
-            "{name} {context}: {:.1} s; peak {:.0} MB = weights + {:.0} MB; {:.1} MB kept",
-            cost.seconds,
-            megabytes(cost.peak),
-            megabytes(cost.peak) - weights,
-            megabytes(cost.kept)
+            "{method} {context}: {:.1} s; peak {:.0} MB, {:.0} MB above that of {} tokens; {:.1} MB kept",
+            long.seconds,
+            megabytes(long.peak),
+            megabytes(long.peak) - megabytes(short.peak),
+            settings.window,
+            megabytes(long.kept)
         );
-    }
+        anyhow::Ok(long)
+    };
+    let compressed = compare("rcc", context)?;
+    let plain = compare("plain", plain_context)?;
     let plain_operations = OperationCount::plain_prefill(arch, plain_context);
     println!(
         "plain {plain_context}: floor {:.1} s; rcc is {:.1} times as fast and keeps 1/{:.1} of the bytes per token",

@@ -285,9 +285,9 @@ fn the_encoder_is_the_decoder_and_the_maps_are_diagonal() {
         let map = |name: &str| made.tensor(&format!("{body}.rcc_encoder2gpt_{name}.weight")).unwrap().to_f32();
         let diagonal =
             |number: f32| -> Vec<f32> { (0..32 * 32).map(|i| if i % 33 == 0 { number } else { 0.0 }).collect() };
-        assert_eq!(map("embed"), diagonal(1.0));
+        assert!(map("embed") == diagonal(1.0));
         for layer in 0..arch.num_layers() {
-            assert_eq!(map(&format!("A_matrix.{layer}")), diagonal(scale), "{layer}");
+            assert!(map(&format!("A_matrix.{layer}")) == diagonal(scale), "{layer}");
         }
         let maps = 2 * 32 * 32 * if dtype == "F32" { 4 } else { 2 };
         assert_eq!(made.weights().byte_count(), plain.weights().byte_count() + maps);
