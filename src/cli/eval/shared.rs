@@ -133,7 +133,7 @@ impl CommonArguments {
         output: &Output,
     ) -> anyhow::Result<Outcome> {
         let contenders = self.contenders(bundle)?;
-        if MethodName::of(bundle) == MethodName::SharedLlm {
+        if self.against.is_none() && MethodName::of(bundle) == MethodName::SharedLlm {
             output.remark("only sharedllm is measured: its bundle has no decoder that reads a context plainly");
         }
         let explains = contenders.iter().any(|one| matches!(one.compression(), Compression::Homer(_)));

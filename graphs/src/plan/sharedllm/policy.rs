@@ -4,9 +4,6 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// Tokens that the released evaluation on `LongBench` leaves for the upper model, with most models.
-const LONGBENCH: usize = 3584;
-
 /// How many chunks of the prompt's beginning the lower model reads; the upper model reads the rest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -20,6 +17,9 @@ pub enum ChunkPolicy {
 }
 
 impl ChunkPolicy {
+    /// The released evaluation's on `LongBench`, as it is for most models.
+    pub const LONGBENCH: Self = Self::LeaveRunning(3584);
+
     /// Chunks of `chunk_len` tokens for a prompt of `total` tokens.
     pub(super) fn chunks(self, total: usize, chunk_len: usize) -> usize {
         match self {
@@ -53,7 +53,7 @@ impl FromStr for ChunkPolicy {
         let number = |text: &str| text.parse().ok().filter(|&number| number > 0);
         let policy = match text.split_once(':') {
             None if text == "sft" => Some(Self::FineTuning),
-            None if text == "longbench" => Some(Self::LeaveRunning(LONGBENCH)),
+            None if text == "longbench" => Some(Self::LONGBENCH),
             None => number(text).map(Self::Chunks),
             Some(("longbench", running)) => number(running).map(Self::LeaveRunning),
             Some(_) => None,
@@ -76,7 +76,7 @@ mod tests {
         ] {
             assert_eq!((text.parse(), policy.to_string().as_str()), (Ok(policy), text));
         }
-        assert_eq!("longbench".parse(), Ok(ChunkPolicy::LeaveRunning(3584)));
+        assert_eq!("longbench".parse(), Ok(ChunkPolicy::LONGBENCH));
         for wrong in ["", "0", "-1", "1.5", "SFT", "sft:1", "longbench:", "longbench:0", "7:8", "99999999999999999999"]
         {
             assert_eq!(wrong.parse::<ChunkPolicy>(), Err(UnknownPolicy), "{wrong}");
