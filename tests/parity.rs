@@ -227,8 +227,9 @@ impl Expected {
         let mut taps = BTreeMap::new();
         let injected = compress(&reference, &shared_plan(), prompt, &mut taps).unwrap();
         let mut text = RunningText::new(&reference, &injected);
-        let calls = std::iter::once(running).chain(steps.chunks(1));
-        let logits = calls.map(|ids| to_tensor(&text.feed(&reference, ids, &mut NoTaps).unwrap()).unwrap()).collect();
+        let read = text.feed(&reference, running, &mut taps).unwrap();
+        let steps = steps.chunks(1).map(|id| text.feed(&reference, id, &mut NoTaps).unwrap());
+        let logits = std::iter::once(read).chain(steps).map(|logits| to_tensor(&logits).unwrap()).collect();
         Self { checkpoint, taps, logits }
     }
 }
@@ -241,20 +242,37 @@ fn sharedllm(subject: &Subject, expected: &Expected, name: &str, target: Target,
     let context = Context { ids, mask: None, running, query_index: running.len() - 1 };
     let mut found = BTreeMap::new();
     let injected = inject(&mut engines, &shared_plan(), context, 1, &mut found, &mut |_| {}).unwrap();
-    let of_tree = (0..SHARED.tree_depth - 1).map(|w| format!("tree.{w}.chosen"));
-    let of_layers = (0..INJECTED).flat_map(|l| ["key", "value"].map(|part| format!("kv.{l}.{part}")));
-    let bounds = |name: &str| Bounds::new(TapKind::of(name), DType::F32);
-    let compared =
-        of_tree.chain(of_layers).map(|tap| judge(&tap, &found[&tap], &expected.taps[&tap], None, &bounds(&tap)));
-    let findings = Findings { taps: compared.collect(), not_comparable: 0 };
-    assert_eq!(findings.taps.len(), SHARED.tree_depth - 1 + 2 * INJECTED);
-    check_all(&what, &findings);
-
     let mut sequence = Sequence::attending_to(&engines, injected, 0).unwrap();
-    let calls = std::iter::once(running).chain(steps.chunks(1));
-    for (ids, expected) in calls.zip(&expected.logits) {
-        let logits = sequence.forward(&mut engines, ids, ids.len()).unwrap();
-        check_logits(&what, &judge("logits", &logits, expected, None, &bounds("logits")), ids.len());
+    let of_layers = engines.signature("decoder").unwrap().taps.iter().filter(|(tap, _)| tap.starts_with("layers."));
+    let (names, values): (Vec<&String>, Vec<&str>) = of_layers.map(|(tap, value)| (tap, value.name.as_str())).unzip();
+    let (logits, tapped) = sequence.forward_tapped(&mut engines, running, running.len(), &values).unwrap();
+    found.extend(names.into_iter().cloned().zip(tapped));
+    let judged = |name: &str, found: &Tensor, expected: &Tensor| {
+        judge(name, found, expected, None, &Bounds::new(TapKind::of(name), DType::F32))
+    };
+    // The engine groups some rows by chunk.
+    let grouped = |value: &Tensor, expected: &Tensor| value.reshaped(expected.shape()).ok();
+    let taps = found.iter().filter_map(|(name, value)| {
+        let expected = expected.taps.get(name)?;
+        Some(judged(name, &grouped(value, expected)?, expected))
+    });
+    let taps: Vec<TapResult> = taps.collect();
+    let has = |end: &str| taps.iter().filter(|tap| tap.name.ends_with(end)).count();
+    assert_eq!([has(".chosen"), has(".cross.out"), has("cross_residual")], [SHARED.tree_depth - 1, INJECTED, INJECTED]);
+    assert!(taps.iter().any(|tap| tap.name == "kv.1.key") && taps.iter().any(|tap| tap.name == "layers.29.out"));
+    // Untrained cross attention drives the streams of the first rows up to 25 000, most of which later layers take away
+    // again: what rounding leaves of that is 2.4e-3 in the logits of one row and less than 5e-4 in all others. They are held
+    // against their scale, as every tap is, and those that generation goes on from against the bound of logits.
+    let all = judged("logits", &logits, &expected.logits[0]);
+    let Difference::Logits { choices, .. } = &all.difference else { panic!("{what}: {all:?}") };
+    assert_eq!((choices.rows, choices.argmax_matches), (RUNNING, RUNNING), "{what}");
+    let taps = taps.into_iter().chain([all]).collect();
+    check_all(&what, &Findings { taps, not_comparable: 0 });
+    let [last, expected_last] = [&logits, &expected.logits[0]].map(|logits| logits.rows(RUNNING - 1..RUNNING));
+    check_logits(&what, &judged("logits", &last, &expected_last), 1);
+    for (id, expected) in steps.chunks(1).zip(&expected.logits[1..]) {
+        let logits = sequence.forward(&mut engines, id, 1).unwrap();
+        check_logits(&what, &judged("logits", &logits, expected), 1);
     }
 }
 
