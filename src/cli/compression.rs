@@ -8,6 +8,7 @@ use accordion::pipeline::compress::{Compression, Homer, Significance};
 use accordion::pipeline::rcc::Rcc;
 use accordion::pipeline::sharedllm::SharedLlm;
 use accordion_calibration::significance::SignificanceTable;
+use accordion_graphs::plan::homer::HomerSettings;
 use accordion_graphs::plan::sharedllm::ChunkPolicy;
 use anyhow::ensure;
 use clap::Args;
@@ -17,18 +18,120 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Compression")]
 pub(crate) struct CompressionArguments {
-    /// Significance table [default: the bundle's]; none prunes by uncalibrated scores
-    #[arg(long, value_name = "FILE|none")]
-    table: Option<PathBuf>,
-    /// Leaves, segments or chunks to run in one batch: a number, or max; more take more memory and less time
-    #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
-    width: usize,
+    #[command(flatten)]
+    table: TableArguments,
+    #[command(flatten)]
+    split: SplitArguments,
     /// Let plain prompts be longer than the model was trained for
     #[arg(long)]
     allow_overlong: bool,
     /// Cut prompts that are longer than rcc takes (600 times its ratio), as the published code does, instead of refusing
     #[arg(long)]
     truncate_prompt: bool,
+}
+
+/// What HOMER prunes by.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Compression")]
+pub(crate) struct TableArguments {
+    /// Significance table [default: the bundle's]; none prunes by uncalibrated scores
+    #[arg(long, value_name = "FILE|none")]
+    table: Option<PathBuf>,
+}
+
+/// The pieces that a context is compressed in.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Compression")]
+pub(crate) struct SplitArguments {
+    /// Leaves, segments or chunks to run in one batch: a number, or max; more take more memory and less time
+    #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
+    width: usize,
+    /// What sharedllm compresses of the prompt: sft (one chunk less than fit), longbench[:N] (all chunks before the last N
+    /// tokens, 3584 if not given) or N chunks; at least one [default: sft]
+    #[arg(long, value_name = "sft|longbench[:N]|N")]
+    chunks: Option<ChunkPolicy>,
+}
+
+/// What of HOMER a command leaves to its user.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pruning<'a> {
+    /// Settings in the place of the bundle's.
+    settings: Option<&'a HomerArguments>,
+    /// A table in the place of the bundle's, or `none`.
+    table: Option<&'a Path>,
+}
+
+impl Pruning<'_> {
+    /// The bundle's settings, and scores as they are: for when it makes no difference which tokens are kept.
+    pub(crate) fn uncalibrated() -> Self {
+        Self { settings: None, table: Some(Path::new("none")) }
+    }
+
+    fn homer(self, bundle: &Bundle, settings: HomerSettings, width: usize) -> anyhow::Result<Homer> {
+        let significance = match self.table {
+            Some(path) if path == Path::new("none") => Some(Significance::Uncalibrated),
+            Some(path) => Some(Significance::Table(Box::new(SignificanceTable::load(path)?))),
+            None => bundle.significance()?.map(|table| Significance::Table(Box::new(table))),
+        };
+        let settings = self.settings.map_or(settings, |flags| flags.overriding(settings));
+        Ok(Homer { settings, significance, width })
+    }
+}
+
+impl TableArguments {
+    /// Whether the flag fits the method.
+    pub(crate) fn check(&self, method: MethodName) -> anyhow::Result<()> {
+        let homer = method == MethodName::Homer;
+        ensure!(homer || self.table.is_none(), "--table is for homer, and the method is {}", method.name());
+        Ok(())
+    }
+
+    /// The flag, beside those of HOMER's settings.
+    pub(crate) fn pruning<'a>(&'a self, settings: Option<&'a HomerArguments>) -> Pruning<'a> {
+        Pruning { settings, table: self.table.as_deref() }
+    }
+}
+
+impl SplitArguments {
+    /// Leaves, segments or chunks in one batch.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// How a prompt is split for sharedllm, if that was given.
+    pub(crate) fn chunks(&self) -> Option<ChunkPolicy> {
+        self.chunks
+    }
+
+    /// Whether the flags fit the method.
+    pub(crate) fn check(&self, method: MethodName) -> anyhow::Result<()> {
+        let shared = method == MethodName::SharedLlm;
+        ensure!(shared || self.chunks.is_none(), "--chunks is for sharedllm, and the method is {}", method.name());
+        Ok(())
+    }
+
+    /// What `method` does to a context, as `bundle` and the flags say.
+    ///
+    /// `method` is the bundle's, or plain.
+    pub(crate) fn compression(
+        &self,
+        bundle: &Bundle,
+        method: MethodName,
+        pruning: Pruning<'_>,
+        allow_overlong: bool,
+    ) -> anyhow::Result<Compression> {
+        let width = self.width;
+        Ok(match bundle.manifest().method {
+            _ if method == MethodName::Plain => Compression::Plain { allow_overlong },
+            Method::Plain => Compression::Plain { allow_overlong },
+            Method::Homer { settings, .. } => Compression::Homer(pruning.homer(bundle, settings, width)?),
+            Method::Rcc { settings } => Compression::Rcc(Rcc { settings, width }),
+            Method::SharedLlm { settings } => {
+                let policy = self.chunks.unwrap_or(ChunkPolicy::FineTuning);
+                Compression::SharedLlm(SharedLlm { settings, policy, width })
+            }
+        })
+    }
 }
 
 impl CompressionArguments {
@@ -40,7 +143,8 @@ impl CompressionArguments {
     /// Whether the flags fit the method.
     pub(crate) fn check(&self, method: MethodName) -> anyhow::Result<()> {
         let name = method.name();
-        ensure!(method == MethodName::Homer || self.table.is_none(), "--table is for homer, and the method is {name}");
+        self.table.check(method)?;
+        self.split.check(method)?;
         ensure!(
             method == MethodName::Plain || !self.allow_overlong,
             "--allow-overlong is for --method plain: {name} keeps positions small by itself"
@@ -60,24 +164,7 @@ impl CompressionArguments {
         homer: Option<&HomerArguments>,
         bundle: &Bundle,
     ) -> anyhow::Result<Compression> {
-        let &Self { width, allow_overlong, .. } = self;
-        Ok(match &bundle.manifest().method {
-            _ if method == MethodName::Plain => Compression::Plain { allow_overlong },
-            Method::Plain => Compression::Plain { allow_overlong },
-            Method::Homer { settings, .. } => {
-                let significance = match &self.table {
-                    Some(path) if path == Path::new("none") => Some(Significance::Uncalibrated),
-                    Some(path) => Some(Significance::Table(Box::new(SignificanceTable::load(path)?))),
-                    None => bundle.significance()?.map(|table| Significance::Table(Box::new(table))),
-                };
-                let settings = homer.map_or(*settings, |flags| flags.overriding(*settings));
-                Compression::Homer(Homer { settings, significance, width })
-            }
-            Method::Rcc { settings } => Compression::Rcc(Rcc { settings: *settings, width }),
-            Method::SharedLlm { settings } => {
-                Compression::SharedLlm(SharedLlm { settings: *settings, policy: ChunkPolicy::FineTuning, width })
-            }
-        })
+        self.split.compression(bundle, method, self.table.pruning(homer), self.allow_overlong)
     }
 
     /// Cuts prompts that rcc does not take, if that is wanted.

@@ -2,7 +2,9 @@
 
 mod bundle;
 mod checkpoint;
+mod compressor;
 mod graph;
+mod pieces;
 mod plan;
 
 use super::output::Output;
@@ -19,7 +21,8 @@ use std::path::PathBuf;
 
 /// Say what a checkpoint, a bundle or a GGUF file holds
 ///
-/// With --context, also what a prompt of these lengths costs and, for a HOMER bundle, its tree.
+/// With --context, also what a prompt of these lengths costs and the tree, segments or chunks that a bundle's method makes
+/// of it.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// Checkpoint or bundle folder, GGUF file, or the name of a model that can be fetched

@@ -1,18 +1,17 @@
 //! `accordion profile`.
 
-use super::common::{EngineArguments, parse_width};
+use super::common::EngineArguments;
+use super::compression::{Pruning, SplitArguments};
 use super::method::MethodName;
 use super::output::Output;
 use super::text::{bytes, grouped, table};
 use super::{Outcome, report::write_aside};
-use accordion::bundle::{Bundle, Method};
+use accordion::bundle::Bundle;
 use accordion::checkpoint::Tokenizer;
 use accordion::environment::Provenance;
 use accordion::pipeline::Engines;
-use accordion::pipeline::compress::{Compression, Homer, Significance};
+use accordion::pipeline::compress::Compression;
 use accordion::pipeline::prompt::{PromptIds, encode_context, read_text};
-use accordion::pipeline::rcc::Rcc;
-use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::profile::ceilings::Ceilings;
 use accordion::profile::load::busy_share;
 use accordion::profile::measure::{Effort, Step, measure, measure_saved, random_tokens, record, work};
@@ -22,7 +21,6 @@ use accordion::profile::stats::Protocol;
 use accordion::profile::trace::OperatorTime;
 use accordion::report::{Report, render};
 use accordion_graphs::plan::PromptLengths;
-use accordion_graphs::plan::sharedllm::ChunkPolicy;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use serde_json::Value;
@@ -64,11 +62,10 @@ pub(crate) struct Arguments {
     /// Longest context to measure plain at [default: all]
     #[arg(long, value_name = "N")]
     plain_up_to: Option<usize>,
-    /// Leaves that may be built in one batch: a number, or max
-    #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
-    width: usize,
+    #[command(flatten)]
+    split: SplitArguments,
     /// Measure questions about a context that `accordion compress` saved for the first bundle, instead of compressing
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["context", "methods", "plain_up_to", "text", "trace"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["context", "methods", "plain_up_to", "chunks", "text", "trace"])]
     state: Option<PathBuf>,
     /// Take the tokens from a file of text
     #[arg(long, value_name = "FILE")]
@@ -259,6 +256,10 @@ impl Arguments {
                 }
             }
         }
+        ensure!(
+            self.split.chunks().is_none() || chosen.iter().any(|(_, method)| *method == MethodName::SharedLlm),
+            "--chunks is for sharedllm, and no bundle is measured by that"
+        );
         let mut cases = Vec::new();
         for &context in &self.context {
             if context == 0 {
@@ -269,30 +270,13 @@ impl Arguments {
                     continue;
                 }
                 let lengths = PromptLengths { prefix: self.prefix, context, suffix: self.suffix };
-                let compression = self.compression(bundle, method);
+                // Which tokens are kept makes no difference to the time.
+                let compression = self.split.compression(bundle, method, Pruning::uncalibrated(), true)?;
                 work(bundle, &compression, lengths)?;
                 cases.push(Case { bundle, compression, lengths });
             }
         }
         Ok(cases)
-    }
-
-    /// What `method` does to a context with the settings of `bundle`.
-    fn compression(&self, bundle: &Bundle, method: MethodName) -> Compression {
-        let width = self.width;
-        match &bundle.manifest().method {
-            _ if method == MethodName::Plain => Compression::Plain { allow_overlong: true },
-            Method::Plain => Compression::Plain { allow_overlong: true },
-            Method::Homer { settings, .. } => {
-                // Which tokens are kept makes no difference to the time.
-                let significance = Some(Significance::Uncalibrated);
-                Compression::Homer(Homer { settings: *settings, significance, width })
-            }
-            Method::Rcc { settings } => Compression::Rcc(Rcc { settings: *settings, width }),
-            Method::SharedLlm { settings } => {
-                Compression::SharedLlm(SharedLlm { settings: *settings, policy: ChunkPolicy::FineTuning, width })
-            }
-        }
     }
 
     /// Measures everything, each configuration in its own process.
@@ -373,6 +357,7 @@ impl Arguments {
     /// Measures one configuration in a process of its own: what a runtime's allocator once took it keeps.
     fn measure_apart(&self, case: &Case<'_>, traced: &mut Vec<Value>, output: &Output) -> anyhow::Result<Measurement> {
         let number = |n: usize| n.to_string();
+        let width = self.split.width();
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("profile").arg(case.bundle.dir()).args(["--in-process", "--methods", case.compression.method()]);
         for (flag, value) in [
@@ -380,13 +365,16 @@ impl Arguments {
             ("--prefix", number(self.prefix)),
             ("--suffix", number(self.suffix)),
             ("--new-tokens", number(self.new_tokens)),
-            ("--width", if self.width == usize::MAX { "max".to_owned() } else { number(self.width) }),
+            ("--width", if width == usize::MAX { "max".to_owned() } else { number(width) }),
             ("--min-runs", self.protocol.min_runs.to_string()),
             ("--min-time", self.protocol.min_time.to_string()),
             ("--budget", self.protocol.budget.to_string()),
             ("--threads", number(threads(output))),
         ] {
             command.arg(flag).arg(value);
+        }
+        if let Compression::SharedLlm(shared) = &case.compression {
+            command.arg("--chunks").arg(shared.policy.to_string());
         }
         if let Some(text) = &self.text {
             command.arg("--text").arg(text);

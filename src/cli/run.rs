@@ -38,7 +38,7 @@ pub(crate) struct Arguments {
     context: Option<String>,
     /// A context compressed before, from `accordion compress`, instead
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "context", "method", "table", "width", "recompress_every", "HomerArguments",
+        "context", "method", "table", "width", "chunks", "recompress_every", "HomerArguments",
     ])]
     state: Option<PathBuf>,
     /// A question about the context; give several to ask them about the same compressed context [default with --state: the

@@ -4,7 +4,7 @@ use super::prompt::PromptIds;
 use super::rcc::Rcc;
 use super::sharedllm::SharedLlm;
 use super::{ContextState, Engines, PipelineError, homer, plain};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Method};
 use crate::taps::{NoTaps, TapSink};
 use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::methods::homer::graph_name;
@@ -65,6 +65,9 @@ impl Compression {
     /// The prompt is too long for the method, or the bundle or the significance table does not fit.
     pub fn check(&self, bundle: &Bundle, lengths: PromptLengths) -> Result<(), PipelineError> {
         match self {
+            Self::Plain { .. } if matches!(bundle.manifest().method, Method::SharedLlm { .. }) => {
+                Err(PipelineError::NoPlainDecoder)
+            }
             Self::Plain { allow_overlong } => {
                 let (length, max_positions) = (lengths.total(), bundle.architecture().max_positions());
                 if length > max_positions && !allow_overlong {

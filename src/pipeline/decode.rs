@@ -3,6 +3,7 @@
 use super::cache::Cache;
 use super::{ContextState, Engines, Injected, PipelineError};
 use crate::tensor::Tensor;
+use std::ops::Range;
 
 /// Name of the decoder's graph.
 pub const DECODER: &str = "decoder";
@@ -134,8 +135,8 @@ impl Sequence {
         Ok((logits.rows(0..1).reshaped(&logits.shape()[1..])?, tapped))
     }
 
-    /// Feeds all of `ids` in pieces of [`PREFILL_ROWS`] and returns the logits `[V]` of the last, none where there are no
-    /// ids. `on_progress` is told the ids done.
+    /// Feeds all of `ids` in pieces of about [`PREFILL_ROWS`] and returns the logits `[V]` of the last, none where there are
+    /// no ids. `on_progress` is told the ids done.
     ///
     /// # Errors
     ///
@@ -147,10 +148,9 @@ impl Sequence {
         mut on_progress: impl FnMut(usize),
     ) -> Result<Vec<f32>, PipelineError> {
         let mut logits = Vec::new();
-        let mut done = 0;
-        for piece in ids.chunks(PREFILL_ROWS) {
-            logits = self.forward(engines, piece, 1)?.to_f32();
-            done += piece.len();
+        for piece in pieces(ids.len()) {
+            let done = piece.end;
+            logits = self.forward(engines, &ids[piece], 1)?.to_f32();
             on_progress(done);
         }
         Ok(logits)
@@ -183,4 +183,31 @@ pub(super) fn token_tensor(ids: &[u32], vocab_size: usize) -> Result<Tensor, Pip
         return Err(PipelineError::TokenId { id, vocab_size });
     }
     Ok(Tensor::from_i64([1, ids.len()], ids.iter().map(|&id| i64::from(id)).collect())?)
+}
+
+/// A text of `length` tokens, piece by piece. None is a single token unless that is all: SharedLLM as released computes
+/// something else in a call of one.
+fn pieces(length: usize) -> impl Iterator<Item = Range<usize>> {
+    let over = usize::from(length > PREFILL_ROWS && length % PREFILL_ROWS == 1);
+    let whole = length - over;
+    (0..whole).step_by(PREFILL_ROWS).map(move |start| {
+        let end = start + PREFILL_ROWS;
+        start..if end >= whole { length } else { end }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_piece_is_a_single_token_unless_that_is_all() {
+        let lengths = |length| pieces(length).map(|piece| piece.len()).collect::<Vec<_>>();
+        assert_eq!(lengths(1), [1]);
+        assert_eq!(lengths(PREFILL_ROWS), [PREFILL_ROWS]);
+        assert_eq!(lengths(PREFILL_ROWS + 1), [PREFILL_ROWS + 1]);
+        assert_eq!(lengths(PREFILL_ROWS + 2), [PREFILL_ROWS, 2]);
+        assert_eq!(lengths(2 * PREFILL_ROWS + 1), [PREFILL_ROWS, PREFILL_ROWS + 1]);
+        assert_eq!(pieces(5000).flatten().collect::<Vec<_>>(), (0..5000).collect::<Vec<_>>());
+    }
 }

@@ -76,6 +76,12 @@ pub enum PipelineError {
         /// Positions of the model.
         max_positions: usize,
     },
+    /// The bundle's decoder attends to a compressed context besides its own cache.
+    #[error(
+        "a bundle of sharedllm has no decoder that reads a context plainly; export the model it was made of with \
+         `accordion export plain`"
+    )]
+    NoPlainDecoder,
     /// The bundle was exported for other lengths.
     #[error(
         "the bundle has no graph '{graph}', which a context of {context} tokens needs (tree height {height}); \
@@ -100,7 +106,7 @@ pub enum PipelineError {
     /// The released code has no rotation for a single token behind so many chunks.
     #[error(
         "{chunks} chunks are too many for heads of {head_dim} as released, where the number of chunks + 1 has to be less; \
-         use fewer or longer chunks, or export with the quirks fixed"
+         use fewer or longer chunks, or export with --quirks fixed"
     )]
     ManyChunks {
         /// Chunks of the context.

@@ -8,7 +8,6 @@
 //! rotation is not defined: `n + 1` has to be less than the width of a head.
 
 use super::decode::{Sequence, token_tensor};
-use super::plain::PREFILL_ROWS;
 use super::prompt::PromptIds;
 use super::{ContextState, Engines, Injected, InjectedLayer, PipelineError};
 use crate::bundle::{Bundle, Method};
@@ -155,26 +154,11 @@ pub fn read(
     engines: &mut Engines<'_>,
     injected: Injected,
     running: &[u32],
-    mut on_progress: impl FnMut(usize),
+    on_progress: impl FnMut(usize),
 ) -> Result<ContextState, PipelineError> {
     let mut sequence = Sequence::attending_to(engines, injected, running.len())?;
-    let mut logits = Vec::new();
-    for piece in pieces(running.len()) {
-        logits = sequence.forward(engines, &running[piece], 1)?.to_f32();
-        on_progress(sequence.len());
-    }
+    let logits = sequence.read(engines, running, on_progress)?;
     sequence.into_state(logits)
-}
-
-/// The running text, piece by piece. As released, a call of one token is another computation, so that none of the pieces
-/// is, unless there is only one token.
-fn pieces(length: usize) -> impl Iterator<Item = Range<usize>> {
-    let over = usize::from(length > PREFILL_ROWS && length % PREFILL_ROWS == 1);
-    let whole = length - over;
-    (0..whole).step_by(PREFILL_ROWS).map(move |start| {
-        let end = start + PREFILL_ROWS;
-        start..if end >= whole { length } else { end }
-    })
 }
 
 /// The inputs of one call over `chunks`.
@@ -245,20 +229,4 @@ fn join_rows(mut parts: Vec<&Tensor>) -> Result<Option<Tensor>, PipelineError> {
         }
     }
     Ok(Some(Tensor::from_f32([1, groups, rows, width], all)?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_piece_is_a_single_token_unless_that_is_all() {
-        let lengths = |length| pieces(length).map(|piece| piece.len()).collect::<Vec<_>>();
-        assert_eq!(lengths(1), [1]);
-        assert_eq!(lengths(PREFILL_ROWS), [PREFILL_ROWS]);
-        assert_eq!(lengths(PREFILL_ROWS + 1), [PREFILL_ROWS + 1]);
-        assert_eq!(lengths(PREFILL_ROWS + 2), [PREFILL_ROWS, 2]);
-        assert_eq!(lengths(2 * PREFILL_ROWS + 1), [PREFILL_ROWS, PREFILL_ROWS + 1]);
-        assert_eq!(pieces(5000).flatten().collect::<Vec<_>>(), (0..5000).collect::<Vec<_>>());
-    }
 }

@@ -290,6 +290,7 @@ fn settings(compression: &Compression) -> Vec<(String, String)> {
             let kept = shared.settings.kept_per_chunk().map_or_else(|_| "?".to_owned(), |kept| kept.to_string());
             vec![
                 named("chunk length", chunk_len.to_string()),
+                named("chunks", shared.policy.to_string()),
                 named("kept per chunk", kept),
                 named("tree depth", tree_depth.to_string()),
                 named("quirks", format!("{quirks:?}").to_lowercase()),

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 use crate::program::{Run, Workspace, command};
+use crate::tiny::{LONG, Tiny};
+use serde_json::{Value, json};
 
 fn inspect(workspace: &Workspace, what: &str, more: &[&str]) -> Run {
     Run::of(command().arg("inspect").arg(workspace.path(what)).args(more))
@@ -31,7 +33,7 @@ fn a_bundle_is_described_with_its_plan() {
     let lengths = ["--context", "100", "--prefix", "3", "--suffix", "4"];
     let found = inspect(&workspace, "bundle", &[&lengths[..], &["--json"]].concat()).json("accordion.inspect/1");
     assert_eq!((&found["kind"], &found["weights"][0]["linked"]), (&"bundle".into(), &true.into()));
-    assert_eq!(found["method"]["tree_heights"], serde_json::json!([0, 1, 2, 3]));
+    assert_eq!(found["method"]["tree_heights"], json!([0, 1, 2, 3]));
     let decoder = found["graphs"].as_array().unwrap().iter().find(|graph| graph["name"] == "decoder").unwrap();
     assert_eq!(decoder["inputs"][0]["name"], "input_ids");
     // 100 tokens in leaves of at most 32 - 7 are exactly four of 25.
@@ -50,6 +52,56 @@ fn a_bundle_is_described_with_its_plan() {
     workspace.export("homer", "small", &["--context", "30", "--max-chunk-len", "32", "--layers-warmup", "1"]).output();
     let longer = inspect(&workspace, "small", &["--context", "100"]).output();
     assert!(longer.contains("not in the bundle: merge.4-4, merge.5-5; export with --context 100"), "{longer}");
+}
+
+#[test]
+fn a_bundle_of_rcc_is_described_with_its_segments() {
+    let tiny = Tiny::rcc(|_| {});
+    let inspect = |context: usize| -> Value {
+        let context = context.to_string();
+        let arguments = ["inspect", "rcc", "--json", "--suffix", "5", "--context", &context];
+        serde_json::from_str(&tiny.succeed(&arguments)).unwrap()
+    };
+    // Segments of 64, 8 tokens to a slot: a short text is repeated, a longer one preceded by its end.
+    for (context, padding, repeats, count) in
+        [(1, 0, 64, 1), (16, 0, 4, 1), (23, 18, 2, 1), (64, 0, 1, 1), (65, 63, 1, 2), (128, 64, 1, 3), (150, 42, 1, 3)]
+    {
+        let plan = &inspect(context)["plan"];
+        let expected = json!({
+            "count": count, "window": 64, "padding": padding, "repeats": repeats, "slots": 8 * count,
+            "slots_per_segment": 8,
+        });
+        assert_eq!(plan["segments"], expected, "{context}");
+        assert_eq!(plan["state_tokens"], 8 * count + 5);
+    }
+    // The plan's state is that of the file that is written.
+    let compress = ["compress", "rcc", "--context", "long.txt", "--prompt", " Who?", "-o", "state", "--json"];
+    let written: Value = serde_json::from_str(&tiny.succeed(&compress)).unwrap();
+    let plan = &inspect(LONG.len())["plan"];
+    assert_eq!((&plan["state_bytes"], &plan["state_tokens"]), (&written["cache_bytes"], &written["tokens_kept"]));
+    let [compressed, plain] = ["operations", "plain_operations"].map(|kind| plan[kind]["linear"].as_u64().unwrap());
+    assert!(compressed > 0 && plain > 0 && compressed != plain);
+
+    let text = tiny.succeed(&["inspect", "rcc", "--context", "150"]);
+    for word in [
+        "3 of 64 tokens: the text, behind 42 tokens of its end",
+        "24, 8 of a segment",
+        "Llama, 4 layers, hidden 64",
+        "5, to the embedding and behind 4 layers",
+    ] {
+        assert!(text.contains(word), "{word} is not in\n{text}");
+    }
+    let checkpoint = tiny.succeed(&["inspect", "checkpoint"]);
+    for word in ["rcc: windows of 64, 8 tokens per slot", "encoder", "maps"] {
+        assert!(checkpoint.contains(word), "{word} is not in\n{checkpoint}");
+    }
+    for (context, suffix, message) in [
+        ("0", "5", "context length is 0, expected at least 1 token"),
+        ("9", "4801", "prompt length is 4801, expected at most 600 x ratio = 4800"),
+    ] {
+        let refused = tiny.refuse(&["inspect", "rcc", "--context", context, "--suffix", suffix]);
+        assert!(refused.contains(message), "{refused}");
+    }
 }
 
 #[test]

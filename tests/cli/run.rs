@@ -373,3 +373,47 @@ fn prompts_that_rcc_does_not_take_are_cut_or_refused() {
         assert!(message.contains(expected), "{arguments:?}: {message}");
     }
 }
+
+/// Lengths at which RCC's published code stops, or takes another way than for others.
+#[test]
+fn contexts_of_every_length_are_compressed_by_rcc() {
+    let tiny = Tiny::rcc(|_| {});
+    let text = LONG.repeat(3);
+    let run = |length: usize| {
+        std::fs::write(tiny.path("long.txt"), &text[..length]).unwrap();
+        rcc(&tiny, &[])
+    };
+    // Proper divisors of the window, with which the published code ends in an error; what does not divide it; the window,
+    // a token more, and a multiple.
+    for (length, segments) in [(1, 1), (16, 1), (32, 1), (23, 1), (64, 1), (65, 2), (128, 3)] {
+        let report = run(length);
+        assert_eq!(
+            (&report["tokens_kept"], ids(&report).len()),
+            (&(8 * segments + " Who?".len()).into(), 20),
+            "{length}"
+        );
+    }
+    // What is repeated until it fills the window is compressed as if it had been written so.
+    std::fs::write(tiny.path("long.txt"), text[..16].repeat(4)).unwrap();
+    assert_eq!(ids(&rcc(&tiny, &[])), ids(&run(16)));
+    std::fs::write(tiny.path("long.txt"), "").unwrap();
+    let refused = tiny.refuse(&["run", "rcc", "--context", "long.txt", "--prompt", "?"]);
+    assert!(refused.contains("the context is empty"), "{refused}");
+}
+
+#[test]
+fn rcc_is_not_exported_with_settings_that_contradict_each_other() {
+    let tiny = Tiny::rcc(|_| {});
+    for (arguments, expected) in [
+        (&["--ratio", "3"][..], "ratio is 3, expected a divisor of the window, 64"),
+        (&["--ratio", "0"], "ratio is 0"),
+        (&["--ratio", "128"], "ratio is 128, expected a divisor of the window, 64"),
+        (&["--window", "0"], "window is 0"),
+        (&["--window", "100"], "ratio is 8, expected a divisor of the window, 100"),
+        (&["--pairs"], "number of encoder layers is 4, expected at least 8, two for every decoder layer"),
+    ] {
+        let refused = tiny.refuse(&[&["export", "rcc", "checkpoint", "refused"], arguments].concat());
+        assert!(refused.contains(expected), "{arguments:?}: {refused}");
+        assert!(!tiny.path("refused").exists());
+    }
+}

@@ -135,6 +135,42 @@ fn variations() -> Vec<(&'static str, SharedLlmCase)> {
     ]
 }
 
+/// Chunks of one token over and over: their halves are equal, and of equals the left one is split further.
+#[test]
+fn of_equal_halves_the_left_one_is_split() {
+    let mut case = case("q4");
+    case.context_ids.fill(7);
+    for quirks in [Quirks::Faithful, Quirks::Fixed] {
+        let expected = Reference.sharedllm(&case, quirks).unwrap();
+        for mut graphs in Graphs::all() {
+            let found = graphs.sharedllm(&case, quirks).unwrap();
+            let mut ties = 0;
+            for w in 0..case.tree_depth - 1 {
+                let similarity = found[&format!("tree.d{w}.sim")].to_f32();
+                let chosen = found[&format!("tree.d{w}.chosen")].as_i64().unwrap();
+                for (node, &chosen) in chosen.iter().enumerate() {
+                    let [left, right] = match quirks {
+                        Quirks::Faithful => [2 * node, 2 * node + 1],
+                        Quirks::Fixed => [node, case.chunks() + node],
+                    };
+                    if similarity[left].to_bits() == similarity[right].to_bits() {
+                        ties += 1;
+                        assert_eq!(chosen, 0, "{quirks:?}, {}", graphs.name());
+                    }
+                }
+            }
+            assert!(ties > 0, "{quirks:?}, {}", graphs.name());
+            // Whichever it is, what is kept is the same.
+            let mut result = Comparison::new("");
+            for name in ["kv.layer1.key", "kv.layer1.value", "prefill.logits", "decode.3.logits"] {
+                result.compare(name, &expected[name], &found, SINGLE);
+            }
+            let findings: Vec<_> = result.findings().collect();
+            assert_eq!(result.verdict(), Verdict::Pass, "{quirks:?}, {}: {findings:?}", graphs.name());
+        }
+    }
+}
+
 /// What no golden has: the graphs and the reference agree.
 #[test]
 fn other_settings_agree_with_the_reference() {

@@ -1,6 +1,10 @@
 //! SharedLLM: how a context splits into chunks, how a chunk splits into a tree of nodes, and how many tokens of each node
 //! are kept.
 
+mod policy;
+
+pub use policy::ChunkPolicy;
+
 use super::{OperationCount, PlanError, PromptLengths};
 use crate::architecture::Architecture;
 use serde::{Deserialize, Serialize};
@@ -43,18 +47,6 @@ pub struct SharedLlmSettings {
     pub retrieval: bool,
     /// Which computation.
     pub quirks: Quirks,
-}
-
-/// How many chunks of the prompt's beginning the lower model reads; the upper model reads the rest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ChunkPolicy {
-    /// This many chunks.
-    Chunks(usize),
-    /// As in fine-tuning: one less than fit into the prompt, at least one.
-    FineTuning,
-    /// As for `LongBench`: as many as fit while this many tokens stay for the upper model, at least one.
-    LeaveRunning(usize),
 }
 
 /// One level of the tree.
@@ -150,17 +142,6 @@ impl Keep {
         };
         let expected = format!("1 to {node_len} tokens, the length of a node");
         Err(PlanError::OutOfRange { what: "number of kept tokens", found, expected })
-    }
-}
-
-impl ChunkPolicy {
-    /// Chunks of `chunk_len` tokens for a prompt of `total` tokens.
-    fn chunks(self, total: usize, chunk_len: usize) -> usize {
-        match self {
-            Self::Chunks(count) => count,
-            Self::FineTuning => (total / chunk_len).saturating_sub(1).max(1),
-            Self::LeaveRunning(running) => (total.saturating_sub(running) / chunk_len).max(1),
-        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! What several evaluations share: who takes part, grids, framing, and the run itself.
 
 use super::super::Outcome;
-use super::super::common::{EngineArguments, HomerArguments, parse_width};
+use super::super::common::{EngineArguments, HomerArguments};
+use super::super::compression::{SplitArguments, TableArguments};
 use super::super::method::MethodName;
 use super::super::output::Output;
 use super::tables;
-use accordion::bundle::{Bundle, Method};
+use accordion::bundle::Bundle;
 use accordion::checkpoint::Tokenizer;
 use accordion::eval::contender::Contender;
 use accordion::eval::haystack::{Frame, Grid};
@@ -13,15 +14,11 @@ use accordion::eval::rows::Rows;
 use accordion::eval::session::Session;
 use accordion::eval::summary::summarise;
 use accordion::eval::task::{Settings, Task};
-use accordion::pipeline::compress::{Compression, Homer, Significance};
+use accordion::pipeline::compress::Compression;
 use accordion::pipeline::prompt::Framing;
-use accordion::pipeline::rcc::Rcc;
-use accordion::pipeline::sharedllm::SharedLlm;
-use accordion_calibration::significance::SignificanceTable;
-use accordion_graphs::plan::sharedllm::ChunkPolicy;
 use anyhow::{Context, ensure};
 use clap::Args;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// What every evaluation has.
@@ -42,12 +39,10 @@ pub(super) struct CommonArguments {
     /// Append one JSON line per sample to this file, and take from it what is there already
     #[arg(short, long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Significance table [default: the bundle's]; none prunes by uncalibrated scores
-    #[arg(long, value_name = "FILE|none")]
-    table: Option<PathBuf>,
-    /// Leaves to build in one batch: a number, or max; more of them take more memory and less time
-    #[arg(long, value_name = "N|max", default_value = "1", value_parser = parse_width)]
-    width: usize,
+    #[command(flatten)]
+    table: TableArguments,
+    #[command(flatten)]
+    split: SplitArguments,
     #[command(flatten)]
     homer: HomerArguments,
     #[command(flatten)]
@@ -138,6 +133,9 @@ impl CommonArguments {
         output: &Output,
     ) -> anyhow::Result<Outcome> {
         let contenders = self.contenders(bundle)?;
+        if self.against.is_none() && MethodName::of(bundle) == MethodName::SharedLlm {
+            output.remark("only sharedllm is measured: its bundle has no decoder that reads a context plainly");
+        }
         let explains = contenders.iter().any(|one| matches!(one.compression(), Compression::Homer(_)));
         ensure!(explains || !explain, "--explain is for homer, and no one here is");
         let manifest = bundle.manifest();
@@ -198,25 +196,14 @@ impl CommonArguments {
 
     /// The bundle's method, as the flags say.
     fn method(&self, bundle: &Bundle) -> anyhow::Result<Contender> {
-        let exported = &bundle.manifest().method;
-        let homer = matches!(exported, Method::Homer { .. });
-        ensure!(homer || self.table.is_none(), "--table is for homer, and the method is {}", exported.name());
-        let width = self.width;
-        Ok(Contender::method(match exported {
-            Method::Plain => return Ok(Contender::plain(self.plain_up_to)),
-            Method::Homer { settings, .. } => {
-                let significance = match &self.table {
-                    Some(path) if path == Path::new("none") => Some(Significance::Uncalibrated),
-                    Some(path) => Some(Significance::Table(Box::new(SignificanceTable::load(path)?))),
-                    None => bundle.significance()?.map(|table| Significance::Table(Box::new(table))),
-                };
-                Compression::Homer(Homer { settings: self.homer.overriding(*settings), significance, width })
-            }
-            Method::Rcc { settings } => Compression::Rcc(Rcc { settings: *settings, width }),
-            Method::SharedLlm { settings } => {
-                Compression::SharedLlm(SharedLlm { settings: *settings, policy: ChunkPolicy::FineTuning, width })
-            }
-        }))
+        let method = MethodName::of(bundle);
+        self.table.check(method)?;
+        self.split.check(method)?;
+        if method == MethodName::Plain {
+            return Ok(Contender::plain(self.plain_up_to));
+        }
+        let pruning = self.table.pruning(Some(&self.homer));
+        Ok(Contender::method(self.split.compression(bundle, method, pruning, true)?))
     }
 }
 

@@ -1,9 +1,9 @@
 //! What a bundle holds.
 
-use super::{Described, architecture, facts};
+use super::{Described, architecture, compressor, facts};
 use crate::cli::text::{bytes, grouped, table};
 use accordion::bundle::{Bundle, Method};
-use accordion_graphs::architecture::Architecture;
+use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::onnx::{GraphSignature, ValueInfo, module_pattern};
 use accordion_graphs::plan::sharedllm::Quirks;
@@ -20,6 +20,8 @@ pub(super) struct Description<'b> {
     target: Target,
     precision: &'b str,
     architecture: &'b Architecture,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compressor: Option<&'b Compressor>,
     fingerprint: &'b str,
     weights: Vec<Weights<'b>>,
     significance: Option<Table>,
@@ -89,6 +91,7 @@ pub(super) fn describe(bundle: &Bundle) -> anyhow::Result<Description<'_>> {
         target: manifest.target,
         precision: &manifest.precision,
         architecture: &manifest.architecture,
+        compressor: manifest.compressor.as_ref(),
         fingerprint: &manifest.fingerprint,
         weights: weights.collect(),
         significance,
@@ -116,6 +119,7 @@ impl Described for Description<'_> {
         };
         rows.push(("graphs for", format!("{target}, {}", self.precision)));
         rows.extend(architecture(self.architecture));
+        rows.extend(self.compressor.iter().flat_map(|compressor| compressor::rows(compressor, self.architecture)));
         for file in &self.weights {
             let how = match file.linked {
                 Some(true) => ", linked",
@@ -151,7 +155,8 @@ impl Table {
     }
 }
 
-fn method(method: &Method) -> String {
+/// A method and its settings.
+pub(super) fn method(method: &Method) -> String {
     match method {
         Method::Plain => "plain".to_owned(),
         Method::Homer { settings, tree_heights } => {

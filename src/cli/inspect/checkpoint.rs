@@ -1,9 +1,10 @@
 //! What a checkpoint folder or a GGUF file holds.
 
-use super::{Described, architecture, facts};
+use super::{Described, architecture, bundle, compressor, facts};
 use crate::cli::text::{approximate, bytes, grouped};
+use accordion::bundle::Method;
 use accordion::checkpoint::{Checkpoint, GgufFacts};
-use accordion_graphs::architecture::Architecture;
+use accordion_graphs::architecture::{Architecture, Compressor};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -26,7 +27,18 @@ struct Folder {
     fingerprint: String,
     weight_bytes: u64,
     files: Vec<String>,
+    /// Further names of tensors.
+    aliases: usize,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    trained: Option<Trained>,
     tokenizer: Option<Tokenizer>,
+}
+
+/// What a checkpoint that was trained for a method has besides its decoder.
+#[derive(Serialize)]
+struct Trained {
+    method: Method,
+    compressor: Compressor,
 }
 
 #[derive(Serialize)]
@@ -51,6 +63,8 @@ pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Description> {
     let folder = Folder {
         fingerprint: checkpoint.fingerprint(),
         weight_bytes: weights.byte_count(),
+        aliases: weights.aliases().len(),
+        trained: trained(checkpoint),
         files: names.map(|name| name.to_string_lossy().into_owned()).collect(),
         tokenizer: tokenizer.map(|tokenizer| Tokenizer {
             vocab_size: tokenizer.vocab_size(),
@@ -60,6 +74,12 @@ pub(super) fn describe(checkpoint: &Checkpoint) -> anyhow::Result<Description> {
         }),
     };
     Ok(Description::new("checkpoint", model.clone(), weights.parameter_count(), dtypes, Some(folder)))
+}
+
+fn trained(checkpoint: &Checkpoint) -> Option<Trained> {
+    let rcc = checkpoint.rcc_settings().map(|settings| Method::Rcc { settings });
+    let shared = checkpoint.sharedllm_settings().map(|settings| Method::SharedLlm { settings });
+    Some(Trained { method: rcc.or(shared)?, compressor: checkpoint.compressor()?.clone() })
 }
 
 /// Describes a GGUF file.
@@ -88,6 +108,10 @@ impl Description {
 impl Described for Description {
     fn in_words(&self) -> String {
         let mut rows = architecture(&self.architecture);
+        if let Some(Trained { method, compressor }) = self.folder.as_ref().and_then(|folder| folder.trained.as_ref()) {
+            rows.insert(0, ("trained for", bundle::method(method)));
+            rows.extend(compressor::rows(compressor, &self.architecture));
+        }
         rows.push(("parameters", format!("{} ({})", grouped(self.parameters), approximate(self.parameters))));
         let dtypes: Vec<String> = self.dtypes.iter().map(|(dtype, count)| format!("{dtype} ({count})")).collect();
         rows.push(("tensors", dtypes.join(", ")));
@@ -101,6 +125,12 @@ impl Described for Description {
                     several => format!("{} files", several.len()),
                 };
                 rows.push(("weights", format!("{} in {files}", bytes(folder.weight_bytes))));
+                if folder.aliases > 0 {
+                    rows.push((
+                        "aliases",
+                        format!("{} tensors are others of these under further names", folder.aliases),
+                    ));
+                }
                 rows.push(("tokenizer", folder.tokenizer.as_ref().map_or("none".to_owned(), Tokenizer::in_words)));
                 rows.push(("fingerprint", folder.fingerprint.clone()));
                 "checkpoint"

@@ -1,7 +1,11 @@
 //! What a prompt of given lengths takes.
 
+use super::pieces::{Chunks, Segments, Split};
 use crate::cli::text::{bytes, grouped, operations, table};
 use accordion::bundle::{Bundle, Method};
+use accordion::pipeline::compress::Compression;
+use accordion::pipeline::rcc::Rcc;
+use accordion::profile::measure::work;
 use accordion::report::PlanSummary;
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::methods::homer::graph_name;
@@ -9,42 +13,70 @@ use accordion_graphs::plan::homer::HomerPlan;
 use accordion_graphs::plan::{OperationCount, PlanError, PromptLengths};
 use serde::Serialize;
 
-/// Operations and memory of one prompt, and the tree that takes them.
+/// Operations and memory of one prompt, and what takes them.
 #[derive(Serialize)]
 pub(super) struct Cost {
     prompt: PromptLengths,
     operations: OperationCount,
-    /// The context state: tokens in the cache, and bytes of its keys and values as fp32.
+    /// The context state: tokens in the cache, and bytes of its keys and values as fp32, injected ones included.
     state_tokens: usize,
     state_bytes: u64,
     /// The same prompt through the whole model.
     plain_operations: OperationCount,
     plain_state_bytes: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tree: Option<PlanSummary>,
+    #[serde(flatten)]
+    steps: Option<Steps>,
     /// Graphs that the plan needs and the bundle does not have.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     missing_graphs: Vec<String>,
+}
+
+/// How a method gets from the prompt to the state.
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Steps {
+    Tree(PlanSummary),
+    Segments(Segments),
+    Chunks(Chunks),
 }
 
 /// Plans for the method of `bundle`.
 pub(super) fn of_bundle(bundle: &Bundle, lengths: PromptLengths) -> anyhow::Result<Cost> {
     let model = bundle.architecture();
     let plain = plain(model, lengths)?;
-    let Method::Homer { settings, .. } = &bundle.manifest().method else {
-        return Ok(plain);
-    };
-    let plan = HomerPlan::new(model.num_layers(), lengths, *settings)?;
-    let needed = plan.layers.iter().enumerate().map(|(level, layers)| graph_name(level, layers));
-    let state_tokens = plan.root().out_len;
-    Ok(Cost {
-        operations: plan.operations(model),
-        state_tokens,
-        state_bytes: state_bytes(model, state_tokens),
-        missing_graphs: needed.filter(|name| bundle.signature(name).is_none()).collect(),
-        tree: Some(PlanSummary::from(&plan)),
-        ..plain
-    })
+    match bundle.manifest().method {
+        Method::Plain => Ok(plain),
+        Method::Homer { settings, .. } => {
+            let plan = HomerPlan::new(model.num_layers(), lengths, settings)?;
+            let needed = plan.layers.iter().enumerate().map(|(level, layers)| graph_name(level, layers));
+            let state_tokens = plan.root().out_len;
+            Ok(Cost {
+                operations: plan.operations(model),
+                state_tokens,
+                state_bytes: state_bytes(model, state_tokens),
+                missing_graphs: needed.filter(|name| bundle.signature(name).is_none()).collect(),
+                steps: Some(Steps::Tree(PlanSummary::from(&plan))),
+                ..plain
+            })
+        }
+        Method::Rcc { settings } => {
+            let rcc = Rcc { settings, width: 1 };
+            let plan = rcc.plan(bundle, lengths)?;
+            let state_tokens = plan.slots + lengths.suffix;
+            Ok(Cost {
+                operations: work(bundle, &Compression::Rcc(rcc), lengths)?.0,
+                state_tokens,
+                state_bytes: state_bytes(model, state_tokens),
+                steps: Some(Steps::Segments(Segments::from(&plan))),
+                ..plain
+            })
+        }
+        Method::SharedLlm { settings } => {
+            let chunks = Chunks::new(bundle, settings, lengths)?;
+            let Split { operations, running, state_bytes, .. } = chunks.default;
+            Ok(Cost { operations, state_tokens: running, state_bytes, steps: Some(Steps::Chunks(chunks)), ..plain })
+        }
+    }
 }
 
 /// Plans for the whole model over the whole prompt.
@@ -69,7 +101,7 @@ pub(super) fn plain(model: &Architecture, prompt: PromptLengths) -> Result<Cost,
         state_bytes,
         plain_operations: operations,
         plain_state_bytes: state_bytes,
-        tree: None,
+        steps: None,
         missing_graphs: Vec::new(),
     })
 }
@@ -82,7 +114,11 @@ impl Cost {
     pub(super) fn in_words(&self) -> String {
         let PromptLengths { prefix, context, suffix } = self.prompt;
         let OperationCount { linear, attention } = self.operations;
-        let plain = |what: String| if self.tree.is_some() { format!("; plain {what}") } else { String::new() };
+        let plain = |what: String| if self.steps.is_some() { format!("; plain {what}") } else { String::new() };
+        let injected = match &self.steps {
+            Some(Steps::Chunks(chunks)) => chunks.injected(),
+            _ => String::new(),
+        };
         let mut lines = vec![
             format!("prompt of {prefix} + {context} + {suffix} tokens (prefix, context, suffix)"),
             format!(
@@ -93,13 +129,20 @@ impl Cost {
                 plain(operations(self.plain_operations.total())),
             ),
             format!(
-                "  state       {} tokens, {} as fp32{}",
+                "  state       {} tokens{injected}, {} as fp32{}",
                 grouped(self.state_tokens as u64),
                 bytes(self.state_bytes),
                 plain(bytes(self.plain_state_bytes)),
             ),
         ];
-        lines.extend(self.tree.as_ref().map(|tree| levels(tree).trim_end().to_owned()));
+        lines.extend(self.steps.as_ref().map(|steps| {
+            let text = match steps {
+                Steps::Tree(tree) => levels(tree),
+                Steps::Segments(segments) => segments.in_words(),
+                Steps::Chunks(chunks) => chunks.in_words(),
+            };
+            text.trim_end().to_owned()
+        }));
         if !self.missing_graphs.is_empty() {
             let missing = self.missing_graphs.join(", ");
             lines.push(format!("  not in the bundle: {missing}; export with --context {context} to run this prompt"));
