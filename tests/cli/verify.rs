@@ -2,8 +2,10 @@
 
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
 use accordion::checkpoint::{Checkpoint, config_json};
-use accordion::goldens::HomerCase;
+use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
+use accordion::verify::golden::{rcc, sharedllm};
 use accordion_graphs::blocks::Target;
+use accordion_graphs::plan::sharedllm::Quirks;
 use onnx_protobuf::{ModelProto, NodeProto};
 use protobuf::Message;
 use serde_json::Value;
@@ -16,7 +18,11 @@ use std::process::{Command, Output};
 const CONTEXT: usize = 60;
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/goldens/homer/homer_{name}.json"))
+    goldens().join(format!("homer/homer_{name}.json"))
+}
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
 }
 
 fn verify(arguments: &[&str]) -> Output {
@@ -211,7 +217,8 @@ fn the_plain_decoder_is_compared_row_by_row() {
     });
     let (code, report) = run(&bundle, &["--context", "40"]);
     assert_eq!((code, &report["first_failure"]), (Some(1), &"logits".into()));
-    assert_eq!(count(&report)[2], 1);
+    // Of the context, and of the teacher's tokens.
+    assert_eq!(count(&report)[2], 2);
 }
 
 #[test]
@@ -240,6 +247,91 @@ fn a_golden_case_is_held_against_reference_and_graphs() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("the first to fail is reference.node.h0.i0.out_hidden"), "{text}");
+}
+
+/// Makes the graphs whose names begin with `kind` read the weight `to` where they read `from`.
+fn rewire(bundle: &Path, kind: &str, from: &str, to: &str) {
+    edit_graphs(bundle, kind, |model| {
+        let inputs = model.graph.as_mut().unwrap().node.iter_mut().flat_map(|node| &mut node.input);
+        let read: Vec<&mut String> = inputs.filter(|input| input.ends_with(from)).collect();
+        assert!(!read.is_empty(), "nothing reads {from}");
+        for input in read {
+            *input = input.replace(from, to);
+        }
+    });
+}
+
+fn scopes(report: &Value) -> Vec<&str> {
+    report["scopes"].as_array().unwrap().iter().map(|scope| scope["name"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn an_rcc_bundle_is_compared_segment_by_segment() {
+    let case = RccCase::open(&goldens().join("rcc/qwen2_r8.config.json")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = rcc::bundle(&case, Target::OrtCpu, folder.path()).unwrap().dir().to_owned();
+    let (code, report) = run(&bundle, &[]);
+    assert_eq!(code, Some(0), "{report:#}");
+    let expected = ["weights", "segments.0", "segments.1", "segments.2", "prompt", "teacher", "cache"];
+    assert_eq!(scopes(&report), expected);
+    let [all, 0, 0, 0] = count(&report) else { panic!("{report:#}") };
+    let less = ["nodes", "result"].map(|taps| count(&run(&bundle, &["--taps", taps, "--context", "40"]).1));
+    assert!(all > less[0][0] && less[0][0] > less[1][0] && less[1][0] > 8, "{all} {less:?}");
+    assert!(less.iter().all(|[_, other @ ..]| *other == [0; 3]), "{less:?}");
+
+    rewire(&bundle, "encoder", "A_matrix.1.weight", "A_matrix.0.weight");
+    let (code, report) = run(&bundle, &[]);
+    assert_eq!((code, &report["first_failure"]), (Some(1), &"segments.0.maps.2".into()));
+}
+
+#[test]
+fn a_sharedllm_bundle_is_compared_from_the_tree_to_the_last_token() {
+    for (quirks, depth) in [(Quirks::Faithful, 3), (Quirks::Fixed, 2), (Quirks::Faithful, 1)] {
+        let mut case = SharedLlmCase::open(&goldens().join("sharedllm/case_q4.json")).unwrap();
+        case.tree_depth = depth;
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = sharedllm::bundle(&case, case.weights_path(), quirks, Target::OrtCpu, folder.path()).unwrap();
+        let (code, report) = run(bundle.dir(), &["--steps", "3"]);
+        assert_eq!(code, Some(0), "{quirks:?}, {depth}: {report:#}");
+        let [all, 0, 0, 0] = count(&report) else { panic!("{report:#}") };
+        for part in ["tree.0", "kv.0", "running", "teacher", "steps.0", "steps.2", "cache"] {
+            assert!(scopes(&report).contains(&part), "{part}: {report:#}");
+        }
+        let arguments = ["--steps", "3", "--taps", "result", "--width", "2", "--operators", "portable"];
+        let (code, less) = run(bundle.dir(), &arguments);
+        assert_eq!(code, Some(0), "{quirks:?}, {depth}: {less:#}");
+        assert!(count(&less)[0] < all && count(&less)[0] > 10);
+
+        let [own, other] = [0, 1].map(|layer| format!("layers.{layer}.cross_attn.o_proj.weight"));
+        rewire(bundle.dir(), "decoder", &own, &other);
+        let (code, report) = run(bundle.dir(), &["--steps", "1"]);
+        assert_eq!((code, &report["first_failure"]), (Some(1), &"running.layers.0.cross_residual".into()));
+    }
+}
+
+#[test]
+fn golden_cases_of_every_method_are_found_by_their_files() {
+    for (path, method, parts) in [
+        ("rcc/mamba_pairs.config.json", "rcc", &["reference", "portable", "ort-cpu"][..]),
+        ("rcc/neox_r32.cases.safetensors", "rcc", &["reference", "portable", "ort-cpu"]),
+        (
+            "sharedllm/case_lm3.json",
+            "sharedllm",
+            &["reference", "portable", "ort-cpu", "reference fixed", "portable fixed", "ort-cpu fixed"],
+        ),
+    ] {
+        let output = verify(&["--golden", goldens().join(path).to_str().unwrap(), "--json"]);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{path}: {report:#}");
+        assert_eq!((&report["subject"]["method"], scopes(&report)), (&method.into(), parts.to_vec()));
+        assert_eq!(count(&report)[1..], [0; 3]);
+    }
+    let output = verify(&["--golden", "/nowhere/tokenizer.json"]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.code() == Some(2) && error.contains("not a golden case; expected homer_<case>.json"),
+        "{error}"
+    );
 }
 
 #[test]

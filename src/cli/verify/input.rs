@@ -63,7 +63,7 @@ impl Chosen {
             Plan::Homer(plan, _) => {
                 Some(("tree", format!("height {}, {} nodes, width {width}", plan.tree_height, plan.nodes.len())))
             }
-            Plan::Rcc(plan) => Some(("segments", format!("{} of {} slots in all", plan.segments, plan.slots))),
+            Plan::Rcc(plan) => Some(("segments", format!("{}, {} slots", plan.segments, plan.slots))),
             Plan::SharedLlm(plan) => {
                 let (levels, kept) = (plan.levels.len(), plan.kept_per_chunk);
                 Some(("chunks", format!("{}, {levels} levels, {kept} tokens kept of each, width {width}", plan.chunks)))
