@@ -148,9 +148,7 @@ fn runs(pieces: &[String], passed: &[usize], leaf_tokens: usize) -> Vec<Part> {
     for (place, (piece, &levels)) in pieces.iter().zip(passed).enumerate() {
         let leaf_starts = place.is_multiple_of(leaf_tokens.max(1));
         match parts.last_mut() {
-            Some(Part::Run { text, tokens, passed })
-                if *passed == levels && *tokens < LONGEST_RUN && !leaf_starts =>
-            {
+            Some(Part::Run { text, tokens, passed }) if *passed == levels && *tokens < LONGEST_RUN && !leaf_starts => {
                 text.push_str(piece);
                 *tokens += 1;
             }
@@ -186,8 +184,7 @@ mod tests {
         let followed = follow(&plan, &kept);
         let passed = passed(&plan, &followed);
         assert_eq!(passed, [1, 2, 2, 2, 0, 0, 0, 0, 2, 0, 1, 2, 0, 0, 0, 2]);
-        let found: Vec<_> =
-            levels(&plan, &followed).iter().map(|l| (l.height, l.nodes, l.entered, l.left)).collect();
+        let found: Vec<_> = levels(&plan, &followed).iter().map(|l| (l.height, l.nodes, l.entered, l.left)).collect();
         assert_eq!(found, [(0, 2, 16, 8), (1, 1, 8, 6)]);
 
         let pieces: Vec<String> = (0..16).map(|i| char::from(b'a' + i).to_string()).collect();
@@ -218,10 +215,7 @@ mod tests {
 
     #[test]
     fn both_kinds_of_parts_come_back_from_json() {
-        let parts = [
-            Part::Run { text: "x".into(), tokens: 1, passed: 2 },
-            Part::Omitted { omitted: 7, kept: 1 },
-        ];
+        let parts = [Part::Run { text: "x".into(), tokens: 1, passed: 2 }, Part::Omitted { omitted: 7, kept: 1 }];
         let json = serde_json::to_string(&parts).unwrap();
         assert_eq!(json, r#"[{"text":"x","tokens":1,"passed":2},{"omitted":7,"kept":1}]"#);
         assert_eq!(serde_json::from_str::<Vec<Part>>(&json).unwrap(), parts);

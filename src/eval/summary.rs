@@ -3,8 +3,8 @@
 use super::contender::Contender;
 use super::perplexity::OPENING;
 use super::schema::{
-    BucketPerplexity, Cell, CellResult, Comparison, LevelSurvival, MethodSettings, Outcome, Row, RowKey, Running, SCHEMA,
-    Summary,
+    BucketPerplexity, Cell, CellResult, Comparison, LevelSurvival, MethodSettings, Outcome, Row, RowKey, Running,
+    SCHEMA, Summary,
 };
 use super::session::Session;
 use super::stats::{mean, wilson};
@@ -78,8 +78,10 @@ fn evaluation(mut rows: Vec<Row>) -> Option<Summary> {
 /// The method of `one`; where others of `all` have the same, with the settings in which it differs from them.
 fn name_among(one: &MethodSettings, all: &[MethodSettings]) -> String {
     let namesakes: Vec<&MethodSettings> = all.iter().filter(|other| other.method == one.method).collect();
-    let differs = |(name, value): &(&String, &String)| namesakes.iter().any(|other| other.settings.get(*name) != Some(value));
-    let told: Vec<String> = one.settings.iter().filter(differs).map(|(name, value)| format!("{name} {value}")).collect();
+    let differs =
+        |(name, value): &(&String, &String)| namesakes.iter().any(|other| other.settings.get(*name) != Some(value));
+    let told: Vec<String> =
+        one.settings.iter().filter(differs).map(|(name, value)| format!("{name} {value}")).collect();
     match (namesakes.len(), told.is_empty()) {
         (1, _) => one.method.clone(),
         (_, true) => format!("{} (default)", one.method),
@@ -252,7 +254,7 @@ fn running(methods: &[&str], openings: &[&Row], rows: &[&Row]) -> Vec<Running> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use accordion_graphs::plan::PromptLengths;
 
@@ -265,7 +267,12 @@ mod tests {
             key: RowKey { task, method, length: 4096, depth: Some(50), sample, seed: 3, model, settings },
             prompt: PromptLengths { prefix: 1, context: 2, suffix: 3 },
             tokens_kept: 6,
-            outcome: Outcome::Answer { expected: Vec::new(), answer: String::new(), hit, score: f64::from(u8::from(hit)) },
+            outcome: Outcome::Answer {
+                expected: Vec::new(),
+                answer: String::new(),
+                hit,
+                score: f64::from(u8::from(hit)),
+            },
             survival: None,
             compression_seconds: 0.25,
             answer_seconds: 0.5,

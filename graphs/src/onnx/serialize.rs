@@ -173,7 +173,11 @@ impl GraphData {
             taps: self.taps.iter().map(|(tap, id)| (tap.clone(), info(id))).collect(),
             nodes: self.nodes.len(),
             modules: modules(&self.nodes),
-            functions: self.functions.values().map(|f| (function_name(&f.proto().name), f.proto().node.len())).collect(),
+            functions: self
+                .functions
+                .values()
+                .map(|f| (function_name(&f.proto().name), f.proto().node.len()))
+                .collect(),
         }
     }
 

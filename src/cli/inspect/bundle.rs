@@ -191,8 +191,12 @@ pub(super) fn interface(inputs: &[ValueInfo], outputs: &[ValueInfo]) -> String {
     let mut rows: Vec<([String; 4], usize)> = Vec::new();
     for (direction, values) in [("in", inputs), ("out", outputs)] {
         for value in values {
-            let row =
-                [format!("  {direction}"), module_pattern(&value.name), value.dtype.to_string(), value.shape.join(" x ")];
+            let row = [
+                format!("  {direction}"),
+                module_pattern(&value.name),
+                value.dtype.to_string(),
+                value.shape.join(" x "),
+            ];
             match rows.iter_mut().find(|(known, _)| *known == row) {
                 Some((_, count)) => *count += 1,
                 None => rows.push((row, 1)),
