@@ -2,21 +2,24 @@
 
 use super::Outcome;
 use super::output::Output;
-use accordion::report::{Report, render};
+use accordion::report::{Report, markdown, render};
 use anyhow::Context;
 use clap::Args;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Write one HTML page from JSON results
+/// Write one HTML page, or Markdown, from JSON results
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// Results of verify, profile, run and inspect, as --json prints them
+    /// Results of verify, profile, eval and run, as --json prints them; rows of eval --out, text of compress --kept
     #[arg(required = true, value_name = "RESULT")]
     results: Vec<PathBuf>,
-    /// The page
-    #[arg(short, long, value_name = "FILE", default_value = "report.html")]
-    out: PathBuf,
+    /// The page [default: report.html, unless there is --markdown]
+    #[arg(short, long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Write the results as GitHub-flavoured Markdown, for a pull request
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
     /// Heading of the page
     #[arg(long, value_name = "TEXT", default_value = "Accordion report")]
     title: String,
@@ -30,8 +33,13 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         let json = std::fs::read(path).with_context(|| name.clone())?;
         report.add_result(&name, &json)?;
     }
-    write_aside(&arguments.out, render(&report).as_bytes())?;
-    output.remark(format!("wrote {}", arguments.out.display()));
+    let default = arguments.markdown.is_none().then(|| PathBuf::from("report.html"));
+    let page = arguments.out.clone().or(default).map(|path| (path, render(&report)));
+    let text = arguments.markdown.clone().map(|path| (path, markdown(&report)));
+    for (path, content) in page.into_iter().chain(text) {
+        write_aside(&path, content.as_bytes())?;
+        output.remark(format!("wrote {}", path.display()));
+    }
     Ok(Outcome::Done)
 }
 

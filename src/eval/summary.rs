@@ -254,7 +254,7 @@ fn running(methods: &[&str], openings: &[&Row], rows: &[&Row]) -> Vec<Running> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use accordion_graphs::plan::PromptLengths;
 

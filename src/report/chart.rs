@@ -1,4 +1,4 @@
-//! Line charts against context length, as SVG whose colours come from the style sheet.
+//! Line charts against a number of tokens, as SVG whose colours come from the style sheet.
 
 use super::format::{tokens, trimmed};
 use super::html::Html;
@@ -14,7 +14,7 @@ const LABEL_HEIGHT: f64 = 15.0;
 
 /// One measured point.
 pub(super) struct Point {
-    /// Context tokens.
+    /// Tokens.
     pub(super) x: f64,
     /// Typical value.
     pub(super) y: f64,
@@ -34,13 +34,16 @@ pub(super) struct Series<'a> {
 pub(super) struct Chart<'a> {
     pub(super) title: &'a str,
     pub(super) description: String,
+    /// What the tokens of the horizontal axis are.
+    pub(super) axis: &'a str,
     pub(super) series: Vec<Series<'a>>,
     pub(super) format: fn(f64) -> String,
 }
 
 /// Which of the style sheet's series styles a method has: the same on every chart of every report.
 fn style(method: &str) -> &'static str {
-    match method {
+    // What is in brackets tells contenders of one method apart.
+    match method.split(" (").next().unwrap_or(method) {
         "plain" => "series s0",
         "homer" => "series s1",
         "rcc" => "series s2",
@@ -118,7 +121,7 @@ pub(super) fn draw(html: &mut Html, mut chart: Chart<'_>) {
                 html.leaf("span", &[], " Both axes logarithmic.");
             }
         });
-        let label = format!("{}. The numbers are in the table of measurements.", chart.title);
+        let label = format!("{}. The numbers are in the table below.", chart.title);
         let view = format!("0 0 {WIDTH} {HEIGHT}");
         html.element("svg", &[("viewBox", &view), ("role", &"img"), ("aria-label", &label)], |html| {
             grid(html, &chart, &x, &y);
@@ -168,7 +171,7 @@ fn grid(html: &mut Html, chart: &Chart<'_>, x: &Scale, y: &Scale) {
         html.leaf("text", &[("class", &"tick middle"), ("x", &at), ("y", &(bottom + 17.0))], tokens(length as usize));
     }
     let middle = px(f64::midpoint(LEFT, WIDTH - RIGHT));
-    html.leaf("text", &[("class", &"axis middle"), ("x", &middle), ("y", &(HEIGHT - 8.0))], "context tokens");
+    html.leaf("text", &[("class", &"axis middle"), ("x", &middle), ("y", &(HEIGHT - 8.0))], chart.axis);
 }
 
 fn line(html: &mut Html, series: &Series<'_>, x: &Scale, y: &Scale) {
@@ -223,7 +226,10 @@ mod tests {
 
     fn chart(series: Vec<Series<'_>>) -> String {
         let mut html = Html::default();
-        draw(&mut html, Chart { title: "T", description: String::new(), series, format: |v| format!("{v}") });
+        draw(
+            &mut html,
+            Chart { title: "T", description: String::new(), axis: "tokens", series, format: |v| format!("{v}") },
+        );
         html.finish()
     }
 

@@ -65,6 +65,16 @@ pub(super) fn percent(share: f64) -> String {
     format!("{} %", significant(share * 100.0))
 }
 
+/// A share of whole things, in per cent without decimals.
+pub(super) fn percent_of(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+/// Two decimals, whatever the magnitude: for numbers that are compared with each other.
+pub(super) fn fixed(value: f64) -> String {
+    if value.abs() < 1e6 { format!("{value:.2}") } else { significant(value) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,5 +96,8 @@ mod tests {
         assert_eq!(trimmed("0.25 s"), "0.25 s");
         assert_eq!(trimmed("200"), "200");
         assert_eq!(percent(0.123), "12.3 %");
+        assert_eq!(percent_of(0.666), "67 %");
+        assert_eq!(fixed(123.456), "123.46");
+        assert_eq!(fixed(1e300), "1.0e300");
     }
 }

@@ -7,11 +7,7 @@ use super::result::GenerationRecord;
 
 pub(super) fn section(html: &mut Html, generation: &GenerationRecord) {
     html.element("article", &[("class", &"generation")], |html| {
-        html.leaf(
-            "h3",
-            &[],
-            format_args!("{} after {} context tokens", generation.method, tokens(generation.context_tokens)),
-        );
+        html.leaf("h3", &[], title(generation));
         if let Some(remark) = &generation.remark {
             html.leaf("p", &[("class", &"note"), ("role", &"note")], remark);
         }
@@ -29,4 +25,8 @@ pub(super) fn section(html: &mut Html, generation: &GenerationRecord) {
         values.extend(generation.settings.iter().cloned());
         pairs(html, "Settings", &values);
     });
+}
+
+pub(super) fn title(generation: &GenerationRecord) -> String {
+    format!("{} after {} context tokens", generation.method, tokens(generation.context_tokens))
 }

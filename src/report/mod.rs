@@ -1,24 +1,33 @@
 //! One self-contained HTML page made from any set of results: no network, no fonts, no libraries, readable without
 //! scripts, on paper and by a screen reader.
 //!
-//! - [`Report`]: what goes in. [`render`]: the page.
+//! - [`Report`]: what goes in. [`render`]: the page. [`markdown`]: the same results as text for a pull request.
 //! - `html`: the only place that writes markup; everything it is given as text is escaped.
-//! - `page`, `parity`, `performance`, `plan`, `generation`: the sections. `chart`: the plots. `format`: numbers.
+//! - `page`, `parity`, `performance`, `operators`, `evaluation`, `kept`, `plan`, `generation`: the sections. `chart`: the
+//!   plots. `table`: tables, for the page and for Markdown. `format`: numbers.
 
 mod chart;
+mod evaluation;
 mod format;
 mod generation;
 mod html;
+mod kept;
+mod markdown;
+mod operators;
 mod page;
 mod parity;
 mod performance;
 mod plan;
 mod result;
+mod table;
 
+pub use markdown::markdown;
 pub use page::render;
 pub use result::{GenerationRecord, LevelNode, PlanSummary, ResultError};
 
 use crate::environment::Provenance;
+use crate::eval::kept::KeptText;
+use crate::eval::schema::Summary;
 use crate::profile::schema::ProfileReport;
 use crate::verify::schema::VerifyReport;
 use serde::{Deserialize, Serialize};
@@ -36,6 +45,12 @@ pub struct Report {
     pub verifications: Vec<VerifyReport>,
     /// Measurements.
     pub profiles: Vec<ProfileReport>,
+    /// Evaluations.
+    #[serde(default)]
+    pub evaluations: Vec<Summary>,
+    /// What was kept of contexts.
+    #[serde(default)]
+    pub kept: Vec<KeptText>,
     /// Plans.
     pub plans: Vec<PlanSummary>,
     /// Generated texts.

@@ -2,7 +2,8 @@
 
 use super::format::{bytes, grouped, latency, significant, tokens};
 use super::html::{Html, embeddable_json};
-use super::{Report, generation, parity, performance, plan};
+use super::{Report, evaluation, generation, kept, parity, performance, plan};
+use crate::eval::kept::KeptText;
 use crate::profile::schema::ProfileRow;
 use crate::verify::schema::VerifyReport;
 use crate::verify::verdict::Verdict;
@@ -13,11 +14,25 @@ const SCRIPT: &str = include_str!("assets/report.js");
 
 /// Taps listed on a page, over all comparisons.
 const LISTED_TAPS: usize = 800;
+/// Records of operators in the page's data, over all profiled rows.
+const LISTED_OPERATORS: usize = 1500;
+/// Bytes of the texts of which something was kept, over all of them.
+const KEPT_BYTES: usize = 400_000;
+
+/// What of the results is on the page: the whole of them might not fit.
+struct Shown {
+    verifications: Vec<VerifyReport>,
+    kept: Vec<KeptText>,
+}
 
 /// Renders the page. The same report gives the same bytes.
 pub fn render(report: &Report) -> String {
-    let limit = LISTED_TAPS / report.verifications.len().max(1);
-    let listed: Vec<VerifyReport> = report.verifications.iter().map(|full| parity::condensed(full, limit)).collect();
+    let taps = LISTED_TAPS / report.verifications.len().max(1);
+    let bytes = KEPT_BYTES / report.kept.len().max(1);
+    let shown = Shown {
+        verifications: report.verifications.iter().map(|full| parity::condensed(full, taps)).collect(),
+        kept: report.kept.iter().map(|full| kept::condensed(full, bytes)).collect(),
+    };
     let mut html = Html::default();
     html.trusted("<!doctype html>\n");
     html.element("html", &[("lang", &"en")], |html| {
@@ -27,10 +42,10 @@ pub fn render(report: &Report) -> String {
             header(html, report);
             html.element("main", &[("id", &"content")], |html| {
                 tiles(html, report);
-                sections(html, report, &listed);
+                sections(html, report, &shown);
             });
             html.leaf("footer", &[], "Made by accordion. This file loads nothing from elsewhere.");
-            data(html, report, listed);
+            data(html, report, shown);
             html.element("script", &[], |html| html.trusted(SCRIPT));
         });
     });
@@ -77,17 +92,19 @@ fn header(html: &mut Html, report: &Report) {
 }
 
 /// The sections in order, and whether there is anything to show in each.
-fn outline(report: &Report) -> [(&'static str, &'static str, bool); 5] {
+fn outline(report: &Report) -> [(&'static str, &'static str, bool); 7] {
     [
         ("parity", "Parity", !report.verifications.is_empty()),
         ("performance", "Latency and memory", !report.profiles.is_empty()),
+        ("evaluations", "Evaluations", !report.evaluations.is_empty()),
+        ("kept", "What was kept", !report.kept.is_empty()),
         ("plan", "Plan", !report.plans.is_empty()),
         ("text", "Generated text", !report.generations.is_empty()),
         ("environment", "Environment", !report.environment.is_empty()),
     ]
 }
 
-fn sections(html: &mut Html, report: &Report, listed: &[VerifyReport]) {
+fn sections(html: &mut Html, report: &Report, shown: &Shown) {
     for (id, title, present) in outline(report) {
         if !present {
             continue;
@@ -100,9 +117,11 @@ fn sections(html: &mut Html, report: &Report, listed: &[VerifyReport]) {
                 "parity" => report
                     .verifications
                     .iter()
-                    .zip(listed)
+                    .zip(&shown.verifications)
                     .for_each(|(full, listed)| parity::section(html, full, listed)),
                 "performance" => report.profiles.iter().for_each(|profile| performance::section(html, profile)),
+                "evaluations" => report.evaluations.iter().for_each(|summary| evaluation::section(html, summary)),
+                "kept" => shown.kept.iter().enumerate().for_each(|(number, text)| kept::section(html, text, number)),
                 "plan" => report.plans.iter().for_each(|summary| plan::section(html, summary)),
                 "text" => report.generations.iter().for_each(|record| generation::section(html, record)),
                 _ => pairs(html, "Where the results come from", &report.environment),
@@ -196,9 +215,15 @@ pub(super) fn sort_key(value: f64) -> String {
     format!("{value:e}")
 }
 
-/// The results themselves, with the taps that are listed.
-fn data(html: &mut Html, report: &Report, verifications: Vec<VerifyReport>) {
-    let shown = Report { verifications, ..report.clone() };
+/// The results themselves, as far as they are shown.
+fn data(html: &mut Html, report: &Report, shown: Shown) {
+    let Shown { verifications, kept } = shown;
+    let mut shown = Report { verifications, kept, ..report.clone() };
+    let rows = || report.profiles.iter().flat_map(|profile| &profile.rows);
+    let operators = LISTED_OPERATORS / rows().filter(|row| !row.measured.operators.is_empty()).count().max(1);
+    for row in shown.profiles.iter_mut().flat_map(|profile| &mut profile.rows) {
+        row.measured.operators.truncate(operators);
+    }
     // Serialising plain structs of strings and finite numbers into memory cannot fail.
     let json = serde_json::to_string(&shown).unwrap_or_default();
     html.element("script", &[("type", &"application/json"), ("id", &"data")], |html| {

@@ -3,9 +3,13 @@
 use super::chart::{Chart, Point, Series, draw};
 use super::format::{bytes, grouped, latency, percent, significant, tokens};
 use super::html::Html;
-use super::page::{pairs, sort_key};
+use super::operators;
+use super::page::pairs;
+use super::table::{Cell, Column, Table};
 use crate::profile::schema::{ProfileReport, ProfileRow};
 use crate::profile::stats::LatencyStats;
+
+const AXIS: &str = "context tokens";
 
 pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
     html.leaf("h3", &[], &profile.model);
@@ -30,7 +34,8 @@ pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
         let same = |row: &&ProfileRow| row.measured.configuration.decoder == *decoder;
         charts(html, &profile.rows.iter().filter(same).collect::<Vec<_>>());
     }
-    table(html, profile);
+    measurements(profile).html(html);
+    profile.rows.iter().for_each(|row| operators::section(html, row));
     html.leaf("h3", &[], "How it was measured");
     let mut described: Vec<(&str, &str)> = Vec::new();
     for row in &profile.rows {
@@ -92,7 +97,7 @@ fn latency_chart<'a>(
             title: format!("{}: {} median", point_name(row), latency(found.median_ms)),
         }
     });
-    Chart { title, description: description.to_owned(), series, format: latency }
+    Chart { title, description: description.to_owned(), axis: AXIS, series, format: latency }
 }
 
 fn memory_chart<'a>(rows: &[&'a ProfileRow]) -> Chart<'a> {
@@ -102,7 +107,7 @@ fn memory_chart<'a>(rows: &[&'a ProfileRow]) -> Chart<'a> {
         Point { x: row.measured.prompt.context as f64, y: peak, spread: None, title }
     });
     let description = "Peak resident memory of the process, weights included.".to_owned();
-    Chart { title: "Memory", description, series, format: bytes }
+    Chart { title: "Memory", description, axis: AXIS, series, format: bytes }
 }
 
 fn state_chart<'a>(rows: &[&'a ProfileRow]) -> Chart<'a> {
@@ -112,69 +117,57 @@ fn state_chart<'a>(rows: &[&'a ProfileRow]) -> Chart<'a> {
         Point { x: row.measured.prompt.context as f64, y: size, spread: None, title }
     });
     let description = "Keys and values that are kept of the prompt.".to_owned();
-    Chart { title: "Context state", description, series, format: bytes }
+    Chart { title: "Context state", description, axis: AXIS, series, format: bytes }
 }
 
 fn point_name(row: &ProfileRow) -> String {
     format!("{}, {} context tokens", row.measured.configuration.method, tokens(row.measured.prompt.context))
 }
 
-const COLUMNS: [(&str, &str); 11] = [
-    ("Context", "tokens"),
-    ("Kept", "tokens"),
-    ("Context state", "median · p95"),
-    ("Against plain", "median"),
-    ("First token", "median · p95"),
-    ("Each token", "median · p95"),
-    ("Peak memory", "resident"),
-    ("State", "per context token"),
-    ("Smaller", "than plain's cache"),
-    ("Operations", "of the prefix"),
-    ("Of the limit", "floor / median"),
-];
-
-fn table(html: &mut Html, profile: &ProfileReport) {
-    html.element(
-        "div",
-        &[("class", &"scroll"), ("tabindex", &0), ("role", &"region"), ("aria-label", &"Measurements")],
-        |html| {
-            html.element("table", &[("class", &"sortable")], |html| {
-                html.leaf("caption", &[], "Measurements");
-                html.element("thead", &[], |html| {
-                    html.element("tr", &[], |html| {
-                        html.leaf("th", &[("scope", &"col")], "Method");
-                        for (name, detail) in COLUMNS {
-                            html.element("th", &[("scope", &"col"), ("class", &"num")], |html| {
-                                html.text(name);
-                                html.text(" ");
-                                html.leaf("small", &[], detail);
-                            });
-                        }
-                    });
-                });
-                html.element("tbody", &[], |html| profile.rows.iter().for_each(|row| table_row(html, row)));
-            });
-        },
-    );
+/// All rows.
+pub(super) fn measurements(profile: &ProfileReport) -> Table {
+    let columns = [
+        ("Context", "tokens"),
+        ("Kept", "tokens"),
+        ("Context state", "median · p95"),
+        ("Against plain", "median"),
+        ("First token", "median · p95"),
+        ("Each token", "median · p95"),
+        ("Against plain", "each token"),
+        ("Peak memory", "resident"),
+        ("State", "per context token"),
+        ("Smaller", "than plain's cache"),
+        ("Operations", "of the prefix"),
+        ("Of the limit", "floor / median"),
+    ];
+    let columns = columns.map(|(name, detail)| Column::number(name, detail));
+    Table {
+        caption: "Measurements".to_owned(),
+        columns: std::iter::once(Column::text("Method")).chain(columns).collect(),
+        rows: profile.rows.iter().map(measurement).collect(),
+        sortable: true,
+    }
 }
 
-fn table_row(html: &mut Html, row: &ProfileRow) {
+fn measurement(row: &ProfileRow) -> Vec<Cell> {
     let measured = &row.measured;
-    html.element("tr", &[], |html| {
-        html.leaf("th", &[("scope", &"row")], &measured.configuration.method);
-        number(html, Some(measured.prompt.context as f64), |_| tokens(measured.prompt.context));
-        number(html, Some(measured.tokens_kept as f64), |_| tokens(measured.tokens_kept));
-        latency_cell(html, &measured.prefix);
-        number(html, row.prefix_speedup, |factor| format!("{}×", significant(factor)));
-        latency_cell(html, &measured.first_token);
-        latency_cell(html, &measured.per_token);
-        number(html, Some(measured.peak_resident_bytes as f64), bytes);
-        number(html, row.state_bytes_per_context_token, bytes);
-        number(html, row.state_reduction, |factor| format!("{}×", significant(factor)));
-        number(html, measured.operations.map(|n| n as f64), operations);
-        number(html, measured.floor_fraction, percent);
-    });
-    html.newline();
+    let count = |n: usize| Cell::number(Some(n as f64), |_| tokens(n));
+    let times = |factor: f64| format!("{}×", significant(factor));
+    vec![
+        Cell::text(&measured.configuration.method),
+        count(measured.prompt.context),
+        count(measured.tokens_kept),
+        latency_cell(&measured.prefix),
+        Cell::number(row.prefix_speedup, times),
+        latency_cell(&measured.first_token),
+        latency_cell(&measured.per_token),
+        Cell::number(row.per_token_speedup, times),
+        Cell::number(Some(measured.peak_resident_bytes as f64), bytes),
+        Cell::number(row.state_bytes_per_context_token, bytes),
+        Cell::number(row.state_reduction, times),
+        Cell::number(measured.operations.map(|n| n as f64), operations),
+        Cell::number(measured.floor_fraction, percent),
+    ]
 }
 
 fn operations(count: f64) -> String {
@@ -185,15 +178,7 @@ fn operations(count: f64) -> String {
     }
 }
 
-fn number(html: &mut Html, value: Option<f64>, format: impl FnOnce(f64) -> String) {
-    match value {
-        Some(value) => html.leaf("td", &[("class", &"num"), ("data-v", &sort_key(value))], format(value)),
-        None => html.leaf("td", &[("class", &"num none")], "–"),
-    }
-}
-
-fn latency_cell(html: &mut Html, stats: &LatencyStats) {
-    let class = if stats.is_unstable() { "num unstable" } else { "num" };
+fn latency_cell(stats: &LatencyStats) -> Cell {
     let title = format!(
         "{} runs, min {}, mean {}, p90 {}, p99 {}, variation {}",
         stats.runs,
@@ -203,9 +188,7 @@ fn latency_cell(html: &mut Html, stats: &LatencyStats) {
         latency(stats.p99_ms),
         percent(stats.cv)
     );
-    html.element("td", &[("class", &class), ("data-v", &sort_key(stats.median_ms)), ("title", &title)], |html| {
-        html.text(latency(stats.median_ms));
-        html.text(" ");
-        html.leaf("small", &[], latency(stats.p95_ms));
-    });
+    let class = if stats.is_unstable() { "unstable" } else { "" };
+    let shown = Cell::number(Some(stats.median_ms), latency).with_detail(latency(stats.p95_ms));
+    Cell { title, class, ..shown }
 }

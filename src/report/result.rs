@@ -1,10 +1,12 @@
 //! The results that have no schema elsewhere, and reading any result from its JSON.
 
 use super::Report;
+use crate::eval::summary::summarise_rows;
 use crate::pipeline::sampling::SamplingSettings;
 use crate::profile::schema::describe;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::HomerPlan;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::ops::Range;
@@ -118,7 +120,15 @@ pub enum ResultError {
     },
 }
 
-const SCHEMAS: [&str; 5] = [crate::verify::schema::SCHEMA, crate::profile::schema::SCHEMA, PLAN, GENERATION, RUN];
+const SCHEMAS: [&str; 7] = [
+    crate::verify::schema::SCHEMA,
+    crate::profile::schema::SCHEMA,
+    crate::eval::schema::SCHEMA,
+    crate::eval::kept::SCHEMA,
+    PLAN,
+    GENERATION,
+    RUN,
+];
 
 impl Report {
     /// Adds one result, whichever it is. `name` (a file name) is for the error.
@@ -128,25 +138,32 @@ impl Report {
     /// `json` is malformed, or its `schema` is none that this version reads.
     pub fn add_result(&mut self, name: &str, json: &[u8]) -> Result<(), ResultError> {
         let malformed = |source| ResultError::Malformed { name: name.to_owned(), source };
-        // `accordion run --json` prints one value per question.
+        // `accordion run --json` prints one value per question, `accordion eval --out` one per sample.
         let values: Vec<Value> =
             serde_json::Deserializer::from_slice(json).into_iter().collect::<Result<_, _>>().map_err(malformed)?;
         if values.is_empty() {
             return Err(malformed(serde::de::Error::custom("the file is empty")));
         }
+        let mut rows = Vec::new();
         for value in values {
-            let Head { schema } = Head::deserialize(&value).map_err(malformed)?;
+            let Head { schema, cells } = Head::deserialize(&value).map_err(malformed)?;
             match schema.as_str() {
                 crate::verify::schema::SCHEMA => {
                     self.verifications.push(serde_json::from_value(value).map_err(malformed)?);
                 }
                 crate::profile::schema::SCHEMA => self.profiles.push(serde_json::from_value(value).map_err(malformed)?),
+                crate::eval::schema::SCHEMA if cells.is_some() => {
+                    self.evaluations.push(serde_json::from_value(value).map_err(malformed)?);
+                }
+                crate::eval::schema::SCHEMA => rows.push(serde_json::from_value(value).map_err(malformed)?),
+                crate::eval::kept::SCHEMA => self.kept.push(serde_json::from_value(value).map_err(malformed)?),
                 PLAN => self.plans.push(serde_json::from_value(value).map_err(malformed)?),
                 GENERATION => self.generations.push(serde_json::from_value(value).map_err(malformed)?),
                 RUN => self.generations.push(serde_json::from_value::<Run>(value).map_err(malformed)?.into()),
                 _ => return Err(ResultError::Schema { name: name.to_owned(), found: schema }),
             }
         }
+        self.evaluations.extend(summarise_rows(rows));
         Ok(())
     }
 }
@@ -154,6 +171,8 @@ impl Report {
 #[derive(Deserialize)]
 struct Head {
     schema: String,
+    /// Summaries of evaluations have them, rows have not.
+    cells: Option<IgnoredAny>,
 }
 
 /// What `accordion run --json` prints, as far as the page shows it.
@@ -188,7 +207,7 @@ impl From<Run> for GenerationRecord {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
 
     use super::*;
     use accordion_graphs::plan::homer::HomerSettings;
@@ -217,6 +236,29 @@ mod tests {
         report.add_result("run.json", (answer("one", 0.0) + &answer("two", 0.5)).as_bytes()).unwrap();
         let found: Vec<_> = report.generations.iter().map(|g| (g.text.as_str(), g.context_tokens, g.seed)).collect();
         assert_eq!(found, [("one", 90, None), ("two", 90, Some(7))]);
+    }
+
+    #[test]
+    fn rows_of_an_evaluation_are_summed_up_and_its_summary_is_taken_as_it_is() {
+        let row = |sample: usize, hit: bool| {
+            format!(
+                r#"{{"schema":"accordion.eval/1","task":"passkey","method":"homer","length":4096,"depth":50,"sample":{sample},
+                "seed":0,"model":"m","settings":{{}},"prompt":{{"prefix":1,"context":90,"suffix":4}},"tokens_kept":30,
+                "outcome":{{"type":"answer","expected":["7"],"answer":"7","hit":{hit},"score":1.0}},
+                "compression_seconds":1.0,"answer_seconds":1.0}}"#
+            ) + "\n"
+        };
+        let mut report = Report::default();
+        report.add_result("rows.jsonl", (row(0, true) + &row(1, false)).as_bytes()).unwrap();
+        let [summary] = &report.evaluations[..] else { panic!("{:?}", report.evaluations) };
+        assert_eq!(
+            summary.cells.iter().map(|cell| (cell.depth, cell.n)).collect::<Vec<_>>(),
+            [(Some(50), 2), (None, 2)]
+        );
+        let mut again = Report::default();
+        again.add_result("eval.json", &serde_json::to_vec(summary).unwrap()).unwrap();
+        assert_eq!(again.evaluations.len(), 1);
+        assert_eq!(again.evaluations[0].cells.len(), summary.cells.len());
     }
 
     #[test]

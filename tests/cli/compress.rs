@@ -117,6 +117,37 @@ fn states_of_something_else_are_refused() {
 }
 
 #[test]
+fn what_was_kept_is_written_beside_the_state() {
+    let tiny = Tiny::new();
+    let flags = [&QUESTION[..], &["--table", "none", "--kept", "kept.json"]].concat();
+    let report = compress(&tiny, "homer", "state", &flags);
+    let kept: Value = serde_json::from_slice(&std::fs::read(tiny.path("kept.json")).unwrap()).unwrap();
+    assert_eq!((&kept["schema"], &kept["question"]), (&"accordion.kept/1".into(), &" Who?".into()));
+    let parts = kept["parts"].as_array().unwrap();
+    let text: String = parts.iter().map(|part| part["text"].as_str().unwrap()).collect();
+    assert_eq!(text, LONG);
+    // What passed all levels is what the state holds, besides the question.
+    let levels = kept["levels"].as_array().unwrap().len() as u64;
+    let in_cache = parts.iter().filter(|part| part["passed"] == levels).map(|part| part["tokens"].as_u64().unwrap());
+    let affixes = report["lengths"]["prefix"].as_u64().unwrap() + report["lengths"]["suffix"].as_u64().unwrap();
+    assert_eq!(in_cache.sum::<u64>() + affixes, report["tokens_kept"].as_u64().unwrap());
+    // The state is the same as without it.
+    compress(&tiny, "homer", "other", &[&QUESTION[..], &["--table", "none"]].concat());
+    assert_eq!(std::fs::read(tiny.path("state")).unwrap(), std::fs::read(tiny.path("other")).unwrap());
+    let message = tiny.refuse(
+        &[&["compress", "plain", "--context", "long.txt", "-o", "third", "--kept", "third.json"][..], &QUESTION]
+            .concat(),
+    );
+    assert!(message.contains("--kept is for homer, and the method is plain"), "{message}");
+    assert!(!tiny.path("third").exists() && !tiny.path("third.json").exists());
+
+    tiny.succeed(&["report", "kept.json", "-o", "page.html", "--markdown", "page.md"]);
+    let [page, text] = ["page.html", "page.md"].map(|name| std::fs::read_to_string(tiny.path(name)).unwrap());
+    assert!(page.contains("node.h0.i0, from token 0") && page.contains("<mark class="), "{page}");
+    assert!(text.contains("| Level | Nodes |"), "{text}");
+}
+
+#[test]
 fn what_cannot_be_compressed_leaves_nothing() {
     let tiny = Tiny::new();
     std::fs::write(tiny.path("empty.txt"), "").unwrap();

@@ -123,3 +123,41 @@ fn what_cannot_be_described_is_refused() {
     std::fs::write(&graph, "something else").unwrap();
     assert!(inspect(&workspace, "bundle", &[]).error().contains("decoder.onnx changed since the export"));
 }
+
+#[test]
+fn one_graph_is_described_by_module() {
+    let workspace = Workspace::new();
+    workspace.export("homer", "bundle", &["--context", "100", "--max-chunk-len", "32"]).output();
+    let found = inspect(&workspace, "bundle", &["--graph", "decoder", "--json"]).json("accordion.inspect/1");
+    assert_eq!((&found["kind"], &found["name"]), (&"graph".into(), &"decoder".into()));
+    let modules = found["modules"].as_array().unwrap();
+    let counts = |module: &serde_json::Value| -> u64 {
+        module["operators"].as_object().unwrap().values().map(|count| count.as_u64().unwrap()).sum()
+    };
+    assert_eq!(modules.iter().map(counts).sum::<u64>(), found["nodes"].as_u64().unwrap());
+    let attention = modules.iter().find(|module| module["module"] == "model.layers.*.self_attn").unwrap();
+    assert_eq!(attention["places"], 6);
+    assert_eq!(attention["operators"]["ai.accordion.GroupQueryAttention"], 6);
+    let text = inspect(&workspace, "bundle", &["--graph", "decoder"]).output();
+    for word in ["model.layers.*.self_attn.q_proj", "x 6", "past_key_values.*.key (6 of them)", "a function of 3 nodes"]
+    {
+        assert!(text.contains(word), "{word} is not in\n{text}");
+    }
+
+    let unknown = inspect(&workspace, "bundle", &["--graph", "nope"]).error();
+    assert!(unknown.contains("--graph is nope, expected one of decoder, head,"), "{unknown}");
+    let no_bundle = inspect(&workspace, "checkpoint", &["--graph", "decoder"]).error();
+    assert!(no_bundle.contains("--graph is for bundles"), "{no_bundle}");
+
+    // A bundle from before modules were recorded opens, and says what it does not know.
+    let manifest = workspace.path("bundle").join("bundle.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    for graph in json["graphs"].as_object_mut().unwrap().values_mut() {
+        let signature = graph["signature"].as_object_mut().unwrap();
+        assert!(signature.remove("modules").is_some());
+        signature.remove("functions");
+    }
+    std::fs::write(&manifest, json.to_string()).unwrap();
+    let old = inspect(&workspace, "bundle", &["--graph", "decoder"]).output();
+    assert!(old.contains("exported again, it will"), "{old}");
+}

@@ -24,6 +24,21 @@ fn results_become_a_page() {
 }
 
 #[test]
+fn markdown_alone_makes_no_page() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("run.json"), GENERATION).unwrap();
+    let write = |more: &[&str]| {
+        let arguments = [&["report", "run.json", "--title", "Mine", "--markdown", "text.md"], more].concat();
+        Run::of(command().current_dir(folder.path()).args(arguments)).err
+    };
+    assert_eq!(write(&[]), "wrote text.md\n");
+    let text = fs::read_to_string(folder.path().join("text.md")).unwrap();
+    assert!(text.starts_with("# Mine\n") && text.contains("```text\nWho is <Emma>?\n```\n"), "{text}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    assert_eq!(write(&["-o", "page.html"]), "wrote page.html\nwrote text.md\n");
+}
+
+#[test]
 fn what_is_no_result_is_named_and_an_old_page_stays() {
     let folder = tempfile::tempdir().unwrap();
     let files = || fs::read_dir(folder.path()).unwrap().count();

@@ -6,3 +6,4 @@ mod browser;
 mod markup;
 mod sample;
 mod structure;
+mod text;

@@ -1,7 +1,13 @@
 //! A report of the size of a real one: 30 layers, a HOMER tree with 32 leaves, 4 context lengths, 2 methods.
 
+use accordion::eval::kept::{KeptLevel, KeptText, Part, SCHEMA as KEPT};
+use accordion::eval::schema::{
+    BucketPerplexity, Cell, CellResult, Comparison, LevelSurvival, MethodSettings, SCHEMA as EVAL, Summary,
+};
+use accordion::eval::stats::{Interval, Mean, wilson};
 use accordion::profile::schema::{Configuration, Measurement, ProfileReport};
 use accordion::profile::stats::LatencyStats;
+use accordion::profile::trace::OperatorTime;
 use accordion::report::{GenerationRecord, PlanSummary, Report};
 use accordion::tensor::Tensor;
 use accordion::verify::schema::{Subject, VerifyReport};
@@ -121,7 +127,7 @@ fn profile() -> ProfileReport {
                 plain_state_bytes: 46_080 * (context as u64 + 22),
                 operations: Some((if plain { plain_s } else { homer_s } * 9e10) as u64),
                 floor_fraction: (!plain).then_some(0.87),
-                operators: Vec::new(),
+                operators: if context == 8192 { operators() } else { Vec::new() },
             });
         }
     }
@@ -131,6 +137,158 @@ fn profile() -> ProfileReport {
         &measurements,
         Vec::new(),
     )
+}
+
+/// As of a traced run: 60 modules, several operators in each.
+fn operators() -> Vec<OperatorTime> {
+    let time = |i: usize, module: String, operator: &str| OperatorTime {
+        graph: "decoder".into(),
+        module,
+        operator: operator.into(),
+        calls: 30,
+        total_ms: 90.0 / (1.0 + i as f64) * f64::from(noise(i) + 0.5),
+    };
+    let mut times = vec![
+        time(0, "model.layers.*.mlp.up_proj".into(), "Linear"),
+        time(1, "model.layers.*.self_attn".into(), "GroupQueryAttention"),
+        time(2, "model.layers.*.self_attn".into(), "Add"),
+        time(3, HOSTILE.into(), HOSTILE),
+    ];
+    times.extend((4..60).map(|i| time(i, format!("model.layers.*.part_{i}"), "Mul")));
+    times
+}
+
+fn answers(method: &str, length: usize, depth: Option<u8>, n: usize, chance: f32) -> Cell {
+    let seed = length / 64 + usize::from(depth.unwrap_or(101));
+    let hits = (0..n).filter(|i| noise(seed * 31 + i) < chance).count();
+    let interval = wilson(hits, n).unwrap();
+    let level = |height, left| LevelSurvival { height, entered: 10 * n, left };
+    let share = hits as f64 / n as f64;
+    Cell {
+        method: method.into(),
+        length,
+        depth,
+        n,
+        result: CellResult::Answer { hits, share, interval, score: share },
+        survival: if method == "homer" { vec![level(0, 8 * n), level(1, 4 * n)] } else { Vec::new() },
+        compression_seconds: 1.0,
+    }
+}
+
+fn evaluation(task: &str, cells: Vec<Cell>, comparisons: Vec<Comparison>) -> Summary {
+    let settings = |list: &[(&str, &str)]| pairs(list).into_iter().collect();
+    Summary {
+        schema: EVAL.into(),
+        task: task.into(),
+        model: "9f2c6b1de84730a5f6a1f5b0c1f1d9b3".into(),
+        seed: 0,
+        settings: settings(&[("engine", "ort-cpu fp32"), ("new_tokens", "20")]),
+        methods: vec![
+            MethodSettings { method: "homer".into(), settings: settings(&[("target_len", "2048")]) },
+            MethodSettings { method: "plain".into(), settings: settings(&[]) },
+        ],
+        cells,
+        comparisons,
+        running: Vec::new(),
+    }
+}
+
+fn evaluations() -> Vec<Summary> {
+    const LENGTHS: [usize; 4] = [4096, 8192, 16_384, 32_768];
+    let methods = ["homer", "plain", "last:2048"];
+    let by_method = |cells: &mut dyn FnMut(&str, usize) -> Vec<Cell>| -> Vec<Cell> {
+        methods
+            .iter()
+            .flat_map(|method| LENGTHS.map(|length| (method, length)))
+            .flat_map(|(m, l)| cells(m, l))
+            .collect()
+    };
+    let mut passkey = |method: &str, length: usize| {
+        let chance = if method == "plain" { 1.1 - length as f32 / 30_000.0 } else { 0.4 };
+        let depths = [0, 25, 50, 75, 100].map(|depth| answers(method, length, Some(depth), 5, chance));
+        depths.into_iter().chain([answers(method, length, None, 25, chance)]).collect()
+    };
+    let mean = |mean: f64| Mean { n: 5, mean, interval: Some(Interval { low: mean - 0.05, high: mean + 0.05 }) };
+    let mut perplexity = |method: &str, length: usize| {
+        let nll = mean(if method == "homer" { 3.2 } else { 3.1 } - (length as f64).ln() / 100.0);
+        let bucket =
+            |start: usize| BucketPerplexity { start, tokens: 640, perplexity: nll.mean.exp() + start as f64 / 100.0 };
+        let buckets = (0..4).map(|i| bucket(128 * i)).collect();
+        let result = CellResult::Likelihood { tokens: 2560, nll, perplexity: nll.mean.exp(), buckets };
+        vec![Cell { result, survival: Vec::new(), ..answers(method, length, None, 5, 0.5) }]
+    };
+    let mut reconstruct = |method: &str, length: usize| {
+        let (share, interval) = (0.2, wilson(1, 5).unwrap());
+        let result = CellResult::Continuation { exact: 1, share, interval, bleu: mean(0.3) };
+        vec![Cell { result, survival: Vec::new(), ..answers(method, length, None, 5, 0.5) }]
+    };
+    let compared = |quantity: &str| Comparison {
+        method: "plain".into(),
+        baseline: "homer".into(),
+        length: 8192,
+        quantity: quantity.into(),
+        difference: mean(-0.1),
+    };
+    let mut hostile = evaluation(
+        HOSTILE,
+        vec![answers(HOSTILE, 4096, Some(0), 2, 0.5), answers(HOSTILE, 4096, None, 2, 0.5)],
+        Vec::new(),
+    );
+    hostile.settings.insert(HOSTILE.into(), HOSTILE.into());
+    vec![
+        evaluation("passkey", by_method(&mut passkey), Vec::new()),
+        evaluation("perplexity", by_method(&mut perplexity), vec![compared("nll")]),
+        evaluation("reconstruct", by_method(&mut reconstruct), vec![compared("bleu")]),
+        hostile,
+    ]
+}
+
+/// A context of 32 leaves, more than a page shows; what is in the cache stands close together.
+fn kept() -> Vec<KeptText> {
+    let plan = plan();
+    let words = ["the ", "old ", "heron, ", "which ", "nobody ", "had ", "ever ", "seen ", "in ", "this ", "village. "];
+    let (mut parts, mut place) = (Vec::new(), 0);
+    while place < plan.lengths.context {
+        let leaf_end = (place / plan.leaf_context + 1) * plan.leaf_context;
+        let dense = noise(place / 300) < 0.3;
+        let passed = (noise(place) * if dense { 8.0 } else { 2.5 }) as usize;
+        let length = 1 + (noise(place + 1) * if passed > 0 { 4.0 } else { 24.0 }) as usize;
+        let tokens = length.min(leaf_end - place).min(plan.lengths.context - place);
+        let text = (place..place + tokens).map(|i| words[(noise(i) * 11.0) as usize]).collect();
+        parts.push(Part::Run { text, tokens, passed: passed.min(plan.layers.len()) });
+        place += tokens;
+    }
+    let counted = |levels: usize| -> usize {
+        let tokens = |part: &Part| match part {
+            Part::Run { tokens, passed, .. } if *passed >= levels => *tokens,
+            _ => 0,
+        };
+        parts.iter().map(tokens).sum()
+    };
+    let level = |height: usize| KeptLevel {
+        height,
+        nodes: plan.leaves() >> height,
+        entered: counted(height),
+        left: counted(height + 1),
+    };
+    let whole = KeptText {
+        schema: KEPT.into(),
+        method: "homer".into(),
+        model: "9f2c6b1de84730a5f6a1f5b0c1f1d9b3".into(),
+        prompt: plan.lengths,
+        question: "What is the pass key?".into(),
+        settings: pairs(&[("max chunk length", "2048"), ("target length", "2048")]),
+        leaf_tokens: plan.leaf_context,
+        levels: (0..plan.layers.len()).map(level).collect(),
+        parts: parts.clone(),
+    };
+    let hostile = KeptText {
+        method: HOSTILE.into(),
+        question: HOSTILE.into(),
+        parts: vec![Part::Run { text: HOSTILE.into(), tokens: 9, passed: 6 }],
+        ..whole.clone()
+    };
+    vec![whole, hostile]
 }
 
 fn generation(text: &str) -> GenerationRecord {
@@ -164,6 +322,8 @@ pub(crate) fn report() -> Report {
         ]),
         verifications: verifications(),
         profiles: vec![profile()],
+        evaluations: evaluations(),
+        kept: kept(),
         plans: vec![PlanSummary::from(&plan())],
         generations: vec![
             generation(

@@ -2,7 +2,10 @@
 
 use crate::markup::{Tag, tags};
 use crate::sample::{HOSTILE, report};
-use accordion::report::{Report, render};
+use accordion::eval::kept::{KeptText, Part};
+use accordion::eval::schema::CellResult;
+use accordion::eval::stats::{Interval, Mean};
+use accordion::report::{Report, markdown, render};
 use accordion_graphs::plan::PromptLengths;
 use std::collections::HashSet;
 
@@ -20,8 +23,9 @@ fn a_full_report_is_small_balanced_and_complete() {
     assert!(page.len() < 2_000_000, "{} bytes", page.len());
     let tags = tags(&page);
     assert_eq!(count(&tags, "h1"), 1);
-    assert_eq!(count(&tags, "section"), 5);
-    assert_eq!(tags.iter().filter(|tag| has_class(tag, "chart")).count(), 5);
+    assert_eq!(count(&tags, "section"), 7);
+    // Five of latency and memory, one of perplexity.
+    assert_eq!(tags.iter().filter(|tag| has_class(tag, "chart")).count(), 6);
     assert_eq!(tags.iter().filter(|tag| has_class(tag, "node")).count(), 63);
     let rows = tags.iter().filter(|tag| tag.attributes.iter().any(|(name, _)| *name == "data-verdict")).count();
     let listed: usize = report().verifications.iter().map(|v| v.counts.total().min(400)).sum();
@@ -70,6 +74,7 @@ fn hostile_text_stays_text() {
     let read: Report = serde_json::from_str(data).unwrap();
     assert_eq!(read.generations[1].text, HOSTILE);
     assert_eq!(read.verifications[1].subject.model, HOSTILE);
+    assert_eq!((read.evaluations[3].task.as_str(), read.kept[1].question.as_str()), (HOSTILE, HOSTILE));
 }
 
 #[test]
@@ -99,7 +104,75 @@ fn absurd_numbers_from_files_do_no_harm() {
     row.measured.operations = Some(u64::MAX);
     row.prefix_speedup = Some(-1e300);
     absurd.verifications[0].scopes[0].taps[0].bound_use = Some(-1e300);
+    for cell in &mut absurd.evaluations[0].cells {
+        cell.length = usize::MAX;
+        cell.n = usize::MAX;
+        cell.result = CellResult::Answer {
+            hits: usize::MAX,
+            share: f64::MAX,
+            interval: Interval { low: f64::MIN, high: f64::MAX },
+            score: -1e300,
+        };
+    }
+    for cell in &mut absurd.evaluations[1].cells {
+        let nll = Mean { n: 0, mean: 1e300, interval: Some(Interval { low: -1e300, high: 1e300 }) };
+        cell.result = CellResult::Likelihood { tokens: 0, nll, perplexity: -1.0, buckets: Vec::new() };
+    }
+    let row = absurd.profiles[0].rows.iter_mut().find(|row| !row.measured.operators.is_empty()).unwrap();
+    row.measured.operators[0].total_ms = -1e300;
+    row.measured.operators[1].calls = usize::MAX;
+    for text in &mut absurd.kept {
+        text.leaf_tokens = 0;
+        text.prompt.context = 0;
+        text.levels.truncate(1);
+        text.levels[0].left = usize::MAX;
+        text.parts.push(Part::Run { text: String::new(), tokens: usize::MAX, passed: usize::MAX });
+        text.parts.push(Part::Omitted { omitted: usize::MAX, kept: usize::MAX });
+    }
+    absurd.kept[1].levels.clear();
     let page = render(&absurd);
-    assert!(page.len() < 2_000_000);
+    assert!(page.len() < 2_000_000, "{} bytes", page.len());
     tags(&page);
+    markdown(&absurd);
+}
+
+#[test]
+fn heat_maps_say_shares_and_samples_in_words() {
+    let page = render(&report());
+    let summary = &report().evaluations[0];
+    let depths = summary.cells.iter().filter(|cell| cell.depth.is_some()).count();
+    let heat = ["q0", "q1", "q2", "q3", "q4", "q5", "q6"];
+    let tags = tags(&page);
+    let cells = tags.iter().filter(|tag| tag.name == "td" && heat.iter().any(|class| has_class(tag, class))).count();
+    // Those of the hostile evaluation too, and all depths together.
+    assert_eq!(cells, depths + depths / 5 + 2);
+    let cell = summary.cells.iter().find(|cell| cell.depth == Some(25)).unwrap();
+    let CellResult::Answer { hits, share, .. } = &cell.result else { panic!("{cell:?}") };
+    assert!(page.contains(&format!(">{:.0} % <small>{hits} of {}</small></td>", share * 100.0, cell.n)));
+    for name in ["homer", "plain", "last:2048"] {
+        assert!(page.contains(&format!("<caption>{name}: right answers by depth and length</caption>")));
+    }
+}
+
+#[test]
+fn of_a_long_text_all_tokens_are_accounted_for() {
+    let full = &report().kept[0];
+    let page = render(&report());
+    let (_, data) = page.split_once("id=\"data\">").unwrap();
+    let read: Report = serde_json::from_str(data.split_once("</script>").unwrap().0).unwrap();
+    let tokens = |text: &KeptText| -> usize {
+        let of = |part: &Part| match part {
+            Part::Run { tokens, .. } => *tokens,
+            Part::Omitted { omitted, .. } => *omitted,
+        };
+        text.parts.iter().map(of).sum()
+    };
+    assert_eq!(tokens(&read.kept[0]), tokens(full));
+    let omitted = |text: &KeptText| text.parts.iter().filter(|part| matches!(part, Part::Omitted { .. })).count();
+    assert_eq!((omitted(full), omitted(&read.kept[0]) > 3), (0, true));
+    let said = page.matches("tokens are not shown;").count();
+    assert_eq!(said, read.kept.iter().map(omitted).sum::<usize>());
+    // Every level has its button, and one shows all of them.
+    let radios = tags(&page).iter().filter(|tag| tag.attributes.contains(&("name", "kept-0"))).count();
+    assert_eq!(radios, full.levels.len() + 1);
 }

@@ -82,7 +82,10 @@ impl Description<'_> {
         let mut listed: Vec<(&&str, &usize)> = self.operators.iter().collect();
         listed.sort_by_key(|(name, count)| (std::cmp::Reverse(**count), **name));
         let row = |(name, count): (&&str, &usize)| {
-            let body = self.functions.get(*name).map(|nodes| format!("a function of {nodes} nodes"));
+            let body = self.functions.get(*name).map(|nodes| match nodes {
+                1 => "a function of 1 node".to_owned(),
+                nodes => format!("a function of {nodes} nodes"),
+            });
             [(*name).to_owned(), grouped(*count as u64), body.unwrap_or_default()]
         };
         listed.into_iter().map(row).collect()
