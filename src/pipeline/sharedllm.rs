@@ -84,8 +84,9 @@ fn check(plan: &SharedLlmPlan, bundle: &Bundle) -> Result<(), PipelineError> {
         }
     }
     let head_dim = bundle.architecture().head_dim();
-    if plan.settings.quirks == Quirks::Faithful && plan.chunks + 1 >= head_dim {
-        return Err(PipelineError::ManyChunks { chunks: plan.chunks, head_dim });
+    let chunks = plan.chunks * plan.settings.entries_per_chunk();
+    if plan.settings.quirks == Quirks::Faithful && chunks + 1 >= head_dim {
+        return Err(PipelineError::ManyChunks { chunks, head_dim });
     }
     if let Some(Compressor::SharedLlm(model)) = &bundle.manifest().compressor
         && let (Some(window), Some(length)) =

@@ -37,7 +37,7 @@ impl Packing {
         let frequencies = g.floats(&frequencies.iter().map(|&f| f as f32).collect::<Vec<_>>());
         let slots = kept.len();
         let position = chunk_positions(&g, settings, slots, &first, ids).cast(DType::F32).unsqueeze(2);
-        let query = total.within(&g) + g.ints(&[1]);
+        let query = total.within(&g) * g.ints(&[settings.entries_per_chunk() as i64]) + g.ints(&[1]);
         // Only the difference between the angles of a key and a query matters: the keys get all of it.
         let spread = |angle: &Value| {
             let [batch, chunks, pairs] = [ids.dim(0), ids.dim(1), angle.dim(2)];
@@ -105,11 +105,7 @@ fn chunk_positions(g: &Scope, settings: SharedLlmSettings, slots: usize, first: 
     let chunk = g.range(&ids.within(g).shape_at_run_time(1, 2).to_scalar(), ids.dim(1)) + &first.within(g);
     let slot = g.range(&g.int(slots as i64), slots.into());
     let row = chunk.unsqueeze(1) * g.int(slots as i64) + slot.unsqueeze(0);
-    // As released, a tree of one level leaves its two nodes as chunks of their own.
-    let of_chunk = match settings.quirks {
-        Quirks::Faithful if settings.tree_depth == 1 => slots / 2,
-        _ => slots,
-    };
+    let of_chunk = slots / settings.entries_per_chunk();
     let number = row.div(&g.int(of_chunk as i64));
     match settings.quirks {
         // As released, positions are looked up in a table that had been gathered by position already.
