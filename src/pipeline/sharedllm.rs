@@ -83,8 +83,7 @@ fn check(plan: &SharedLlmPlan, bundle: &Bundle) -> Result<(), PipelineError> {
         }
     }
     let head_dim = bundle.architecture().head_dim();
-    // As released, the two nodes of a tree of one level are chunks of their own.
-    let chunks = if plan.settings.tree_depth == 1 { 2 * plan.chunks } else { plan.chunks };
+    let chunks = plan.chunks * plan.settings.entries_per_chunk();
     if plan.settings.quirks == Quirks::Faithful && chunks + 1 >= head_dim {
         return Err(PipelineError::ManyChunks { chunks, head_dim });
     }

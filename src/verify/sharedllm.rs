@@ -125,7 +125,9 @@ impl TapSink for EngineTaps<'_> {
             let part = name.strip_prefix("tree.").and_then(|rest| Some(rest.split_once('.')?.1));
             part.is_some_and(|part| !part.contains('.'))
         };
-        let same = name == "query.vector" || name.starts_with("kv.") || in_tree();
+        // A tree of one level compares no halves.
+        let query = name == "query.vector" && self.plan.levels.len() > 1;
+        let same = query || name.starts_with("kv.") || in_tree();
         self.error.is_none() && self.detail.includes(name) && (same || of_nodes(name).is_some())
     }
 
@@ -149,9 +151,7 @@ impl EngineTaps<'_> {
                 value.reshaped([value.len() / len, len])?
             }
             // As released, the leaves of a tree of one level are chunks of their own.
-            Some("key" | "value") if self.plan.levels.len() == 1 && self.plan.settings.quirks == Quirks::Faithful => {
-                self.leaves_apart(value)?
-            }
+            Some("key" | "value") if self.plan.settings.entries_per_chunk() == 2 => self.leaves_apart(value)?,
             _ => value.clone(),
         };
         self.found.insert(name.to_owned(), value);

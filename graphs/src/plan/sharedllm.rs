@@ -114,6 +114,12 @@ impl SharedLlmSettings {
             .collect()
     }
 
+    /// What cross attention takes for chunks, per chunk. As released, a tree of one level leaves its two nodes as chunks of their
+    /// own.
+    pub fn entries_per_chunk(&self) -> usize {
+        if self.quirks == Quirks::Faithful && self.tree_depth == 1 { 2 } else { 1 }
+    }
+
     /// Tokens kept per chunk \[C\].
     ///
     /// # Errors

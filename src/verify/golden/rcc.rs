@@ -114,11 +114,9 @@ fn logits(case: &RccCase, run: &str, step: usize) -> Option<Vec<f32>> {
         Some(tensor.to_f32().chunks_exact(width.max(1)).nth(row)?.to_vec())
     };
     let tensor = |part: &str| case.expected.get(&format!("{run}/{part}"));
-    match step.checked_sub(1) {
-        Some(step) => row(tensor("step_logits")?, step),
-        None => {
-            let prompt = tensor("prefill_logits")?;
-            row(prompt, prompt.shape().get(1)?.checked_sub(1)?)
-        }
+    if let Some(step) = step.checked_sub(1) {
+        return row(tensor("step_logits")?, step);
     }
+    let prompt = tensor("prefill_logits")?;
+    row(prompt, prompt.shape().get(1)?.checked_sub(1)?)
 }

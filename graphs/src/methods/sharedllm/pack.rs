@@ -37,7 +37,7 @@ impl Packing {
         let frequencies = g.floats(&frequencies.iter().map(|&f| f as f32).collect::<Vec<_>>());
         let slots = kept.len();
         let position = chunk_positions(&g, settings, slots, &first, ids).cast(DType::F32).unsqueeze(2);
-        let query = total.within(&g) * g.ints(&[parts_of_chunk(settings) as i64]) + g.ints(&[1]);
+        let query = total.within(&g) * g.ints(&[settings.entries_per_chunk() as i64]) + g.ints(&[1]);
         // Only the difference between the angles of a key and a query matters: the keys get all of it.
         let spread = |angle: &Value| {
             let [batch, chunks, pairs] = [ids.dim(0), ids.dim(1), angle.dim(2)];
@@ -100,17 +100,12 @@ fn kept_rows(levels: &[Level]) -> Vec<i64> {
     kept
 }
 
-/// As how many chunks every chunk is attended to. As released, a tree of one level leaves its two nodes as chunks of their own.
-fn parts_of_chunk(settings: SharedLlmSettings) -> usize {
-    if settings.quirks == Quirks::Faithful && settings.tree_depth == 1 { 2 } else { 1 }
-}
-
 /// The position of every kept row, `[n, slots]`: the number of its chunk, counted from `first [1]`.
 fn chunk_positions(g: &Scope, settings: SharedLlmSettings, slots: usize, first: &Value, ids: &Value) -> Value {
     let chunk = g.range(&ids.within(g).shape_at_run_time(1, 2).to_scalar(), ids.dim(1)) + &first.within(g);
     let slot = g.range(&g.int(slots as i64), slots.into());
     let row = chunk.unsqueeze(1) * g.int(slots as i64) + slot.unsqueeze(0);
-    let of_part = g.int((slots / parts_of_chunk(settings)) as i64);
+    let of_part = g.int((slots / settings.entries_per_chunk()) as i64);
     let number = row.div(&of_part);
     match settings.quirks {
         // As released, positions are looked up in a table that had been gathered by position already.
