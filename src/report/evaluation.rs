@@ -30,7 +30,9 @@ pub(super) fn section(html: &mut Html, summary: &Summary) {
         draw(html, perplexity_chart(summary));
         draw(html, running_chart(summary));
     });
-    whole.iter().for_each(|table| table.html(html));
+    for table in &whole {
+        table.html(html);
+    }
     for table in &further {
         html.element("details", &[], |html| {
             html.leaf("summary", &[], &table.caption);
@@ -122,7 +124,7 @@ fn share(cell: &Cell) -> TableCell {
     };
     let title = format!("95 % interval {}; mean score {score:.2}", percent_range(interval));
     let shown = TableCell::number(Some(*share), percent_of).with_detail(format!("{hits} of {}", cell.n));
-    TableCell { class, title, ..shown }
+    TableCell { title, class, ..shown }
 }
 
 /// The cells that every table of results begins with.

@@ -225,7 +225,7 @@ mod tests {
     /// Leaves of 1000 tokens of 10 bytes; one run of 20 in every 100 is in the cache, in the third leaf every second one.
     fn kept() -> KeptText {
         let run = |i: usize| {
-            let passed = if i % 5 == 0 || (i / 50 == 2 && i % 2 == 0) { 2 } else { i % 2 };
+            let passed = if i.is_multiple_of(5) || (i / 50 == 2 && i.is_multiple_of(2)) { 2 } else { i % 2 };
             Part::Run { text: format!("{i:>199} "), tokens: 20, passed }
         };
         let level = |height, entered, left| KeptLevel { height, nodes: 1, entered, left };

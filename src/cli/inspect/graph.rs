@@ -61,7 +61,7 @@ pub(super) fn describe<'b>(bundle: &'b Bundle, name: &str) -> anyhow::Result<Des
 impl Described for Description<'_> {
     fn in_words(&self) -> String {
         let Self { name, file, bytes: size, nodes, linked_tensors, taps, .. } = self;
-        let mut text = format!(
+        let text = format!(
             "{name} in {file}: {} nodes, {linked_tensors} linked tensors, {taps} taps, {}\n{}",
             grouped(*nodes as u64),
             bytes(*size),
@@ -70,9 +70,9 @@ impl Described for Description<'_> {
         if self.modules.is_empty() {
             return text + "\nThe bundle does not say what the nodes are; exported again, it will.\n";
         }
-        text += &format!("\n{}", table(["operator", ">nodes", ""], &self.operators()));
-        text += &format!("\n{}", table(["module", ">nodes", ">places", "operators of one place"], &self.modules()));
-        text
+        let operators = table(["operator", ">nodes", ""], &self.operators());
+        let modules = table(["module", ">nodes", ">places", "operators of one place"], &self.modules());
+        format!("{text}\n{operators}\n{modules}")
     }
 }
 
