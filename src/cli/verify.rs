@@ -1,12 +1,14 @@
 //! `accordion verify`.
 
 use super::Outcome;
+use super::bisect::{Asked, BisectArguments};
 use super::common::EngineArguments;
 use super::output::Output;
 use accordion::bundle::{Bundle, Method};
 use accordion::checkpoint::Tokenizer;
 use accordion::environment::Machine;
 use accordion::goldens::HomerCase;
+use accordion::reference::homer::Prompt;
 use accordion::reference::llama::Llama;
 use accordion::verify::golden::{engine_against_golden, export_golden, golden_plan, reference_against_golden};
 use accordion::verify::homer::{HomerInput, compare_homer};
@@ -73,6 +75,8 @@ pub(crate) struct Arguments {
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
     #[command(flatten)]
+    bisect: BisectArguments,
+    #[command(flatten)]
     engine: EngineArguments,
 }
 
@@ -101,6 +105,9 @@ fn width(text: &str) -> Result<usize, String> {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    if let (true, Some(bundle)) = (arguments.bisect.wanted(), &arguments.bundle) {
+        return search(&Bundle::open(bundle)?, arguments, output);
+    }
     let report = match (&arguments.golden, &arguments.bundle) {
         (Some(golden), _) => against_golden(golden, arguments, output)?,
         (None, Some(bundle)) => against_reference(bundle, arguments, output)?,
@@ -145,6 +152,28 @@ fn against_reference(path: &Path, arguments: &Arguments, output: &Output) -> any
     Ok(VerifyReport::in_order(subject, findings.taps, findings.not_comparable))
 }
 
+/// Looks for the first wrong tap on what would be compared.
+fn search(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    let run = |asked: &Asked<'_>| arguments.bisect.run(bundle, asked, &arguments.engine, output);
+    match bundle.manifest().method.clone() {
+        Method::Plain => {
+            let tokens = Tokens::new(bundle, arguments, output)?;
+            let ids = tokens.take(tokens.context(arguments.context, PLAIN_CONTEXT, 0)?)?;
+            run(&Asked::Plain(&ids))
+        }
+        Method::Homer { settings, tree_heights } => {
+            let tokens = Tokens::new(bundle, arguments, output)?;
+            let lengths = homer_lengths(settings, &tree_heights, arguments, &tokens)?;
+            let plan = HomerPlan::new(bundle.architecture().num_layers(), lengths, settings)?;
+            let ids = tokens.take(lengths.total())?;
+            let (before, suffix) = ids.split_at(lengths.prefix + lengths.context);
+            let (prefix, context) = before.split_at(lengths.prefix);
+            run(&Asked::Homer(&plan, Prompt { prefix, context, suffix }, &significance(bundle, &plan, output)?))
+        }
+        method => anyhow::bail!("--bisect knows plain and homer, the bundle's method is {}", method.name()),
+    }
+}
+
 type Environment = Vec<(String, String)>;
 
 fn plain(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<(Environment, Findings)> {
@@ -168,15 +197,11 @@ fn homer(
     output: &Output,
 ) -> anyhow::Result<(Environment, Findings)> {
     let architecture = bundle.llama()?;
-    let chunk = settings.max_initial_chunk_len.unwrap_or(settings.max_chunk_len).min(settings.max_chunk_len);
-    let affix = (chunk / 8).clamp(1, 16);
-    let (prefix, suffix) = (arguments.prefix.unwrap_or(affix), arguments.suffix.unwrap_or(affix));
     let tokens = Tokens::new(bundle, arguments, output)?;
-    let around = prefix.saturating_add(suffix).saturating_add(arguments.steps.into());
-    let room = chunk.saturating_sub(prefix.saturating_add(suffix)).max(1);
-    let context = tokens.context(arguments.context, default_context(heights, room), around)?;
-    let plan = HomerPlan::new(architecture.num_layers, PromptLengths { prefix, context, suffix }, settings)?;
-    let ids = tokens.take(context.saturating_add(around))?;
+    let lengths = homer_lengths(settings, heights, arguments, &tokens)?;
+    let plan = HomerPlan::new(architecture.num_layers, lengths, settings)?;
+    let PromptLengths { prefix, context, suffix } = lengths;
+    let ids = tokens.take(lengths.total().saturating_add(arguments.steps.into()))?;
     let part = |range: Range<usize>| &ids[range];
     let rows = significance(bundle, &plan, output)?;
     let bias: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
@@ -199,6 +224,22 @@ fn homer(
     let tree =
         format!("height {}, {} nodes, width {}", plan.tree_height, plan.nodes.len(), width_name(arguments.width));
     Ok((vec![("tokens".to_owned(), lengths), ("tree".to_owned(), tree), tokens.source()], findings))
+}
+
+/// Lengths of the prompt's parts, each as asked for or by default.
+fn homer_lengths(
+    settings: HomerSettings,
+    heights: &[usize],
+    arguments: &Arguments,
+    tokens: &Tokens,
+) -> anyhow::Result<PromptLengths> {
+    let chunk = settings.max_initial_chunk_len.unwrap_or(settings.max_chunk_len).min(settings.max_chunk_len);
+    let affix = (chunk / 8).clamp(1, 16);
+    let (prefix, suffix) = (arguments.prefix.unwrap_or(affix), arguments.suffix.unwrap_or(affix));
+    let around = prefix.saturating_add(suffix).saturating_add(arguments.steps.into());
+    let room = chunk.saturating_sub(prefix.saturating_add(suffix)).max(1);
+    let context = tokens.context(arguments.context, default_context(heights, room), around)?;
+    Ok(PromptLengths { prefix, context, suffix })
 }
 
 /// A context for the highest tree up to height 2 that there are graphs for (else the lowest), with leaves five eighths full:

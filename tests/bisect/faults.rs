@@ -29,6 +29,8 @@ pub(crate) enum Fault {
     EveryEpsilon,
     /// All rotations of the graph have another base.
     Theta,
+    /// Every sum in the residual stream is longer by so little that it is within its bounds.
+    Drift,
 }
 
 const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
@@ -84,6 +86,7 @@ impl Fault {
             Self::Epsilon(l, norm) => layer(l, norm, in_layer(norm)),
             Self::EveryEpsilon => layer(&0, NORMS[0], "attn.q"),
             Self::Theta => ("layers.0.attn.q".to_owned(), "rows.rotary".to_owned()),
+            Self::Drift => unreachable!("it sits nowhere"),
         }
     }
 
@@ -145,9 +148,25 @@ impl Fault {
                     }
                 }
             }
+            Self::Drift => {
+                graph.initializer.push(number("planted.drift", 1, 1.00004_f32.to_le_bytes().to_vec()));
+                graph.node = std::mem::take(&mut graph.node).into_iter().flat_map(longer).collect();
+            }
             Self::Weight(_) | Self::EveryEpsilon | Self::Theta => {}
         }
     }
+}
+
+/// A sum in the residual stream, times what it drifts by; any other node as it is.
+fn longer(mut sum: NodeProto) -> Vec<NodeProto> {
+    let in_stream = sum.name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+    if !in_stream.is_some_and(|(_, operator)| operator.starts_with("Add")) {
+        return vec![sum];
+    }
+    let output = sum.output[0].clone();
+    let exact = format!("planted.{output}");
+    sum.output[0].clone_from(&exact);
+    vec![sum, node("Mul", [exact, "planted.drift".to_owned()], output)]
 }
 
 /// The rotation of a layer's queries or keys, which is the first or the second of the two that its attention has; a part
@@ -195,7 +214,7 @@ fn rotate_one_later(graph: &mut GraphProto, at: usize) {
 fn node(operator: &str, input: [String; 2], output: String) -> NodeProto {
     NodeProto {
         op_type: operator.to_owned(),
-        name: format!("{output}/node"),
+        name: format!("planted.{output}/node"),
         input: input.to_vec(),
         output: vec![output],
         ..NodeProto::default()
