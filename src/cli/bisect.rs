@@ -75,12 +75,11 @@ impl BisectArguments {
                 let mut on_node = |done| bar.set_position(done as u64);
                 let in_tree = bisect_homer(&rebuilt, &loader, &reference, (plan, prompt), &bias, &mut on_node)?;
                 bar.finish_and_clear();
-                match in_tree {
-                    Some(found) => Some(found),
-                    None => {
-                        let ids = &prompt.context[..prompt.context.len().min(DECODER_ROWS)];
-                        bisect_plain(&rebuilt, &loader, &reference, ids)?
-                    }
+                if in_tree.is_some() {
+                    in_tree
+                } else {
+                    let ids = &prompt.context[..prompt.context.len().min(DECODER_ROWS)];
+                    bisect_plain(&rebuilt, &loader, &reference, ids)?
                 }
             }
         };

@@ -222,6 +222,32 @@ fn sha256(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
 
+fn verify(bundle: &Bundle, arguments: &[&str]) -> (Option<i32>, serde_json::Value, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_accordion"));
+    command.arg("verify").arg(bundle.dir()).args(["--bisect", "--json"]).args(arguments);
+    let output = command.output().unwrap();
+    let json = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    (output.status.code(), json, String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn the_command_says_what_it_found_and_how_it_ended() {
+    let laboratory = Laboratory::new();
+    for (name, form) in [("plain", FORMS[0]), ("homer", FORMS[3])] {
+        let fault = Fault::NotANumber("model.layers.2.self_attn.o_proj.weight".to_owned());
+        let bundle = laboratory.bundle(&fault, form, name);
+        let folder = laboratory.folder.path().join(format!("{name} reproducer"));
+        let (code, json, errors) = verify(&bundle, &["--context", "40", "--reproducer", folder.to_str().unwrap()]);
+        assert_eq!(code, Some(1), "{errors}");
+        assert_eq!(json["culprit"]["tap"], "layers.2.attn_residual", "{json}");
+        assert!(folder.join("model.onnx").is_file());
+
+        let sound = laboratory.bundle(&Fault::Scale(0), form, &format!("sound {name}"));
+        let (code, json, errors) = verify(&sound, &["--context", "40"]);
+        assert_eq!((code, &json["culprit"]), (Some(0), &serde_json::Value::Null), "{errors}");
+    }
+}
+
 /// A reproducer of a weight fault, beside the laboratory's other files.
 fn reproduced(laboratory: &Laboratory, fault: &Fault, form: Form, name: &str) -> PathBuf {
     let bundle = laboratory.bundle(fault, form, name);

@@ -112,13 +112,12 @@ impl Scope {
         let mut linked = BTreeMap::new();
         for name in &part.weights {
             let known = whole.linked.get(name).zip(weights.get(name));
-            match known.filter(|((_, old), new)| (&old.shape, old.dtype) == (&new.shape, new.dtype)) {
-                Some(((id, _), new)) => linked.insert(name.clone(), (*id, new.clone())),
-                None => {
-                    let problem = format!("there is no tensor '{name}' of the shape and element type it had");
-                    return Err(BuildError { scope: part.wanted.clone(), problem });
-                }
+            let unchanged = known.filter(|((_, old), new)| (&old.shape, old.dtype) == (&new.shape, new.dtype));
+            let Some(((id, _), new)) = unchanged else {
+                let problem = format!("there is no tensor '{name}' of the shape and element type it had");
+                return Err(BuildError { scope: part.wanted.clone(), problem });
             };
+            linked.insert(name.clone(), (*id, new.clone()));
         }
         let nodes: Vec<NodeData> = part.nodes.iter().filter_map(|n| whole.nodes.get(n.index).cloned()).collect();
         let read: BTreeSet<usize> = nodes.iter().flat_map(|n| n.inputs.iter().flatten().copied()).collect();
