@@ -337,18 +337,23 @@ impl Search<'_, '_> {
 
     /// What `part` reads, as the reference has it.
     fn values(&self, part: &Part) -> Result<Vec<(String, Tensor)>, BisectError> {
-        let value = |name: &str| -> Result<Option<Tensor>, BisectError> {
+        let value = |name: &str| {
             if let Some((_, tensor)) = self.case.inputs.iter().find(|(input, _)| input == name) {
-                return Ok(Some(tensor.clone()));
+                return Some(tensor.clone());
             }
-            let Some(at) = self.points.iter().position(|point| point.value.name == name) else { return Ok(None) };
-            Ok(self.checked.get(&at).map(|checked| self.expected(at, &checked.shape)))
+            let at = self.points.iter().position(|point| point.value.name == name)?;
+            Some(self.expected(at, &self.checked.get(&at)?.shape))
         };
-        let mut values = Vec::with_capacity(part.reads.len());
-        for read in &part.reads {
-            values.extend(value(&read.name)?.map(|tensor| (read.name.clone(), tensor)));
-        }
-        Ok(values)
+        let named = part.reads.iter().map(|read| (read.name.clone(), value(&read.name)));
+        named
+            .map(|(name, value)| match value {
+                Some(value) => Ok((name, value)),
+                None => {
+                    let graph = self.case.graph.name.clone();
+                    Err(EngineError::UnknownName { graph, kind: "input", name }.into())
+                }
+            })
+            .collect()
     }
 
     /// The reference's value of point `at`, in the graph's `shape` if it has as many elements.
