@@ -1,4 +1,4 @@
-//! NumPy's file of several arrays (<https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>): a ZIP archive
+//! `NumPy`'s file of several arrays (<https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>): a ZIP archive
 //! without compression, one `.npy` for each.
 
 use crate::tensor::Tensor;
@@ -37,8 +37,9 @@ fn header(tensor: &Tensor) -> io::Result<Vec<u8>> {
         DType::U8 => "|u1",
         DType::Bf16 => return Err(io::Error::other("NumPy has no bf16")),
     };
-    let dims: String = tensor.shape().iter().map(|n| format!("{n}, ")).collect();
-    let mut text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}", dims.trim_end());
+    // A tuple of one needs the comma behind it.
+    let dims: Vec<String> = tensor.shape().iter().map(|n| format!("{n},")).collect();
+    let mut text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}", dims.join(" "));
     let unpadded = MAGIC.len() + 2 + text.len() + 1;
     text.extend(std::iter::repeat_n(' ', unpadded.next_multiple_of(ALIGNMENT) - unpadded));
     text.push('\n');

@@ -3,12 +3,13 @@
 //! Every run declares one value an output besides the graph's own, so that the runtime may fuse what it always fuses. Half
 //! by half the first wrong point is found in as many runs as the number of points has binary digits. That takes for granted
 //! that what follows from something wrong is wrong, which a graph need not do: so the points that the found one is
-//! computed from are looked at too, and as long as one of them is wrong the search goes on there. It ends at a point that
-//! is wrong although all it is computed from is right.
+//! computed from are looked at too, a run for each, and as long as one of them is wrong the search goes on there. It ends
+//! at a point that is wrong although all it is computed from is right.
 //!
 //! The nodes between are told apart by the points beside: a node that one of these needs too, and that comes out right, is
-//! not to blame; and of several wrong ones, what they have in common is. At last the nodes alone are run on the reference's
-//! values: if they are right then, it is what had gathered before them that made them wrong.
+//! not to blame (of a node with several results: for what the point needs of it); and of several wrong ones, what they have
+//! in common is. At last the nodes alone are run on the reference's values: if they are right then, it is what had gathered
+//! before them that made them wrong.
 
 use super::BisectError;
 use super::case::Case;
@@ -243,29 +244,39 @@ impl Search<'_, '_> {
 
     /// The nodes of `part`, which computes the wrong point `wrong`, that the points beside it leave to blame.
     fn suspects(&mut self, wrong: usize, part: &Part) -> Result<Vec<PartNode>, BisectError> {
-        let mut suspects: BTreeSet<&PartNode> = part.nodes.iter().collect();
-        let mut common = suspects.clone();
+        let (mut acquitted, mut common): (BTreeSet<String>, Vec<&PartNode>) =
+            (BTreeSet::new(), part.nodes.iter().collect());
         for other in (0..self.points.len()).filter(|&other| other != wrong) {
             let beside = self.part(other)?;
-            if !beside.nodes.iter().any(|node| suspects.contains(node)) {
-                continue;
+            let suspects = left_to_blame(&part.nodes, &acquitted);
+            if suspects.len() <= 1 {
+                break;
             }
             let right = |read: usize| self.checked.get(&read).is_some_and(|checked| !checked.is_wrong());
             let given_right_values = self.points_of(&beside).into_iter().all(right);
-            if other > wrong && !given_right_values {
+            // What comes before and is right can acquit; what comes after can accuse too, if it was given the right values.
+            let worth_a_run = if other < wrong {
+                let needed: BTreeSet<&String> = beside.nodes.iter().flat_map(|node| &node.needed).collect();
+                let mut values = suspects.iter().flat_map(|suspect| &suspect.needed);
+                values.any(|value| needed.contains(value) && !acquitted.contains(value))
+            } else {
+                given_right_values && suspects.iter().any(|s| beside.nodes.iter().any(|node| node.index == s.index))
+            };
+            if !worth_a_run {
                 continue;
             }
             let checked = self.check(other)?;
             if checked.is_wrong() && given_right_values {
-                common.retain(|node| beside.nodes.contains(node));
+                common.retain(|suspect| beside.nodes.iter().any(|node| node.index == suspect.index));
             } else if checked.is_clearly_right() {
-                // Of a node with several results, another one may be wrong.
-                suspects.retain(|node| node.outputs > 1 || !beside.nodes.contains(node));
+                acquitted.extend(beside.nodes.into_iter().flat_map(|node| node.needed));
             }
         }
-        let both: Vec<PartNode> = suspects.intersection(&common).map(|&node| node.clone()).collect();
-        let choices = [both, suspects.into_iter().cloned().collect(), part.nodes.clone()];
-        Ok(choices.into_iter().find(|nodes| !nodes.is_empty()).unwrap_or_default())
+        let suspects = left_to_blame(&part.nodes, &acquitted);
+        let both = suspects.iter().copied().filter(|node| common.contains(node)).collect();
+        let choices: [Vec<&PartNode>; 2] = [both, suspects];
+        let chosen = choices.into_iter().find(|nodes| !nodes.is_empty());
+        Ok(chosen.map_or_else(|| part.nodes.clone(), |nodes| nodes.into_iter().cloned().collect()))
     }
 
     /// Runs the nodes of `part` on the reference's values, and tells everything about them.
@@ -326,18 +337,23 @@ impl Search<'_, '_> {
 
     /// What `part` reads, as the reference has it.
     fn values(&self, part: &Part) -> Result<Vec<(String, Tensor)>, BisectError> {
-        let value = |name: &str| -> Result<Option<Tensor>, BisectError> {
+        let value = |name: &str| {
             if let Some((_, tensor)) = self.case.inputs.iter().find(|(input, _)| input == name) {
-                return Ok(Some(tensor.clone()));
+                return Some(tensor.clone());
             }
-            let Some(at) = self.points.iter().position(|point| point.value.name == name) else { return Ok(None) };
-            Ok(self.checked.get(&at).map(|checked| self.expected(at, &checked.shape)))
+            let at = self.points.iter().position(|point| point.value.name == name)?;
+            Some(self.expected(at, &self.checked.get(&at)?.shape))
         };
-        let mut values = Vec::with_capacity(part.reads.len());
-        for read in &part.reads {
-            values.extend(value(&read.name)?.map(|tensor| (read.name.clone(), tensor)));
-        }
-        Ok(values)
+        let named = part.reads.iter().map(|read| (read.name.clone(), value(&read.name)));
+        named
+            .map(|(name, value)| match value {
+                Some(value) => Ok((name, value)),
+                None => {
+                    let graph = self.case.graph.name.clone();
+                    Err(EngineError::UnknownName { graph, kind: "input", name }.into())
+                }
+            })
+            .collect()
     }
 
     /// The reference's value of point `at`, in the graph's `shape` if it has as many elements.
@@ -345,4 +361,9 @@ impl Search<'_, '_> {
         let value = &self.case.expected[&self.points[at].name];
         value.reshaped(shape).unwrap_or_else(|_| value.clone())
     }
+}
+
+/// The nodes that compute something else than the values `acquitted`.
+fn left_to_blame<'p>(nodes: &'p [PartNode], acquitted: &BTreeSet<String>) -> Vec<&'p PartNode> {
+    nodes.iter().filter(|node| node.needed.iter().any(|value| !acquitted.contains(value))).collect()
 }

@@ -2,6 +2,7 @@
 //!
 //! Exit codes are a contract: 0 done, 1 a check said no, 2 it could not be done (usage, input, environment).
 
+mod bisect;
 mod calibrate;
 mod common;
 mod compress;

@@ -4,11 +4,13 @@ mod input;
 
 use self::input::Chosen;
 use super::Outcome;
+use super::bisect::{Asked, BisectArguments};
 use super::common::{EngineArguments, parse_width};
 use super::output::Output;
 use accordion::bundle::Bundle;
 use accordion::environment::Machine;
-use accordion::verify::bundle::compare_bundle;
+use accordion::reference::homer::Prompt;
+use accordion::verify::bundle::{Input, Plan, compare_bundle};
 use accordion::verify::golden::GoldenCase;
 use accordion::verify::schema::{Subject, VerifyReport};
 use accordion::verify::verdict::Verdict;
@@ -64,6 +66,8 @@ pub(crate) struct Arguments {
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
     #[command(flatten)]
+    bisect: BisectArguments,
+    #[command(flatten)]
     engine: EngineArguments,
 }
 
@@ -85,6 +89,9 @@ enum Taps {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    if let (true, Some(bundle)) = (arguments.bisect.wanted(), &arguments.bundle) {
+        return search(&Bundle::open(bundle)?, arguments, output);
+    }
     let report = match (&arguments.golden, &arguments.bundle) {
         (Some(golden), _) => against_golden(golden, arguments, output)?,
         (None, Some(bundle)) => against_reference(bundle, arguments, output)?,
@@ -128,6 +135,26 @@ fn against_reference(path: &Path, arguments: &Arguments, output: &Output) -> any
     bar.finish_and_clear();
     let taps = [weights, findings.taps].concat();
     Ok(VerifyReport::in_order(subject(&bundle, chosen.described()), taps, findings.not_comparable))
+}
+
+/// Looks for the first wrong tap on what would be compared.
+fn search(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    let chosen = Chosen::new(bundle, arguments, output)?;
+    let Input { plan, lengths, ids, .. } = chosen.input();
+    let (prompt, _) = ids.split_at(lengths.total());
+    let run = |asked: &Asked<'_>| arguments.bisect.run(bundle, asked, &arguments.engine, output);
+    match plan {
+        Plan::Plain => run(&Asked::Plain(prompt)),
+        Plan::Homer(plan, bias) => {
+            let (before, suffix) = prompt.split_at(lengths.prefix + lengths.context);
+            let (prefix, context) = before.split_at(lengths.prefix);
+            run(&Asked::Homer(plan, Prompt { prefix, context, suffix }, bias))
+        }
+        Plan::Rcc(_) | Plan::SharedLlm(_) => {
+            let method = bundle.manifest().method.name();
+            anyhow::bail!("--bisect knows plain and homer, and the bundle's method is {method}")
+        }
+    }
 }
 
 type Environment = Vec<(String, String)>;

@@ -17,6 +17,8 @@ use std::path::Path;
 pub(crate) enum Fault {
     /// A tensor of the engine's weights is off.
     Weight(String),
+    /// A tensor of both sides' weights is no number in places.
+    NotANumber(String),
     /// A projection, `q` or `k`, of a layer is rotated in pairs of neighbours instead of halves.
     RotaryHalves(usize, char),
     /// A projection of a layer is rotated as if every token came one later.
@@ -29,6 +31,8 @@ pub(crate) enum Fault {
     EveryEpsilon,
     /// All rotations of the graph have another base.
     Theta,
+    /// Every sum in the residual stream is longer by so little that it is within its bounds.
+    Drift,
 }
 
 const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
@@ -71,7 +75,7 @@ impl Fault {
             (format!("layers.{layer}.{tap}"), format!("model.layers.{layer}.{module}"))
         };
         match self {
-            Self::Weight(name) => {
+            Self::Weight(name) | Self::NotANumber(name) => {
                 let module = name.strip_suffix(".weight").unwrap();
                 match module.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
                     Some((number, rest)) => (format!("layers.{number}.{}", in_layer(rest)), module.to_owned()),
@@ -84,6 +88,7 @@ impl Fault {
             Self::Epsilon(l, norm) => layer(l, norm, in_layer(norm)),
             Self::EveryEpsilon => layer(&0, NORMS[0], "attn.q"),
             Self::Theta => ("layers.0.attn.q".to_owned(), "rows.rotary".to_owned()),
+            Self::Drift => unreachable!("it sits nowhere"),
         }
     }
 
@@ -99,12 +104,13 @@ impl Fault {
         std::fs::write(dir.join("config.json"), config_json(&arch).to_string()).unwrap();
         let file = &good.weights().files()[0];
         let mut bytes = std::fs::read(file).unwrap();
-        if let Self::Weight(name) = self {
+        if let Self::Weight(name) | Self::NotANumber(name) = self {
+            let off_by = if matches!(self, Self::Weight(_)) { 0.02 } else { f32::NAN };
             let weight = good.weights().get(name).unwrap();
             let place = weight.offset as usize..(weight.offset + weight.len) as usize;
             // Every seventh element: rows and columns are hit whatever the shape.
             for element in bytes[place].as_chunks_mut::<4>().0.iter_mut().step_by(7) {
-                *element = (f32::from_le_bytes(*element) + 0.02).to_le_bytes();
+                *element = (f32::from_le_bytes(*element) + off_by).to_le_bytes();
             }
         }
         std::fs::write(dir.join("model.safetensors"), bytes).unwrap();
@@ -134,7 +140,7 @@ impl Fault {
                     let scaled = "planted.query".to_owned();
                     let query = std::mem::replace(&mut graph.node[at].input[0], scaled.clone());
                     graph.initializer.push(number("planted.scale", 1, 1.25_f32.to_le_bytes().to_vec()));
-                    graph.node.insert(at, node("Mul", [query, "planted.scale".to_owned()], scaled));
+                    graph.node.insert(at, node("Mul", [&query, "planted.scale"], &scaled));
                 }
             }
             Self::Epsilon(layer, norm) => {
@@ -145,9 +151,25 @@ impl Fault {
                     }
                 }
             }
-            Self::Weight(_) | Self::EveryEpsilon | Self::Theta => {}
+            Self::Drift => {
+                graph.initializer.push(number("planted.drift", 1, 1.00004_f32.to_le_bytes().to_vec()));
+                graph.node = std::mem::take(&mut graph.node).into_iter().flat_map(longer).collect();
+            }
+            Self::Weight(_) | Self::NotANumber(_) | Self::EveryEpsilon | Self::Theta => {}
         }
     }
+}
+
+/// A sum in the residual stream, times what it drifts by; any other node as it is.
+fn longer(mut sum: NodeProto) -> Vec<NodeProto> {
+    let in_stream = sum.name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+    if !in_stream.is_some_and(|(_, operator)| operator.starts_with("Add")) {
+        return vec![sum];
+    }
+    let output = sum.output[0].clone();
+    let exact = format!("planted.{output}");
+    sum.output[0].clone_from(&exact);
+    vec![sum, node("Mul", [&exact, "planted.drift"], &output)]
 }
 
 /// The rotation of a layer's queries or keys, which is the first or the second of the two that its attention has; a part
@@ -185,19 +207,19 @@ fn rotate_one_later(graph: &mut GraphProto, at: usize) {
     let cast = angles.iter_mut().find(|n| n.op_type == "Cast").unwrap();
     let positions = std::mem::replace(&mut cast.input[0], "planted.positions".to_owned());
     graph.initializer.push(number("planted.one", 7, 1_i64.to_le_bytes().to_vec()));
-    let later = node("Add", [positions, "planted.one".to_owned()], "planted.positions".to_owned());
+    let later = node("Add", [&positions, "planted.one"], "planted.positions");
     for input in &mut graph.node[at].input[1..3] {
         *input = renamed(input);
     }
     graph.node.splice(at..at, std::iter::once(later).chain(angles));
 }
 
-fn node(operator: &str, input: [String; 2], output: String) -> NodeProto {
+fn node(operator: &str, input: [&str; 2], output: &str) -> NodeProto {
     NodeProto {
         op_type: operator.to_owned(),
-        name: format!("{output}/node"),
-        input: input.to_vec(),
-        output: vec![output],
+        name: format!("planted.{output}/node"),
+        input: input.map(str::to_owned).to_vec(),
+        output: vec![output.to_owned()],
         ..NodeProto::default()
     }
 }

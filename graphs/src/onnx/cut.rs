@@ -29,7 +29,7 @@ pub struct Part {
 }
 
 /// A node of a [`Part`].
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartNode {
     /// Its place in the whole graph.
     pub index: usize,
@@ -37,8 +37,8 @@ pub struct PartNode {
     pub name: String,
     /// Its operator, behind its domain where that is not the default one.
     pub operator: String,
-    /// Number of values it computes.
-    pub outputs: usize,
+    /// Names of the values it computes that the part needs.
+    pub needed: Vec<String>,
 }
 
 impl PartNode {
@@ -68,25 +68,35 @@ impl Scope {
             graph.nodes.iter().enumerate().flat_map(|(i, node)| node.outputs.iter().map(move |&id| (id, i))).collect();
         let linked: HashMap<usize, &str> = graph.linked.iter().map(|(name, (id, _))| (*id, name.as_str())).collect();
         let (&last, _) = producers.iter().find(|&(&id, _)| graph.values[id].name == wanted)?;
-        let (mut nodes, mut stops, mut weights) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let mut nodes: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
+        let (mut stops, mut weights) = (BTreeSet::new(), BTreeSet::new());
         let mut open = vec![last];
         while let Some(id) = open.pop() {
             if id != last && given.contains(graph.values[id].name.as_str()) || graph.inputs.contains(&id) {
                 stops.insert(id);
             } else if let Some(&node) = producers.get(&id) {
-                if nodes.insert(node) {
+                if !nodes.contains_key(&node) {
                     open.extend(graph.nodes[node].inputs.iter().flatten());
                 }
+                nodes.entry(node).or_default().insert(id);
             } else if let Some(weight) = linked.get(&id) {
                 weights.insert((*weight).to_owned());
             }
         }
         // A given value that a node of the part computes beside another one would be there twice.
-        let reads = stops.into_iter().filter(|id| producers.get(id).is_none_or(|node| !nodes.contains(node)));
+        let (again, reads): (Vec<usize>, Vec<usize>) =
+            stops.into_iter().partition(|id| producers.get(id).is_some_and(|node| nodes.contains_key(node)));
+        for id in again {
+            nodes.entry(producers[&id]).or_default().insert(id);
+        }
+        let name = |id: &usize| graph.values[*id].name.clone();
         Some(Part {
             wanted: wanted.to_owned(),
-            reads: reads.map(|id| graph.value_info(id)).collect(),
-            nodes: nodes.into_iter().map(|i| part_node(i, &graph.nodes[i])).collect(),
+            reads: reads.into_iter().map(|id| graph.value_info(id)).collect(),
+            nodes: nodes
+                .into_iter()
+                .map(|(i, needed)| part_node(i, &graph.nodes[i], needed.iter().map(name).collect()))
+                .collect(),
             weights: weights.into_iter().collect(),
         })
     }
@@ -102,13 +112,12 @@ impl Scope {
         let mut linked = BTreeMap::new();
         for name in &part.weights {
             let known = whole.linked.get(name).zip(weights.get(name));
-            match known.filter(|((_, old), new)| (&old.shape, old.dtype) == (&new.shape, new.dtype)) {
-                Some(((id, _), new)) => linked.insert(name.clone(), (*id, new.clone())),
-                None => {
-                    let problem = format!("there is no tensor '{name}' of the shape and element type it had");
-                    return Err(BuildError { scope: part.wanted.clone(), problem });
-                }
+            let unchanged = known.filter(|((_, old), new)| (&old.shape, old.dtype) == (&new.shape, new.dtype));
+            let Some(((id, _), new)) = unchanged else {
+                let problem = format!("there is no tensor '{name}' of the shape and element type it had");
+                return Err(BuildError { scope: part.wanted.clone(), problem });
             };
+            linked.insert(name.clone(), (*id, new.clone()));
         }
         let nodes: Vec<NodeData> = part.nodes.iter().filter_map(|n| whole.nodes.get(n.index).cloned()).collect();
         let read: BTreeSet<usize> = nodes.iter().flat_map(|n| n.inputs.iter().flatten().copied()).collect();
@@ -130,9 +139,9 @@ impl Scope {
     }
 }
 
-fn part_node(index: usize, node: &NodeData) -> PartNode {
+fn part_node(index: usize, node: &NodeData, needed: Vec<String>) -> PartNode {
     let operator = if node.domain.is_empty() { node.op.clone() } else { format!("{}.{}", node.domain, node.op) };
-    PartNode { index, name: node.name.clone(), operator, outputs: node.outputs.len() }
+    PartNode { index, name: node.name.clone(), operator, needed }
 }
 
 #[cfg(test)]
@@ -184,6 +193,7 @@ mod tests {
         let part = g.part("out", &BTreeSet::from(["a.Sigmoid"])).unwrap();
         assert_eq!((names(&part.reads), part.nodes.len()), (vec!["a.Sigmoid"], 2));
         assert_eq!(part.weights, ["b.gain"]);
+        assert_eq!(whole.nodes[0].needed, ["a.Sigmoid"]);
         // What is wanted is computed even if it is given.
         assert_eq!(g.part("out", &BTreeSet::from(["out"])).unwrap(), whole);
         assert_eq!(g.part("x", &BTreeSet::new()), None);
