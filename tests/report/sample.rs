@@ -1,5 +1,6 @@
 //! A report of the size of a real one: 30 layers, a HOMER tree with 32 leaves, 4 context lengths, 2 methods.
 
+use accordion::profile::details::Details;
 use accordion::profile::schema::{Configuration, Measurement, ProfileReport};
 use accordion::profile::stats::LatencyStats;
 use accordion::report::{GenerationRecord, PlanSummary, Report};
@@ -122,6 +123,7 @@ fn profile() -> ProfileReport {
                 operations: Some((if plain { plain_s } else { homer_s } * 9e10) as u64),
                 floor_fraction: (!plain).then_some(0.87),
                 operators: Vec::new(),
+                details: Details::default(),
             });
         }
     }
