@@ -73,7 +73,7 @@ mod tests {
         let busy = |own| after.busy_since(&before, own).unwrap();
         assert!((busy(0) - 0.3).abs() < 1e-9 && (busy(20) - 0.1).abs() < 1e-9, "{} {}", busy(0), busy(20));
         // The two files are not read at the same moment.
-        assert_eq!(busy(31), 0.0);
+        assert!(busy(31) < 1e-9, "{}", busy(31));
         assert_eq!(before.busy_since(&before, 0), None);
         assert_eq!(Ticks::parse("intr 1 2 3"), None);
         assert_eq!(Ticks::parse("cpu  1 2 x 4 5 6 7 8"), None);

@@ -152,6 +152,7 @@ pub fn merged(turns: &[Measurement]) -> Option<Measurement> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::profile::schema::tests::measurement;
     use approx::assert_relative_eq;
 
     fn verdict(pairs: &[[f64; 2]]) -> Verdict {
@@ -206,5 +207,22 @@ mod tests {
         let place =
             |side: usize| order.iter().enumerate().filter(|(_, who)| **who == side).map(|(i, _)| i).sum::<usize>();
         assert_eq!(place(0), place(1));
+    }
+
+    #[test]
+    fn turns_become_one_comparison_and_two_measurements() {
+        let pair = |a: u64, b: u64| [measurement("homer", 64, &[a]), measurement("plain", 64, &[b])];
+        let pairs = [pair(100, 200), pair(101, 202), pair(99, 198), pair(100, 201)];
+        let names = ["a".to_owned(), "b".to_owned()];
+        let comparison = Comparison::new(names, pairs[0][0].prompt, &pairs);
+        let found: Vec<_> = comparison.differences.iter().map(|d| (d.quantity.as_str(), d.verdict)).collect();
+        let same = Verdict::NoDifference;
+        let expected =
+            [("time to context state", Verdict::Slower), ("first token", same), ("each further token", same)];
+        assert_eq!((comparison.pairs, &found[..]), (4, &expected[..]));
+        let side: Vec<Measurement> = pairs.iter().map(|pair| pair[1].clone()).collect();
+        let merged = merged(&side).unwrap();
+        assert_eq!((merged.prefix.runs, merged.configuration.method.as_str()), (4, "plain"));
+        assert_relative_eq!(merged.prefix.max_ms, 202.0, max_relative = 1e-9);
     }
 }

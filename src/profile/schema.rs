@@ -196,17 +196,18 @@ fn derive(measured: &Measurement, all: &[Measurement]) -> ProfileRow {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::profile::roofline::{Bound, Demand};
     use std::time::Duration;
 
     fn stats(ms: &[u64]) -> LatencyStats {
         LatencyStats::new(&ms.iter().map(|&m| Duration::from_millis(m)).collect::<Vec<_>>()).unwrap()
     }
 
-    fn measurement(method: &str, context: usize, prefix: &[u64]) -> Measurement {
+    pub(in crate::profile) fn measurement(method: &str, context: usize, prefix: &[u64]) -> Measurement {
         Measurement {
             configuration: Configuration {
                 method: method.into(),
@@ -278,6 +279,36 @@ mod tests {
         let report = report(&[measurement("homer", 8192, &[100, 100, 150])]);
         assert_eq!(report.warnings.len(), 2);
         assert!(report.warnings[1].starts_with("homer at 8192 context tokens: prefix latency varies by 24.7 %"));
+    }
+
+    #[test]
+    fn limits_are_of_prefix_and_token() {
+        let mut measured = measurement("homer", 8192, &[4000]);
+        let read_bytes = 10;
+        let demand = |linear_operations| Demand { linear_operations, attention_operations: 0, read_bytes };
+        measured.details.prefix_demand = Some(demand(2000));
+        measured.details.token_demand = Some(demand(0));
+        let ceilings = Ceilings { linear_flops: 1000.0, attention_flops: 1.0, read_bytes: 1000.0 };
+        let found = measured.bounded_by(ceilings);
+        let limit = |limit: Option<Roofline>| limit.map(|limit| (limit.bound, limit.fraction));
+        assert_eq!(limit(found.details.prefix_limit), Some((Bound::Compute, 0.5)));
+        assert_eq!(limit(found.details.token_limit), Some((Bound::Memory, 0.5)));
+        assert_eq!((found.floor_fraction, found.details.ceilings), (Some(0.5), Some(ceilings)));
+        let nothing = measurement("homer", 8192, &[4000]).bounded_by(ceilings);
+        assert_eq!((nothing.floor_fraction, nothing.details.token_limit), (None, None));
+    }
+
+    #[test]
+    fn results_of_earlier_versions_are_read() {
+        let mut json = serde_json::to_value(report(&[measurement("plain", 8192, &[512])])).unwrap();
+        json.as_object_mut().unwrap().remove("trust");
+        let row = json["rows"][0].as_object_mut().unwrap();
+        row["prefix"].as_object_mut().unwrap().remove("drift");
+        let details = serde_json::to_value(Details::default()).unwrap();
+        details.as_object().unwrap().keys().for_each(|field| drop(row.remove(field)));
+        assert!(!row.contains_key("host_ms") && !row.contains_key("details"), "{row:?}");
+        let read: ProfileReport = serde_json::from_value(json).unwrap();
+        assert_eq!((read.trust, &read.rows[0].measured.details), (None, &Details::default()));
     }
 
     #[test]

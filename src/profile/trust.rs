@@ -79,3 +79,71 @@ pub(super) fn doubts(measured: &Measurement) -> Vec<String> {
     }
     doubts
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::profile::schema::tests::measurement;
+    use std::time::Duration;
+
+    fn steady() -> Measurement {
+        let mut measured = measurement("homer", 8192, &[100; 4]);
+        measured.details.others_busy = Some(0.01);
+        measured
+    }
+
+    fn sentence(measurements: &[Measurement], trusted: bool) -> String {
+        let found = Trust::of(measurements).unwrap();
+        assert_eq!(found.trusted, trusted, "{found:?}");
+        found.sentence
+    }
+
+    #[test]
+    fn steady_numbers_of_a_quiet_machine_are_trusted() {
+        assert_eq!(doubts(&steady()), [] as [&str; 0]);
+        assert_eq!(
+            sentence(&[steady(), steady()], true),
+            "These numbers can be trusted: no latency scatters by more than 2.5 % or drifts by more than 3 %, and other \
+             programs took at most 1 % of the processors."
+        );
+        assert_eq!(Trust::of(&[]), None);
+    }
+
+    #[test]
+    fn every_reason_against_is_given() {
+        // Scatters by less than 2.5 %, and yet became slower.
+        let drifting = measurement("homer", 8192, &[100, 100, 104, 104]);
+        assert_eq!(
+            doubts(&drifting),
+            [
+                "homer at 8192 context tokens: prefix latency drifts: the later half of the runs is 4.0 % slower than the earlier"
+            ]
+        );
+        let mut busy = steady();
+        busy.details.others_busy = Some(0.3);
+        assert_eq!(
+            doubts(&busy),
+            ["homer at 8192 context tokens: other programs kept 30 % of the processors busy meanwhile"]
+        );
+        let found = sentence(&[steady(), drifting, busy], false);
+        assert!(found.contains("for 2 reasons") && found.contains("at most 30 %"), "{found}");
+    }
+
+    #[test]
+    fn few_runs_are_not_judged() {
+        let found = sentence(&[steady(), measurement("plain", 8192, &[100; 3])], false);
+        assert!(found.contains("too few runs to be judged (3 of a prefix where 4 are needed)"), "{found}");
+    }
+
+    #[test]
+    fn tokens_behind_a_cache_that_grows_much_may_become_slower() {
+        let times: Vec<Duration> = (0..100).map(|i| Duration::from_micros(100_000 + 60 * i)).collect();
+        let mut measured = steady();
+        measured.per_token = LatencyStats::new(&times).unwrap();
+        measured.per_token.drift = Some(0.04);
+        assert_eq!(doubts(&measured), [] as [&str; 0]);
+        measured.tokens_kept = 10_000;
+        assert_eq!(doubts(&measured).len(), 1);
+    }
+}
