@@ -4,6 +4,7 @@
 //! turn of A has a turn of B beside it, and only the ratios within these pairs count. Their logarithms are taken to be
 //! Student-distributed about the logarithm of the true ratio.
 
+use super::details::Details;
 use super::schema::Measurement;
 use super::stats::LatencyStats;
 use super::student::quantile;
@@ -132,19 +133,26 @@ pub fn turns(pairs: usize) -> impl Iterator<Item = [usize; 2]> {
     (0..pairs).map(|pair| if pair % 2 == 0 { [0, 1] } else { [1, 0] })
 }
 
-/// All turns of one side as one measurement: each latency is that of the turns' medians; everything else is the last
-/// turn's. `None` if there is no turn.
-pub fn merged(turns: &[Measurement]) -> Option<Measurement> {
-    let last = turns.last()?;
+/// All turns of one side as one measurement: each latency is that of the turns' medians, what other programs did is the
+/// mean, loading and first run are those of the turn `cold` before all, and everything else is of the turn whose prefix
+/// took the median time. `None` if there is no turn.
+pub fn merged(cold: &Measurement, turns: &[Measurement]) -> Option<Measurement> {
+    let mut by_prefix: Vec<&Measurement> = turns.iter().collect();
+    by_prefix.sort_by(|a, b| a.prefix.median_ms.total_cmp(&b.prefix.median_ms));
+    let middle = *by_prefix.get(turns.len().div_ceil(2).checked_sub(1)?)?;
     let over = |pick: fn(&Measurement) -> &LatencyStats| {
         let times = turns.iter().map(|turn| Duration::from_secs_f64(pick(turn).median_ms.max(0.0) / 1e3));
         LatencyStats::new(&times.collect::<Vec<_>>())
     };
+    let busy: Vec<f64> = turns.iter().filter_map(|turn| turn.details.others_busy).collect();
+    let Details { load_ms, first_run_ms, .. } = cold.details;
+    let others_busy = (!busy.is_empty()).then(|| busy.iter().sum::<f64>() / busy.len() as f64);
     Some(Measurement {
         prefix: over(|m| &m.prefix)?,
         first_token: over(|m| &m.first_token)?,
         per_token: over(|m| &m.per_token)?,
-        ..last.clone()
+        details: Details { load_ms, first_run_ms, others_busy, ..middle.details.clone() },
+        ..middle.clone()
     })
 }
 
@@ -220,8 +228,16 @@ mod tests {
         let expected =
             [("time to context state", Verdict::Slower), ("first token", same), ("each further token", same)];
         assert_eq!((comparison.pairs, &found[..]), (4, &expected[..]));
-        let side: Vec<Measurement> = pairs.iter().map(|pair| pair[1].clone()).collect();
-        let merged = merged(&side).unwrap();
+        let mut side: Vec<Measurement> = pairs.iter().map(|pair| pair[1].clone()).collect();
+        for (turn, busy) in side.iter_mut().zip([Some(0.1), None, Some(0.3), None]) {
+            turn.details.others_busy = busy;
+        }
+        let mut cold = measurement("plain", 64, &[900]);
+        cold.details.first_run_ms = Some(900.0);
+        side[0].details.host_ms = Some(1.0);
+        let merged = merged(&cold, &side).unwrap();
+        assert_relative_eq!(merged.details.others_busy.unwrap(), 0.2, max_relative = 1e-9);
+        assert_eq!((merged.details.first_run_ms, merged.details.host_ms), (Some(900.0), Some(1.0)));
         assert_eq!((merged.prefix.runs, merged.configuration.method.as_str()), (4, "plain"));
         assert_relative_eq!(merged.prefix.max_ms, 202.0, max_relative = 1e-9);
     }

@@ -150,6 +150,8 @@ fn two_sides_are_measured_alternately() {
     let rows = same["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 2);
     assert!(rows.iter().all(|row| row["prefix"]["runs"] == 4 && row["configuration"]["method"] == "homer"));
+    assert!(rows.iter().all(|row| row["token_limit"]["fraction"].as_f64().unwrap() > 0.0));
+    assert!(rows.iter().all(|row| row["load_ms"].as_f64().unwrap() > 0.0), "the turn that loads comes before all");
 
     // One bundle in two ways.
     let sides = |more: &[&str]| {

@@ -11,10 +11,15 @@ use accordion::profile::ceilings::Ceilings;
 use accordion::profile::measure::{Effort, Step, measure, record, work};
 use accordion::profile::schema::Measurement;
 use anyhow::{Context, bail};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
+
+/// What a process is asked for that holds one side of a comparison.
+const TURN: &str = "turn";
+const RATES: &str = "rates";
 
 impl Arguments {
     /// The command line that measures `case` in its own process.
@@ -83,9 +88,12 @@ impl Arguments {
             let min_time = Duration::from_secs_f64(self.protocol.min_time / turns.max(1) as f64);
             let effort = Effort::turn(min_time, self.new_tokens.last().copied().unwrap_or(1));
             for line in std::io::stdin().lock().lines() {
-                line?;
-                let turn = measure(&mut engines, &case.compression, &prompt, &effort, &runner, &mut |_| {})?;
-                serde_json::to_writer(&mut out, &turn)?;
+                if line?.as_str() == RATES {
+                    serde_json::to_writer(&mut out, &self.rates(case, output)?)?;
+                } else {
+                    let turn = measure(&mut engines, &case.compression, &prompt, &effort, &runner, &mut |_| {})?;
+                    serde_json::to_writer(&mut out, &turn)?;
+                }
                 out.write_all(b"\n")?;
                 out.flush()?;
             }
@@ -109,9 +117,7 @@ impl Arguments {
         bar.finish_and_clear();
         drop(engines);
         // Now, on the machine as it has just been.
-        let (_, rows) = work(bundle, &case.compression, case.lengths)?;
-        let rates = Ceilings::measure(&self.engine.loader(bundle, output)?, bundle, rows, runner.threads)?;
-        measured = measured.bounded_by(rates);
+        measured = measured.bounded_by(self.rates(case, output)?);
         if let Some(path) = &self.trace {
             let folder = tempfile::tempdir()?;
             let loader = self.engine.loader(bundle, output)?.tracing(folder.path().to_owned());
@@ -121,6 +127,12 @@ impl Arguments {
         }
         serde_json::to_writer(&mut out, &measured)?;
         Ok(())
+    }
+
+    /// The machine's rates in this process, for the rows that `case` has.
+    fn rates(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Ceilings> {
+        let (_, rows) = work(case.bundle, &case.compression, case.lengths)?;
+        Ok(Ceilings::measure(&self.engine.loader(case.bundle, output)?, case.bundle, rows, threads(output))?)
     }
 
     /// Starts a process that measures `case` whenever it is asked to.
@@ -145,10 +157,19 @@ pub(super) struct Side {
 }
 
 impl Side {
-    /// Measures once.
+    /// Measures one turn.
     pub(super) fn measure(&mut self) -> anyhow::Result<Measurement> {
+        self.ask(TURN)
+    }
+
+    /// Measures the machine's rates.
+    pub(super) fn rates(&mut self) -> anyhow::Result<Ceilings> {
+        self.ask(RATES)
+    }
+
+    fn ask<T: DeserializeOwned>(&mut self, what: &str) -> anyhow::Result<T> {
         // A process that is gone says why on standard error; here only that it is gone is known.
-        let asked = self.asks.as_mut().map(|asks| asks.write_all(b"\n").and_then(|()| asks.flush()));
+        let asked = self.asks.as_mut().map(|asks| writeln!(asks, "{what}").and_then(|()| asks.flush()));
         let mut answer = String::new();
         let read = self.answers.read_line(&mut answer)?;
         if read == 0 || !matches!(asked, Some(Ok(()))) {

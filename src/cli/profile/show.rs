@@ -20,7 +20,7 @@ pub(super) fn text(profile: &ProfileReport) -> String {
     }
     profile.comparisons.iter().for_each(|comparison| text.push_str(&pairs(comparison)));
     if let Some(trust) = &profile.trust {
-        text.push_str(&format!("\n{}\n", trust.sentence));
+        text.extend(["\n", &trust.sentence, "\n"]);
     }
     text
 }
@@ -94,7 +94,7 @@ fn stages(measured: &Measurement) -> String {
 fn facts(measured: &Measurement) -> String {
     let Details { first_run_ms, load_ms, prefix_limit, token_limit, prefix_demand, token_demand, .. } =
         measured.details;
-    let mut facts = vec![format!("{}, run of {:.1} ms", subject(measured), measured.prefix.median_ms)];
+    let mut facts = vec![format!("{}, median run", subject(measured))];
     if let (Some(first), Some(load)) = (first_run_ms, load_ms) {
         facts.push(format!("first run {first:.1} ms, loading graphs {load:.1} ms"));
     }

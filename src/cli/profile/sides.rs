@@ -8,6 +8,7 @@ use super::super::text::grouped;
 use super::{Arguments, Case, model_name, model_names};
 use accordion::bundle::Bundle;
 use accordion::environment::Provenance;
+use accordion::profile::ceilings::Ceilings;
 use accordion::profile::measure::work;
 use accordion::profile::paired::{Comparison, merged, turns};
 use accordion::profile::schema::{Measurement, ProfileReport};
@@ -20,6 +21,13 @@ struct Side<'b> {
     bundle: &'b Bundle,
     method: MethodName,
     engine: EngineArguments,
+}
+
+/// The first turn of each side, the pairs, and the rates in each process.
+struct Alternated {
+    cold: [Measurement; 2],
+    pairs: Vec<[Measurement; 2]>,
+    rates: [Ceilings; 2],
 }
 
 impl Arguments {
@@ -45,15 +53,15 @@ impl Arguments {
                 let bundle = side.bundle;
                 (side, Case { bundle, compression, lengths })
             });
-            let pairs = self.alternate(&cases, output)?;
+            let Alternated { cold, pairs, rates } = self.alternate(&cases, output)?;
             let names = [0, 1].map(|side| sides[side].name.clone());
             comparisons.push(Comparison::new(names, lengths, &pairs));
             for (number, (side, _)) in cases.iter().enumerate() {
                 let own: Vec<Measurement> = pairs.iter().map(|pair| pair[number].clone()).collect();
-                let mut whole = merged(&own).context("no pair was measured")?;
+                let mut whole = merged(&cold[number], &own).context("no pair was measured")?;
                 let letter = if number == 0 { "A" } else { "B" };
                 whole.configuration.settings.push(("side".to_owned(), format!("{letter}: {}", side.name)));
-                measurements.push(whole);
+                measurements.push(whole.bounded_by(rates[number]));
             }
         }
         let environment = Provenance::probe().pairs();
@@ -61,13 +69,11 @@ impl Arguments {
         Ok(profile.with_comparisons(comparisons))
     }
 
-    /// The turns of both sides, `[A, B]` per pair, after one turn of each that is not counted.
-    fn alternate(&self, cases: &[(&Side<'_>, Case<'_>); 2], output: &Output) -> anyhow::Result<Vec<[Measurement; 2]>> {
+    /// One turn of each side that is not counted, and the turns that are, `[A, B]` per pair.
+    fn alternate(&self, cases: &[(&Side<'_>, Case<'_>); 2], output: &Output) -> anyhow::Result<Alternated> {
         let start = |(side, case): &(&Side<'_>, Case<'_>)| self.start(case, &side.engine, output);
         let mut processes = [start(&cases[0])?, start(&cases[1])?];
-        for process in &mut processes {
-            process.measure()?;
-        }
+        let cold = [processes[0].measure()?, processes[1].measure()?];
         let bar = output.bar("pairs", self.pairs as u64);
         bar.set_message(format!("pairs at {}", grouped(cases[0].1.lengths.context as u64)));
         let mut pairs = Vec::with_capacity(self.pairs);
@@ -77,7 +83,9 @@ impl Arguments {
             bar.inc(1);
         }
         bar.finish_and_clear();
-        Ok(pairs)
+        // On the machine as it has just been.
+        let rates = [processes[0].rates()?, processes[1].rates()?];
+        Ok(Alternated { cold, pairs, rates })
     }
 
     /// The two sides that the arguments name.
