@@ -118,7 +118,9 @@ fn weight_bytes<'a>(bundle: &Bundle, graphs: impl IntoIterator<Item = &'a str>) 
         let has_head = signature.outputs.iter().any(|output| output.name == "logits");
         for name in &signature.weights {
             let Some(weight) = index.get(name) else { continue };
-            let per_token = matches!(&weight.shape[..], [rows, _] if vocabularies.contains(rows));
+            // A matrix of a layer may have as many rows by chance: its path has the layer's number in it.
+            let in_layer = name.split('.').any(|word| word.parse::<u32>().is_ok());
+            let per_token = !in_layer && matches!(&weight.shape[..], [rows, _] if vocabularies.contains(rows));
             let read = !per_token || has_head && is_output_matrix(name, arch);
             if read && counted.insert((weight.file, weight.offset)) {
                 bytes += weight.len;

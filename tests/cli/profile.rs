@@ -169,7 +169,7 @@ fn what_is_not_two_sides_is_refused() {
     let bundle = workspace.path("homer");
     let refused = |bundles: usize, more: &[&str]| {
         let mut profile = command();
-        profile.arg("profile").args(vec![&bundle; bundles]).args(["--paired", "--context", "40"]);
+        profile.arg("profile").args(vec![&bundle; bundles]).args(&FLAGS[..4]).args(["--paired", "--context", "40"]);
         Run::of(profile.args(more))
     };
     assert!(refused(1, &[]).error().contains("give a second one"));
