@@ -105,7 +105,9 @@ fn everything_but_the_times_follows_from_the_plan() {
         }
         let in_graphs: f64 = details.stages.iter().map(|stage| stage.total_ms).sum();
         assert!(in_graphs + details.host_ms.unwrap() <= found.prefix.max_ms * 1.0001, "{details:?}");
-        assert!(details.token_host_ms.unwrap() < found.per_token.mean_ms && details.load_ms.unwrap() > 0.0);
+        assert!(details.token_host_ms.unwrap() < found.per_token.mean_ms);
+        // The plain measurement finds the decoder loaded.
+        assert_eq!(details.load_ms.unwrap() > 0.0, found.configuration.method == "homer");
         assert!(details.first_run_ms.unwrap() > 0.0);
         let spans: Vec<_> = details.decoded.iter().map(|s| (s.from, s.to, s.cache_rows, s.per_token.runs)).collect();
         assert_eq!(spans, [(0, 1, kept + 3, 1), (1, 4, kept + 6, 3)]);
