@@ -82,6 +82,13 @@ impl EngineArguments {
         Self { operators: Operators::Fused }
     }
 
+    /// The same with other operators, if any are given.
+    pub(crate) fn with_operators(&self, operators: Option<Operators>) -> Self {
+        let mut changed = self.clone();
+        changed.operators = operators.unwrap_or(self.operators);
+        changed
+    }
+
     /// Engines for `bundle` on ONNX Runtime's CPU provider.
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle, output: &Output) -> anyhow::Result<Engines<'b>> {
         Ok(Engines::new(bundle, Box::new(self.loader(bundle, output)?)))

@@ -1,38 +1,37 @@
 //! `accordion profile`.
 
-use super::common::EngineArguments;
+mod child;
+mod show;
+mod sides;
+
+use super::common::{EngineArguments, Operators};
 use super::compression::{Pruning, SplitArguments};
 use super::method::MethodName;
 use super::output::Output;
-use super::text::{bytes, grouped, table};
+use super::text::grouped;
 use super::{Outcome, report::write_aside};
 use accordion::bundle::Bundle;
 use accordion::checkpoint::Tokenizer;
 use accordion::environment::Provenance;
 use accordion::pipeline::Engines;
 use accordion::pipeline::compress::Compression;
-use accordion::pipeline::prompt::{PromptIds, encode_context, read_text};
+use accordion::pipeline::decode::PREFILL_ROWS;
+use accordion::pipeline::prompt::{encode_context, read_text};
 use accordion::profile::ceilings::Ceilings;
-use accordion::profile::load::busy_share;
-use accordion::profile::measure::{Effort, Step, measure, measure_saved, random_tokens, record, work};
+use accordion::profile::measure::{Effort, Runner, measure_saved, random_tokens, work};
 use accordion::profile::regression::compare;
-use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow, SCHEMA, decoder_in_words};
+use accordion::profile::schema::{Measurement, ProfileReport, SCHEMA};
 use accordion::profile::stats::Protocol;
-use accordion::profile::trace::OperatorTime;
+use accordion::profile::stopwatch::Stopwatch;
 use accordion::report::{Report, render};
 use accordion_graphs::plan::PromptLengths;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
-use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// Seed of the random tokens that are measured where no text is given.
 const SEED: u64 = 1;
-/// How long the machine is watched for other work, and the share of it above which times are not to be trusted.
-const WATCHED: Duration = Duration::from_millis(300);
-const BUSY_ABOVE: f64 = 0.05;
 
 /// Measure latency and memory
 #[derive(Debug, Args)]
@@ -53,9 +52,10 @@ pub(crate) struct Arguments {
     /// Tokens behind the context
     #[arg(long, value_name = "N", default_value_t = 64)]
     suffix: usize,
-    /// Tokens to decode behind the prompt
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    new_tokens: usize,
+    /// Tokens to decode behind the prompt; with several numbers, those between two of them are listed apart, to see what
+    /// the growing cache costs
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_values_t = [32])]
+    new_tokens: Vec<usize>,
     /// Methods to measure [default: the bundles', and plain to compare with, once for each decoder]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "METHOD,METHOD")]
     methods: Vec<MethodName>,
@@ -74,6 +74,16 @@ pub(crate) struct Arguments {
     /// to this file, which Perfetto opens
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Measure two sides alternately, A, B, B, A and so on, and say whether B is faster: two bundles, or one with two
+    /// --methods or --against-operators
+    #[arg(long, conflicts_with_all = ["state", "trace", "baseline", "plain_up_to", "min_runs", "budget"])]
+    paired: bool,
+    /// Turns of each side; an even number, so that each begins as often
+    #[arg(long, value_name = "N", default_value_t = 10, requires = "paired", value_parser = parse_pairs)]
+    pairs: usize,
+    /// What runs the operators of the domain ai.accordion on side B [default: as --operators]
+    #[arg(long, value_enum, value_name = "OPERATORS", requires = "paired")]
+    against_operators: Option<Operators>,
     #[command(flatten)]
     protocol: ProtocolArguments,
     /// Earlier result of this command (--out or --json) to compare with; exits with 1 if anything grew by more than
@@ -94,6 +104,9 @@ pub(crate) struct Arguments {
     /// Measure one configuration in this process and print the measurement
     #[arg(long, hide = true)]
     in_process: bool,
+    /// Do so once for every line of standard input, with as many turns sharing --min-time
+    #[arg(long, hide = true, requires = "in_process")]
+    turns: Option<usize>,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -108,6 +121,11 @@ struct ProtocolArguments {
     /// Most time for building prefixes of one method and length, in seconds; once is always built
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
     budget: f64,
+}
+
+fn parse_pairs(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|pairs: &usize| (4..=10_000).contains(pairs) && pairs.is_multiple_of(2));
+    number.ok_or_else(|| "expected an even number from 4 to 10000".to_owned())
 }
 
 fn parse_percent(text: &str) -> Result<f64, String> {
@@ -131,16 +149,19 @@ struct Case<'b> {
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
     let bundles: Vec<Bundle> = arguments.bundles.iter().map(Bundle::open).collect::<Result<_, _>>()?;
+    arguments.check_new_tokens()?;
     if let (Some(path), Some(bundle)) = (&arguments.state, bundles.first()) {
         return arguments.saved(bundle, path, output);
+    }
+    if arguments.paired {
+        let profile = arguments.compare_sides(&bundles, output)?;
+        return arguments.finish(&profile, None, output);
     }
     let cases = arguments.cases(&bundles)?;
     let baseline = arguments.baseline.as_deref().map(read_profile).transpose()?;
     if arguments.in_process {
         let [case] = &cases[..] else { bail!("--in-process measures one method at one length") };
-        let measured = arguments.measure_here(case, output)?;
-        serde_json::to_writer(std::io::stdout().lock(), &measured)?;
-        return Ok(Outcome::Done);
+        return arguments.measure_here(case, output).map(|()| Outcome::Done);
     }
     // A text that cannot be read is found out here, not by the first process that measures.
     for case in &cases {
@@ -164,10 +185,13 @@ impl Arguments {
     fn saved(&self, bundle: &Bundle, path: &Path, output: &Output) -> anyhow::Result<Outcome> {
         let baseline = self.baseline.as_deref().map(read_profile).transpose()?;
         let suffix = random_tokens(bundle.architecture().vocab_size(), self.suffix, SEED);
-        let mut engines = self.engine.engines(bundle, output)?;
-        let engine = engine_name(bundle);
-        let measured =
-            measure_saved(&mut engines, path, &suffix, &self.effort(), (&engine, threads(output)), &mut |_| {})?;
+        let runner = runner(bundle, output);
+        let mut engines = Engines::new(bundle, runner.stopwatch.watch(self.engine.loader(bundle, output)?));
+        let measured = measure_saved(&mut engines, path, &suffix, &self.effort(), &runner, &mut |_| {})?;
+        drop(engines);
+        let rows = measured.prompt.total().min(PREFILL_ROWS);
+        let rates = Ceilings::measure(&self.engine.loader(bundle, output)?, bundle, rows, runner.threads)?;
+        let measured = measured.bounded_by(rates);
         let profile = ProfileReport::new(model_name(bundle), Provenance::probe().pairs(), &[measured], Vec::new());
         self.finish(&profile, baseline.as_ref(), output)
     }
@@ -179,7 +203,13 @@ impl Arguments {
             max_time: Some(Duration::from_secs_f64(self.protocol.budget)),
             ..Protocol::default()
         };
-        Effort { prefix, new_tokens: self.new_tokens }
+        Effort { prefix, new_tokens: self.new_tokens.clone() }
+    }
+
+    fn check_new_tokens(&self) -> anyhow::Result<()> {
+        let ascending = self.new_tokens.is_sorted_by(|a, b| a < b) && self.new_tokens.first() != Some(&0);
+        ensure!(ascending, "--new-tokens: expected numbers from 1 on, each larger than the one before");
+        Ok(())
     }
 
     /// Writes and prints what was measured, and holds it against the baseline.
@@ -197,7 +227,7 @@ impl Arguments {
             let page = Report { profiles: vec![profile.clone()], ..Report::here(&profile.model) };
             write_aside(path, render(&page).as_bytes())?;
         }
-        output.result(profile, || rows(profile))?;
+        output.result(profile, || show::text(profile))?;
         if !output.is_json() {
             profile.warnings.iter().for_each(|warning| output.warning(warning));
         }
@@ -270,8 +300,7 @@ impl Arguments {
                     continue;
                 }
                 let lengths = PromptLengths { prefix: self.prefix, context, suffix: self.suffix };
-                // Which tokens are kept makes no difference to the time.
-                let compression = self.split.compression(bundle, method, Pruning::uncalibrated(), true)?;
+                let compression = self.compression(bundle, method)?;
                 work(bundle, &compression, lengths)?;
                 cases.push(Case { bundle, compression, lengths });
             }
@@ -279,158 +308,70 @@ impl Arguments {
         Ok(cases)
     }
 
+    /// What `method` does to a context with the settings of `bundle`. Which tokens are kept makes no difference to the time.
+    fn compression(&self, bundle: &Bundle, method: MethodName) -> anyhow::Result<Compression> {
+        self.split.compression(bundle, method, Pruning::uncalibrated(), true)
+    }
+
     /// Measures everything, each configuration in its own process.
     fn profile(&self, bundles: &[Bundle], cases: &[Case<'_>], output: &Output) -> anyhow::Result<ProfileReport> {
         let mut warnings = Vec::new();
-        if let Some(busy) = busy_share(WATCHED).filter(|&busy| busy > BUSY_ABOVE) {
-            let share = (busy * 100.0).round();
-            warnings.push(format!("other programs kept {share} % of the processor busy when the measurement began"));
-        }
-        let threads = threads(output);
-        // By decoder and rows.
-        let mut ceilings: Vec<((String, usize), Ceilings)> = Vec::new();
-        let mut measurements = Vec::new();
+        let mut measurements: Vec<Measurement> = Vec::new();
         let mut traced = Vec::new();
         for case in cases {
-            let Case { bundle, .. } = case;
-            let max_positions = bundle.architecture().max_positions();
-            let (operations, rows) = work(bundle, &case.compression, case.lengths)?;
-            let key = (decoder_in_words(bundle.architecture()), rows);
-            let rates = match ceilings.iter().find(|(known, _)| *known == key) {
-                Some((_, rates)) => *rates,
-                None => Ceilings::measure(&self.engine.loader(bundle, output)?, bundle, rows, threads)?,
-            };
-            if ceilings.iter().all(|(known, _)| *known != key) {
-                ceilings.push((key, rates));
-            }
-            let mut measured = self.measure_apart(case, &mut traced, output)?;
-            let seconds = measured.prefix.median_ms / 1e3;
-            measured.floor_fraction = (seconds > 0.0).then(|| rates.floor_seconds(&operations) / seconds);
-            let (name, context) = (case.compression.method(), case.lengths.context);
-            if measured.floor_fraction.is_some_and(|fraction| fraction > 1.0) {
-                warnings.push(format!(
-                    "{name} at {context} context tokens was faster than its floor: other programs were running when the \
-                     machine's rates were measured"
-                ));
-            }
+            let measured = self.measure_apart(case, &mut traced, output)?;
             output.remark(format!(
-                "{name} at {}: {:.2} s, {} runs, then {:.1} ms per token",
-                grouped(context as u64),
-                seconds,
+                "{} at {}: {:.2} s, {} runs, then {:.1} ms per token",
+                case.compression.method(),
+                grouped(case.lengths.context as u64),
+                measured.prefix.median_ms / 1e3,
                 measured.prefix.runs,
                 measured.per_token.median_ms
             ));
-            let (runs, wanted) = (measured.prefix.runs, usize::from(self.protocol.min_runs));
-            if runs < wanted {
-                let budget = self.protocol.budget;
-                warnings.push(format!(
-                    "{name} at {context} context tokens: built {runs} times instead of {wanted}, because --budget is {budget} s"
-                ));
-            }
-            if matches!(case.compression, Compression::Plain { .. }) && case.lengths.total() > max_positions {
-                warnings.push(format!(
-                    "plain at {context} context tokens is beyond the {max_positions} positions the model was trained \
-                     for: its time is real, its text would not be"
-                ));
-            }
+            warnings.extend(self.reservations(case, &measured));
             measurements.push(measured);
         }
         if let Some(path) = &self.trace {
             write_aside(path, &serde_json::to_vec(&traced)?)?;
         }
         let mut environment = Provenance::probe().pairs();
-        for ((decoder, rows), rates) in &ceilings {
-            environment.push((
-                format!("Rates at {rows} rows ({decoder})"),
-                format!(
-                    "matrix products {:.0} GFLOP/s, causal attention {:.0} GFLOP/s, reading memory {:.1} GB/s",
-                    rates.linear_flops / 1e9,
-                    rates.attention_flops / 1e9,
-                    rates.read_bytes / 1e9
-                ),
+        for measured in &measurements {
+            let name = format!("Rates ({})", measured.configuration.decoder);
+            if let Some(rates) =
+                measured.details.ceilings.filter(|_| environment.iter().all(|(known, _)| *known != name))
+            {
+                environment.push((name, show::rates(&rates)));
+            }
+        }
+        Ok(ProfileReport::new(model_names(bundles), environment, &measurements, warnings))
+    }
+
+    /// What has to be known to read `measured` rightly.
+    fn reservations(&self, case: &Case<'_>, measured: &Measurement) -> Vec<String> {
+        let (name, context) = (case.compression.method(), case.lengths.context);
+        let mut found = Vec::new();
+        let limits = [("", measured.details.prefix_limit), ("a token of ", measured.details.token_limit)];
+        for (what, _) in limits.iter().filter(|(_, limit)| limit.is_some_and(|limit| limit.fraction > 1.0)) {
+            found.push(format!(
+                "{what}{name} at {context} context tokens was faster than its limit: other programs were running when the \
+                 machine's rates were measured"
             ));
         }
-        let names: Vec<String> = bundles.iter().map(model_name).collect();
-        Ok(ProfileReport::new(names.join(", "), environment, &measurements, warnings))
-    }
-
-    /// Measures one configuration in a process of its own: what a runtime's allocator once took it keeps.
-    fn measure_apart(&self, case: &Case<'_>, traced: &mut Vec<Value>, output: &Output) -> anyhow::Result<Measurement> {
-        let number = |n: usize| n.to_string();
-        let width = self.split.width();
-        let mut command = Command::new(std::env::current_exe()?);
-        command.arg("profile").arg(case.bundle.dir()).args(["--in-process", "--methods", case.compression.method()]);
-        for (flag, value) in [
-            ("--context", number(case.lengths.context)),
-            ("--prefix", number(self.prefix)),
-            ("--suffix", number(self.suffix)),
-            ("--new-tokens", number(self.new_tokens)),
-            ("--width", if width == usize::MAX { "max".to_owned() } else { number(width) }),
-            ("--min-runs", self.protocol.min_runs.to_string()),
-            ("--min-time", self.protocol.min_time.to_string()),
-            ("--budget", self.protocol.budget.to_string()),
-            ("--threads", number(threads(output))),
-        ] {
-            command.arg(flag).arg(value);
+        let (runs, wanted) = (measured.prefix.runs, usize::from(self.protocol.min_runs));
+        if runs < wanted {
+            let budget = self.protocol.budget;
+            found.push(format!(
+                "{name} at {context} context tokens: built {runs} times instead of {wanted}, because --budget is {budget} s"
+            ));
         }
-        if let Compression::SharedLlm(shared) = &case.compression {
-            command.arg("--chunks").arg(shared.policy.to_string());
+        let max_positions = case.bundle.architecture().max_positions();
+        if matches!(case.compression, Compression::Plain { .. }) && case.lengths.total() > max_positions {
+            found.push(format!(
+                "plain at {context} context tokens is beyond the {max_positions} positions the model was trained \
+                 for: its time is real, its text would not be"
+            ));
         }
-        if let Some(text) = &self.text {
-            command.arg("--text").arg(text);
-        }
-        let trace = self.trace.as_ref().map(|_| tempfile::NamedTempFile::new()).transpose()?;
-        if let Some(file) = &trace {
-            command.arg("--trace").arg(file.path());
-        }
-        command.args(self.engine.flags()).args(output.is_quiet().then_some("--quiet"));
-        let (name, context) = (case.compression.method(), case.lengths.context);
-        let ended = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).output()?;
-        if !ended.status.success() {
-            bail!("{name} at {context} context tokens could not be measured ({})", ended.status);
-        }
-        let unreadable = || format!("{name} at {context} context tokens: the measurement could not be read");
-        if let Some(file) = trace {
-            let events: Vec<Value> = serde_json::from_slice(&std::fs::read(file.path())?).with_context(unreadable)?;
-            add_process(traced, &format!("{name} at {context}"), events);
-        }
-        serde_json::from_slice(&ended.stdout).with_context(unreadable)
-    }
-
-    fn measure_here(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Measurement> {
-        let Case { bundle, .. } = case;
-        let mut prefix = self.tokens(bundle, case.lengths)?;
-        let mut context = prefix.split_off(case.lengths.prefix);
-        let suffix = context.split_off(case.lengths.context);
-        let prompt = PromptIds { prefix, context, suffix };
-        let mut engines = self.engine.engines(bundle, output)?;
-        let engine = engine_name(bundle);
-        let bar = output.bar("", 1);
-        let mut run = 0;
-        let mut on_step = |step| match step {
-            Step::Run => {
-                run += 1;
-                bar.reset();
-                let name = case.compression.method();
-                bar.set_message(format!("{name} at {}, run {run}", grouped(case.lengths.context as u64)));
-            }
-            Step::Built { done, total } => {
-                bar.set_length(total as u64);
-                bar.set_position(done as u64);
-            }
-        };
-        let engine = (engine.as_str(), threads(output));
-        let mut measured = measure(&mut engines, &case.compression, &prompt, &self.effort(), engine, &mut on_step)?;
-        bar.finish_and_clear();
-        if let Some(path) = &self.trace {
-            drop(engines);
-            let folder = tempfile::tempdir()?;
-            let loader = self.engine.loader(bundle, output)?.tracing(folder.path().to_owned());
-            let trace = record(Engines::new(bundle, Box::new(loader)), &case.compression, &prompt, folder.path())?;
-            write_aside(path, &serde_json::to_vec(&trace.events)?)?;
-            measured.operators = trace.operators;
-        }
-        Ok(measured)
+        found
     }
 
     /// As many tokens as the prompt has: random, or of the text, from the start again where it ends.
@@ -443,20 +384,10 @@ impl Arguments {
     }
 }
 
-/// Adds the events of one measurement to `all`, whose processes are numbered through.
-fn add_process(all: &mut Vec<Value>, name: &str, events: Vec<Value>) {
-    let first = all.iter().filter_map(|event| event["pid"].as_u64()).max().map_or(0, |last| last + 1);
-    for mut event in events {
-        event["pid"] = (first + event["pid"].as_u64().unwrap_or(0)).into();
-        if let Some(graph) = event["args"]["name"].as_str().filter(|_| event["ph"] == "M") {
-            event["args"]["name"] = format!("{name}: {graph}").into();
-        }
-        all.push(event);
-    }
-}
-
-fn engine_name(bundle: &Bundle) -> String {
-    format!("ort-cpu {}", bundle.manifest().precision)
+/// What `bundle` runs on, with a stopwatch of its own.
+fn runner(bundle: &Bundle, output: &Output) -> Runner {
+    let engine = format!("ort-cpu {}", bundle.manifest().precision);
+    Runner { engine, threads: threads(output), stopwatch: Stopwatch::default() }
 }
 
 /// Threads an operator may use.
@@ -470,65 +401,7 @@ fn model_name(bundle: &Bundle) -> String {
     absolute.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// The table on the terminal.
-fn rows(profile: &ProfileReport) -> String {
-    let header = [
-        "method",
-        ">context",
-        ">kept",
-        ">prefix s",
-        ">runs",
-        ">vs plain",
-        ">first ms",
-        ">token p50",
-        ">p95 ms",
-        ">peak",
-        ">state/token",
-        ">smaller",
-        ">of floor",
-    ];
-    let none = || "-".to_owned();
-    let row = |row: &ProfileRow| {
-        let measured = &row.measured;
-        [
-            measured.configuration.method.clone(),
-            grouped(measured.prompt.context as u64),
-            grouped(measured.tokens_kept as u64),
-            format!("{:.2}", measured.prefix.median_ms / 1e3),
-            measured.prefix.runs.to_string(),
-            row.prefix_speedup.map_or_else(none, |factor| format!("{factor:.1} x")),
-            format!("{:.1}", measured.first_token.median_ms),
-            format!("{:.1}", measured.per_token.median_ms),
-            format!("{:.1}", measured.per_token.p95_ms),
-            bytes(measured.peak_resident_bytes),
-            row.state_bytes_per_context_token.map_or_else(none, |size| bytes(size as u64)),
-            row.state_reduction.map_or_else(none, |factor| format!("{factor:.1} x")),
-            measured.floor_fraction.map_or_else(none, |share| format!("{:.0} %", share * 100.0)),
-        ]
-    };
-    let mut text = table(header, &profile.rows.iter().map(row).collect::<Vec<_>>());
-    for row in profile.rows.iter().filter(|row| !row.measured.operators.is_empty()) {
-        text.push_str(&operators(&row.measured));
-    }
-    text
-}
-
-/// The operators that a traced run spent most of its time in.
-fn operators(measured: &Measurement) -> String {
-    const SHOWN: usize = 12;
-    let total: f64 = measured.operators.iter().map(|operator| operator.total_ms).sum();
-    let row = |time: &OperatorTime| {
-        [
-            format!("  {}", time.graph),
-            time.module.clone(),
-            time.operator.clone(),
-            grouped(time.calls as u64),
-            format!("{:.1}", time.total_ms),
-            format!("{:.1} %", time.total_ms / total * 100.0),
-        ]
-    };
-    let rows: Vec<_> = measured.operators.iter().take(SHOWN).map(row).collect();
-    let header = ["  GRAPH", "MODULE", "OPERATOR", ">CALLS", ">MS", ">SHARE"];
-    let (method, context) = (&measured.configuration.method, grouped(measured.prompt.context as u64));
-    format!("\n{method} at {context}, one traced run, {total:.0} ms in nodes:\n{}", table(header, &rows))
+/// What the bundles' folders are called.
+fn model_names(bundles: &[Bundle]) -> String {
+    bundles.iter().map(model_name).collect::<Vec<_>>().join(", ")
 }

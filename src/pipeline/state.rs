@@ -50,7 +50,7 @@ impl ContextState {
 
     /// Tokens of which something is kept: the rows in the cache, and the injected ones.
     pub fn tokens_kept(&self) -> usize {
-        let injected = self.injected.iter().flat_map(|injected| injected.layers.first());
+        let injected = self.injected.iter().filter_map(|injected| injected.layers.first());
         self.len() + injected.map(|layer| layer.key.shape().get(2).copied().unwrap_or(0)).sum::<usize>()
     }
 

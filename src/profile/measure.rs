@@ -4,8 +4,12 @@
 //! plan. So the tokens may be random, and HOMER may run without a significance table.
 
 use super::ProfileError;
+use super::details::{Details, ms, spans, stages};
+use super::load::Watch;
+use super::roofline::Demand;
 use super::schema::{Configuration, Measurement, decoder_in_words, describe};
 use super::stats::{self, LatencyStats, Protocol, monotonic};
+use super::stopwatch::{Record, Stopwatch};
 use super::trace::Trace;
 use crate::bundle::Bundle;
 use crate::environment::{peak_resident_bytes, reset_peak_resident};
@@ -31,13 +35,26 @@ const FIRST_TOKENS: usize = 5;
 const TRACED_TOKENS: usize = 4;
 
 /// How much is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Effort {
     /// How often the prefix is built.
     pub prefix: Protocol,
-    /// How many tokens are decoded behind it; at least one.
-    pub new_tokens: usize,
+    /// How many tokens are decoded behind it, at least one: the last number is that of all, and between two numbers the
+    /// tokens have statistics of their own. Ascending.
+    pub new_tokens: Vec<usize>,
 }
+
+impl Effort {
+    /// One turn of many: a prefix, or as many as `min_time` asks for, cold or warm as they come, and `new_tokens` behind
+    /// it.
+    pub fn turn(min_time: Duration, new_tokens: usize) -> Self {
+        Self { prefix: Protocol { min_runs: 1, min_time, ..UNTIMED }, new_tokens: vec![new_tokens] }
+    }
+}
+
+/// So many runs, whatever they take; none of them to warm up.
+const UNTIMED: Protocol =
+    Protocol { warm_up_time: Duration::ZERO, warm_up_runs: 0, min_time: Duration::ZERO, min_runs: 0, max_time: None };
 
 /// What the measurement is about to do, for a progress display.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,20 +114,30 @@ struct Subject {
     method: String,
     settings: Vec<(String, String)>,
     lengths: PromptLengths,
-    operations: Option<u64>,
+    operations: Option<OperationCount>,
 }
 
-/// How and where something is run: the engine's name, and its threads.
-pub type Engine<'a> = (&'a str, usize);
+/// What something is run on.
+#[derive(Debug, Clone)]
+pub struct Runner {
+    /// The engine, with its precision: `ort-cpu fp32`.
+    pub engine: String,
+    /// Threads it may use.
+    pub threads: usize,
+    /// What watches the loader of the engines. Where nothing does, time per graph is not known.
+    pub stopwatch: Stopwatch,
+}
 
-/// Measures `compression` on `prompt`; `engine` names what `engines` run on, with its threads.
+/// Measures `compression` on `prompt`; `runner` is what `engines` run on.
 ///
 /// The prefix is built as often as `effort` says. First token: the time to make the state continuable (a copy of the
 /// cache with room behind it) and to choose the token its logits predict; the suffix is part of the prefix, so that
 /// nothing has to be run for it. Then tokens are decoded one by one.
 ///
-/// Memory is that of the process from before the engines are loaded to the last token. What earlier work in the same
-/// process left behind counts too: for a comparison each method has to be measured in a process of its own.
+/// Memory is that of the process from the beginning to the last token. Engines that are loaded already stay so: a first
+/// run counts as cold only with fresh ones. What earlier
+/// work in the same process left behind counts too: for a comparison each method has to be measured in a process of its
+/// own.
 ///
 /// # Errors
 ///
@@ -120,7 +147,7 @@ pub fn measure(
     compression: &Compression,
     prompt: &PromptIds,
     effort: &Effort,
-    engine: Engine<'_>,
+    runner: &Runner,
     on_step: &mut dyn FnMut(Step),
 ) -> Result<Measurement, ProfileError> {
     let lengths = prompt.lengths();
@@ -129,14 +156,14 @@ pub fn measure(
         method: compression.method().to_owned(),
         settings: settings(compression),
         lengths,
-        operations: Some(operations.total()),
+        operations: Some(operations),
     };
     let mut build = |engines: &mut Engines<'_>, on_step: &mut dyn FnMut(Step)| {
         let mut on_progress = |done, total| on_step(Step::Built { done, total });
         Ok(compression.compress(engines, prompt, &mut on_progress)?)
     };
     let mut first = |_: &mut Engines<'_>, state: &ContextState| Ok(state.clone());
-    measure_state(engines, subject, effort, engine, &mut build, &mut first, on_step)
+    measure_state(engines, subject, effort, runner, &mut build, &mut first, on_step)
 }
 
 /// Measures a state that was saved in the file `path`, with the question `suffix` behind it: the prefix is reading the
@@ -150,7 +177,7 @@ pub fn measure_saved(
     path: &Path,
     suffix: &[u32],
     effort: &Effort,
-    engine: Engine<'_>,
+    runner: &Runner,
     on_step: &mut dyn FnMut(Step),
 ) -> Result<Measurement, ProfileError> {
     let saved = ContextState::load(path, engines.bundle())?;
@@ -167,7 +194,7 @@ pub fn measure_saved(
         |engines: &mut Engines<'_>, _: &mut dyn FnMut(Step)| Ok(ContextState::load(path, engines.bundle())?.state);
     let mut first =
         |engines: &mut Engines<'_>, state: &ContextState| Ok(with_suffix(engines, state, old_suffix, suffix)?);
-    measure_state(engines, subject, effort, engine, &mut build, &mut first, on_step)
+    measure_state(engines, subject, effort, runner, &mut build, &mut first, on_step)
 }
 
 /// Makes a state.
@@ -179,55 +206,84 @@ fn measure_state(
     engines: &mut Engines<'_>,
     subject: Subject,
     effort: &Effort,
-    (engine, threads): Engine<'_>,
+    runner: &Runner,
     build: Build<'_>,
     first: First<'_>,
     on_step: &mut dyn FnMut(Step),
 ) -> Result<Measurement, ProfileError> {
-    engines.unload();
     // Where the peak cannot be reset it is that of the whole process, which in a process of its own is the same.
     let _ = reset_peak_resident();
+    let watch = Watch::start();
+    let stopwatch = &runner.stopwatch;
+    stopwatch.take();
 
     let mut built: Option<ContextState> = None;
+    let mut runs: Vec<(Duration, Record)> = Vec::new();
     let prefix = stats::measure(&effort.prefix, monotonic(), || {
         // The state of the run before does not count as memory of this one.
         built = None;
         on_step(Step::Run);
+        let clock = monotonic();
         built = Some(build(engines, on_step)?);
+        runs.push((clock(), stopwatch.take()));
         Ok::<(), ProfileError>(())
     })?;
     let state = built.ok_or(ProfileError::NoRun)?;
 
-    let decoded = effort.new_tokens.max(1);
+    let decoded = effort.new_tokens.last().copied().unwrap_or(1).max(1);
     let mut start = |engines: &mut Engines<'_>| {
         let state = first(engines, &state)?;
         let sequence = Sequence::continue_from(engines, &state, WARM_UP_TOKENS + decoded, Continuation::Next)?;
         Ok::<_, ProfileError>((sequence, largest(&state.logits)))
     };
-    let several = Protocol {
-        warm_up_time: Duration::ZERO,
-        warm_up_runs: 1,
-        min_time: Duration::ZERO,
-        min_runs: FIRST_TOKENS,
-        max_time: None,
-    };
+    let several = Protocol { warm_up_runs: 1, min_runs: FIRST_TOKENS, ..UNTIMED };
     let first_token = stats::measure(&several, monotonic(), || start(engines).map(drop))?;
 
     let (mut sequence, mut token) = start(engines)?;
-    let each = Protocol { warm_up_runs: WARM_UP_TOKENS, min_runs: decoded, ..several };
+    let rows = sequence.len();
+    let mut loading: Duration =
+        runs.iter().map(|(_, record)| record.loading).sum::<Duration>() + stopwatch.take().loading;
+    let mut steps = Vec::new();
+    let each = Protocol { warm_up_runs: WARM_UP_TOKENS, min_runs: decoded, ..UNTIMED };
     let per_token = stats::measure(&each, monotonic(), || {
         token = largest(&sequence.forward(engines, &[token], 1)?.to_f32());
+        let record = stopwatch.take();
+        loading += record.loading;
+        steps.push(record.running());
         Ok::<(), ProfileError>(())
     })?;
 
     let Subject { method, settings, lengths, operations } = subject;
-    let decoder = engines.bundle().architecture();
+    let bundle = engines.bundle();
+    let decoder = bundle.architecture();
+    let mut details = Details {
+        load_ms: Some(ms(loading)),
+        first_run_ms: runs.first().map(|(time, _)| ms(*time)),
+        decoded: spans(&per_token, &effort.new_tokens, rows + WARM_UP_TOKENS),
+        token_demand: Some(Demand::of_step(bundle, &state, WARM_UP_TOKENS + decoded / 2)),
+        others_busy: watch.others_busy(),
+        ..Details::default()
+    };
+    // The runs that count are the last ones.
+    let mut counted = runs.split_off(runs.len().saturating_sub(prefix.len()));
+    if let Some((time, record)) = median_run(&mut counted) {
+        let graphs = record.graphs.keys().map(String::as_str);
+        details.prefix_demand = operations.map(|operations| Demand::of_prefix(bundle, &operations, graphs));
+        details.stages = stages(record);
+        let host = time.saturating_sub(record.running() + record.loading);
+        details.host_ms = (!record.graphs.is_empty()).then_some(ms(host));
+    }
+    let running: Duration = steps.iter().rev().take(per_token.len()).sum();
+    if !running.is_zero() {
+        let host = per_token.iter().sum::<Duration>().saturating_sub(running);
+        details.token_host_ms = Some(ms(host) / per_token.len() as f64);
+    }
     Ok(Measurement {
         configuration: Configuration {
             method,
             decoder: decoder_in_words(decoder),
-            engine: engine.to_owned(),
-            threads,
+            engine: runner.engine.clone(),
+            threads: runner.threads,
             settings,
         },
         prompt: lengths,
@@ -238,10 +294,17 @@ fn measure_state(
         peak_resident_bytes: peak_resident_bytes().unwrap_or(0),
         state_bytes: state.cache_bytes(),
         plain_state_bytes: decoder.kv_bytes_per_token() * lengths.total() as u64,
-        operations,
+        operations: operations.map(|operations| operations.total()),
         floor_fraction: None,
         operators: Vec::new(),
+        details,
     })
+}
+
+/// The run whose time is the median, nearest-rank.
+fn median_run(runs: &mut [(Duration, Record)]) -> Option<&(Duration, Record)> {
+    runs.sort_by_key(|(time, _)| *time);
+    runs.get(runs.len().div_ceil(2).checked_sub(1)?)
 }
 
 /// Builds the state of `prompt` once and decodes a few tokens behind it, with `engines` whose loader records into

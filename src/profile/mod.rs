@@ -1,18 +1,26 @@
 //! What a method costs: latency, memory, and how far from the machine's limits.
 //!
 //! - [`stats`]: repeated timing and its statistics.
-//! - [`ceilings`]: the rates of this machine, and the floors they give.
-//! - [`load`]: whether the machine is quiet enough.
+//! - [`stopwatch`]: time per graph.
+//! - [`ceilings`]: the rates of this machine; [`roofline`]: how far something is from what they allow.
+//! - [`load`]: what else the machine is doing; [`trust`]: what the numbers are worth.
 //! - [`measure`]: one method at one prompt length, measured.
+//! - [`paired`]: two configurations, measured alternately.
 //! - [`schema`]: the report that is printed, stored and drawn.
 
 pub mod ceilings;
+pub mod details;
 pub mod load;
 pub mod measure;
+pub mod paired;
 pub mod regression;
+pub mod roofline;
 pub mod schema;
 pub mod stats;
+pub mod stopwatch;
+mod student;
 pub mod trace;
+pub mod trust;
 
 use crate::bundle::BundleError;
 use crate::pipeline::PipelineError;

@@ -64,6 +64,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::profile::details::Details;
     use crate::profile::schema::Measurement;
     use accordion_graphs::plan::PromptLengths;
     use std::time::Duration;
@@ -89,6 +90,7 @@ mod tests {
             operations: None,
             floor_fraction: None,
             operators: Vec::new(),
+            details: Details::default(),
         };
         ProfileReport::new(String::new(), Vec::new(), &[measured], Vec::new())
     }

@@ -1,7 +1,12 @@
 //! What `accordion profile` reports: one row per method and context length.
 
-use super::stats::{LatencyStats, UNSTABLE_ABOVE};
+use super::ceilings::Ceilings;
+use super::details::Details;
+use super::paired::Comparison;
+use super::roofline::Roofline;
+use super::stats::LatencyStats;
 use super::trace::OperatorTime;
+use super::trust::{Trust, doubts};
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::HomerSettings;
@@ -53,12 +58,29 @@ pub struct Measurement {
     pub plain_state_bytes: u64,
     /// Arithmetic operations of the prefix, if the plan counts them.
     pub operations: Option<u64>,
-    /// The shortest time those operations can take on this machine, by its measured rates, over the median prefix
-    /// time: 1 is the limit.
+    /// The shortest time the prefix can take on this machine, by its measured rates, over the median prefix time: 1 is
+    /// the limit.
     pub floor_fraction: Option<f64>,
     /// Where the time of one more, traced run went, the longest first; empty where none was asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub operators: Vec<OperatorTime>,
+    /// Where the time went and what bounds it.
+    #[serde(flatten)]
+    pub details: Details,
+}
+
+impl Measurement {
+    /// The same, with how far it is from the limits that `ceilings` set.
+    #[must_use]
+    pub fn bounded_by(mut self, ceilings: Ceilings) -> Self {
+        let details = &mut self.details;
+        let limit = |demand: Option<_>, stats: &LatencyStats| Roofline::new(&demand?, &ceilings, stats.median_ms);
+        details.prefix_limit = limit(details.prefix_demand, &self.prefix);
+        details.token_limit = limit(details.token_demand, &self.per_token);
+        details.ceilings = Some(ceilings);
+        self.floor_fraction = details.prefix_limit.map(|limit| limit.fraction);
+        self
+    }
 }
 
 /// A measurement and what follows from it.
@@ -92,6 +114,12 @@ pub struct ProfileReport {
     pub rows: Vec<ProfileRow>,
     /// Why a number should not be trusted.
     pub warnings: Vec<String>,
+    /// Whether the numbers can be trusted; absent in results of earlier versions.
+    #[serde(default)]
+    pub trust: Option<Trust>,
+    /// Pairs of configurations that were measured alternately.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub comparisons: Vec<Comparison>,
 }
 
 impl ProfileReport {
@@ -111,8 +139,15 @@ impl ProfileReport {
         let mut order: Vec<&Measurement> = measurements.iter().collect();
         order.sort_by_key(|m| (methods.iter().position(|&name| name == m.configuration.method), m.prompt.context));
         let rows: Vec<ProfileRow> = order.into_iter().map(|measured| derive(measured, measurements)).collect();
-        warnings.extend(rows.iter().flat_map(|row| instabilities(&row.measured)));
-        Self { schema: SCHEMA.to_owned(), model, environment, rows, warnings }
+        warnings.extend(rows.iter().flat_map(|row| doubts(&row.measured)));
+        let trust = Trust::of(measurements);
+        Self { schema: SCHEMA.to_owned(), model, environment, rows, warnings, trust, comparisons: Vec::new() }
+    }
+
+    /// The same, with what follows from pairs.
+    #[must_use]
+    pub fn with_comparisons(self, comparisons: Vec<Comparison>) -> Self {
+        Self { comparisons, ..self }
     }
 }
 
@@ -160,32 +195,19 @@ fn derive(measured: &Measurement, all: &[Measurement]) -> ProfileRow {
     }
 }
 
-fn instabilities(measured: &Measurement) -> impl Iterator<Item = String> {
-    let Configuration { method, .. } = &measured.configuration;
-    let latencies =
-        [("prefix", measured.prefix), ("first token", measured.first_token), ("per token", measured.per_token)];
-    latencies.into_iter().filter(|(_, stats)| stats.is_unstable()).map(move |(name, stats)| {
-        format!(
-            "{method} at {} context tokens: {name} latency varies by {:.1} % (more than {:.1} %); the machine was not quiet",
-            measured.prompt.context,
-            stats.cv * 100.0,
-            UNSTABLE_ABOVE * 100.0
-        )
-    })
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::profile::roofline::{Bound, Demand};
     use std::time::Duration;
 
     fn stats(ms: &[u64]) -> LatencyStats {
         LatencyStats::new(&ms.iter().map(|&m| Duration::from_millis(m)).collect::<Vec<_>>()).unwrap()
     }
 
-    fn measurement(method: &str, context: usize, prefix: &[u64]) -> Measurement {
+    pub(in crate::profile) fn measurement(method: &str, context: usize, prefix: &[u64]) -> Measurement {
         Measurement {
             configuration: Configuration {
                 method: method.into(),
@@ -205,6 +227,7 @@ mod tests {
             operations: None,
             floor_fraction: None,
             operators: Vec::new(),
+            details: Details::default(),
         }
     }
 
@@ -256,6 +279,36 @@ mod tests {
         let report = report(&[measurement("homer", 8192, &[100, 100, 150])]);
         assert_eq!(report.warnings.len(), 2);
         assert!(report.warnings[1].starts_with("homer at 8192 context tokens: prefix latency varies by 24.7 %"));
+    }
+
+    #[test]
+    fn limits_are_of_prefix_and_token() {
+        let mut measured = measurement("homer", 8192, &[4000]);
+        let read_bytes = 10;
+        let demand = |linear_operations| Demand { linear_operations, attention_operations: 0, read_bytes };
+        measured.details.prefix_demand = Some(demand(2000));
+        measured.details.token_demand = Some(demand(0));
+        let ceilings = Ceilings { linear_flops: 1000.0, attention_flops: 1.0, read_bytes: 1000.0 };
+        let found = measured.bounded_by(ceilings);
+        let limit = |limit: Option<Roofline>| limit.map(|limit| (limit.bound, limit.fraction));
+        assert_eq!(limit(found.details.prefix_limit), Some((Bound::Compute, 0.5)));
+        assert_eq!(limit(found.details.token_limit), Some((Bound::Memory, 0.5)));
+        assert_eq!((found.floor_fraction, found.details.ceilings), (Some(0.5), Some(ceilings)));
+        let nothing = measurement("homer", 8192, &[4000]).bounded_by(ceilings);
+        assert_eq!((nothing.floor_fraction, nothing.details.token_limit), (None, None));
+    }
+
+    #[test]
+    fn results_of_earlier_versions_are_read() {
+        let mut json = serde_json::to_value(report(&[measurement("plain", 8192, &[512])])).unwrap();
+        json.as_object_mut().unwrap().remove("trust");
+        let row = json["rows"][0].as_object_mut().unwrap();
+        row["prefix"].as_object_mut().unwrap().remove("drift");
+        let details = serde_json::to_value(Details::default()).unwrap();
+        details.as_object().unwrap().keys().for_each(|field| drop(row.remove(field)));
+        assert!(!row.contains_key("host_ms") && !row.contains_key("details"), "{row:?}");
+        let read: ProfileReport = serde_json::from_value(json).unwrap();
+        assert_eq!((read.trust, &read.rows[0].measured.details), (None, &Details::default()));
     }
 
     #[test]

@@ -6,6 +6,10 @@ use std::time::{Duration, Instant};
 /// Coefficient of variation above which the samples are too scattered for their median to be trusted.
 pub const UNSTABLE_ABOVE: f64 = 0.025;
 
+/// How much the later half of the samples may differ from the earlier half before something changed while they were
+/// taken.
+pub const DRIFTS_ABOVE: f64 = 0.03;
+
 /// How often to run something in order to time it. The defaults are those of `trtexec`: 200 ms of warm-up, then at least
 /// 10 runs and at least 3 s.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,10 +105,20 @@ pub struct LatencyStats {
     pub mean_ms: f64,
     /// Coefficient of variation: sample standard deviation over mean; 0 for a single run.
     pub cv: f64,
+    /// Median of the later half of the samples over that of the earlier half, less 1; absent below four samples.
+    #[serde(default)]
+    pub drift: Option<f64>,
+}
+
+/// Median of `samples`, in their unit: nearest-rank, as [`LatencyStats`] has it. Zero for none.
+fn median(samples: &[Duration]) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort();
+    sorted.get(sorted.len().div_ceil(2).max(1) - 1).map_or(0.0, Duration::as_secs_f64)
 }
 
 impl LatencyStats {
-    /// The statistics of `samples`; `None` if there are none.
+    /// The statistics of `samples`, which are in the order in which they were taken; `None` if there are none.
     pub fn new(samples: &[Duration]) -> Option<Self> {
         let mut sorted: Vec<f64> = samples.iter().map(|sample| sample.as_secs_f64() * 1e3).collect();
         sorted.sort_by(f64::total_cmp);
@@ -114,6 +128,9 @@ impl LatencyStats {
         let mean_ms = sorted.iter().sum::<f64>() / runs as f64;
         let squares: f64 = sorted.iter().map(|sample| (sample - mean_ms).powi(2)).sum();
         let deviation = (squares / (runs.max(2) - 1) as f64).sqrt();
+        // A sample in the middle belongs to neither half.
+        let half = runs / 2;
+        let (earlier, later) = (median(&samples[..half]), median(&samples[runs - half..]));
         Some(Self {
             runs,
             min_ms,
@@ -124,6 +141,7 @@ impl LatencyStats {
             max_ms,
             mean_ms,
             cv: if mean_ms > 0.0 { deviation / mean_ms } else { 0.0 },
+            drift: (runs >= 4 && earlier > 0.0).then(|| later / earlier - 1.0),
         })
     }
 
@@ -230,5 +248,18 @@ mod tests {
         assert!(!one.is_unstable());
         assert!(stats(&[]).is_none());
         assert!(!stats(&[0, 0]).unwrap().is_unstable());
+    }
+
+    #[test]
+    fn drift_is_the_later_half_against_the_earlier() {
+        let drift = |ms: &[u64]| {
+            LatencyStats::new(&ms.iter().map(|&m| Duration::from_millis(m)).collect::<Vec<_>>()).unwrap().drift
+        };
+        assert_relative_eq!(drift(&[100, 101, 150, 110, 111]).unwrap(), 0.1, epsilon = 1e-9);
+        assert_relative_eq!(drift(&[110, 110, 55, 55]).unwrap(), -0.5, epsilon = 1e-9);
+        // An outlier in either half is no drift.
+        assert_relative_eq!(drift(&[100, 100, 100, 100, 900, 100]).unwrap(), 0.0, epsilon = 1e-9);
+        assert_eq!(drift(&[100, 101, 200]), None);
+        assert_eq!(drift(&[0, 0, 1, 1]), None);
     }
 }

@@ -47,6 +47,15 @@ fn every_method_and_length_is_a_row() {
             assert_eq!(row["configuration"]["threads"], 1);
             assert!(row["peak_resident_bytes"].as_u64().unwrap() > 1 << 20);
             assert!(row["floor_fraction"].as_f64().unwrap() > 0.0);
+            for field in ["prefix_limit", "token_limit"] {
+                assert!(row[field]["fraction"].as_f64().unwrap() > 0.0, "{row}");
+            }
+            assert_eq!(row["floor_fraction"], row["prefix_limit"]["fraction"]);
+            assert!(row["ceilings"]["read_bytes"].as_f64().unwrap() > 0.0);
+            assert!(row["stages"].as_array().unwrap().iter().all(|stage| stage["calls"].as_u64().unwrap() > 0));
+            for field in ["host_ms", "token_host_ms", "load_ms", "first_run_ms"] {
+                assert!(row[field].as_f64().unwrap() >= 0.0, "{field}: {row}");
+            }
             let is_homer = row["configuration"]["method"] == "homer";
             assert_eq!(row["prefix_speedup"].is_number(), is_homer);
             let number = |value: &serde_json::Value| value.as_u64().unwrap();
@@ -54,6 +63,8 @@ fn every_method_and_length_is_a_row() {
         })
         .collect();
     assert_eq!(rows, [("homer", 20, 15), ("homer", 40, 15), ("plain", 20, 25), ("plain", 40, 45)]);
+    // Two runs of a prefix are too few, whatever else is the case.
+    assert_eq!(report["trust"]["trusted"], false);
     assert_eq!(serde_json::from_slice::<serde_json::Value>(&fs::read(&json).unwrap()).unwrap(), report);
     assert!(fs::read_to_string(&html).unwrap().starts_with("<!doctype html>"));
 }
@@ -65,7 +76,8 @@ fn methods_lengths_and_time_can_be_limited() {
     profile.arg("profile").arg(workspace.path("homer")).args(FLAGS);
     let run = Run::of(profile.args(["--plain-up-to", "20", "--budget", "0"]));
     assert_eq!(run.code, Some(0), "{run:?}");
-    let rows: Vec<&str> = run.out.lines().skip(1).map(|line| line.split_whitespace().next().unwrap()).collect();
+    let table = run.out.lines().skip(1).take_while(|line| !line.is_empty());
+    let rows: Vec<&str> = table.map(|line| line.split_whitespace().next().unwrap()).collect();
     assert_eq!(rows, ["homer", "homer", "plain"]);
     assert!(
         run.err.contains("homer at 20 context tokens: built 1 times instead of 2, because --budget is 0 s"),
@@ -74,7 +86,17 @@ fn methods_lengths_and_time_can_be_limited() {
 
     let mut profile = command();
     profile.arg("profile").arg(workspace.path("homer")).args(["--methods", "plain", "--context", "70"]);
-    let run = Run::of(profile.args(&FLAGS[..12]));
+    let run = Run::of(profile.args(&FLAGS[..4]).args(["--new-tokens", "1,3"]).args(&FLAGS[6..12]));
+    // Two tokens warm up: 2 + 70 + 3 rows and those, then 1 and 3 more.
+    let spans: Vec<Vec<&str>> = run
+        .out
+        .lines()
+        .skip_while(|line| !line.contains("by tokens"))
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!((&spans[2][..4], &spans[3][..4]), (&["1", "to", "1", "78"][..], &["2", "to", "3", "80"][..]), "{run:?}");
+    assert!(run.out.contains("between graphs") && run.out.contains("decoder"), "{run:?}");
+    assert!(run.out.contains("These numbers"), "{run:?}");
     assert!(run.err.contains("plain at 70 context tokens is beyond the 64 positions"), "{run:?}");
 }
 
@@ -105,6 +127,66 @@ fn a_slower_profile_than_the_baseline_fails() {
 }
 
 #[test]
+fn two_sides_are_measured_alternately() {
+    let workspace = homer();
+    let bundle = workspace.path("homer");
+    let paired = |more: &[&str]| {
+        let mut profile = command();
+        profile.args(["--json", "profile"]).arg(&bundle).args(&FLAGS[..6]).args(["--min-time", "0", "--threads", "1"]);
+        let run = Run::of(profile.args(["--context", "40", "--paired", "--pairs", "4"]).args(more));
+        run.json("accordion.profile/1")
+    };
+    let same = paired(&[bundle.to_str().unwrap()]);
+    let comparison = &same["comparisons"][0];
+    assert_eq!((&comparison["a"], &comparison["pairs"]), (&comparison["b"], &4.into()));
+    let quantities = comparison["differences"].as_array().unwrap();
+    assert_eq!(quantities.len(), 3);
+    for quantity in quantities {
+        let [ratio, low, high] = ["ratio", "low", "high"].map(|field| quantity[field].as_f64().unwrap());
+        assert!(low <= ratio && ratio <= high, "{quantity}");
+        let verdict = quantity["verdict"].as_str().unwrap();
+        assert!(verdict == "no_difference" || low > 1.0 || high < 1.0, "{quantity}");
+    }
+    let rows = same["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    assert!(rows.iter().all(|row| row["prefix"]["runs"] == 4 && row["configuration"]["method"] == "homer"));
+    assert!(rows.iter().all(|row| row["token_limit"]["fraction"].as_f64().unwrap() > 0.0));
+    assert!(rows.iter().all(|row| row["load_ms"].as_f64().unwrap() > 0.0), "the turn that loads comes before all");
+
+    // One bundle in two ways.
+    let sides = |more: &[&str]| {
+        let report = paired(more);
+        ["a", "b"].map(|side| report["comparisons"][0][side].as_str().unwrap().to_owned())
+    };
+    let fused = "homer, homer, fused operators";
+    assert_eq!(sides(&["--against-operators", "portable"]), [fused, "homer, homer, portable operators"]);
+    assert_eq!(sides(&["--methods", "homer,plain"]), [fused, "homer, plain, fused operators"]);
+}
+
+#[test]
+fn what_is_not_two_sides_is_refused() {
+    let workspace = homer();
+    let bundle = workspace.path("homer");
+    let refused = |bundles: usize, more: &[&str]| {
+        let mut profile = command();
+        profile.arg("profile").args(vec![&bundle; bundles]).args(&FLAGS[..4]).args(["--paired", "--context", "40"]);
+        Run::of(profile.args(more))
+    };
+    assert!(refused(1, &[]).error().contains("give a second one"));
+    assert!(refused(3, &[]).error().contains("compares two bundles, or one in two ways; 3 were given"));
+    assert!(refused(2, &["--methods", "homer,plain,homer"]).error().contains("one for each"));
+    assert!(refused(2, &["--context", "0"]).error().contains("--context 0"));
+    assert!(refused(2, &["--methods", "rcc"]).error().contains("rcc"));
+    for wrong in [&["--pairs", "5"][..], &["--pairs", "2"], &["--trace", "t.json"], &["--min-runs", "3"]] {
+        let run = refused(2, wrong);
+        assert_eq!((run.code, run.out.as_str()), (Some(2), ""), "{run:?}");
+    }
+    let mut alone = command();
+    let run = Run::of(alone.arg("profile").arg(&bundle).args(["--pairs", "4"]));
+    assert!(run.code == Some(2) && run.err.contains("--paired"), "{run:?}");
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused_before_anything_is() {
     let workspace = homer();
     let bundle = workspace.path("homer");
@@ -114,6 +196,11 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
         Run::of(&mut profile).error()
     };
     assert!(refused(&["--context", "0"]).contains("--context 0"));
+    for tokens in ["0", "4,4", "8,4"] {
+        let mut profile = command();
+        let run = Run::of(profile.arg("profile").arg(&bundle).args(["--new-tokens", tokens]));
+        assert!(run.error().contains("--new-tokens: expected numbers from 1 on, each larger"));
+    }
     assert!(refused(&["--context", "20", "--text", "/nowhere/text"]).contains("tokenizer.json"));
     let short = ["--max-chunk-len", "16", "--context", "6", "--target", "portable"];
     assert_eq!(workspace.export("homer", "short", &short).code, Some(0));

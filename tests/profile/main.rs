@@ -9,8 +9,10 @@ use accordion::pipeline::Engines;
 use accordion::pipeline::compress::{Compression, Homer, Significance};
 use accordion::pipeline::prompt::PromptIds;
 use accordion::profile::ceilings::Ceilings;
-use accordion::profile::measure::{Effort, Step, measure, random_tokens};
+use accordion::profile::measure::{Effort, Runner, Step, measure, random_tokens};
+use accordion::profile::roofline::Demand;
 use accordion::profile::stats::Protocol;
+use accordion::profile::stopwatch::Stopwatch;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion_graphs::architecture::Architecture;
@@ -50,7 +52,8 @@ fn everything_but_the_times_follows_from_the_plan() {
     let folder = tempfile::tempdir().unwrap();
     let bundle = bundle(&case, folder.path(), Target::OrtCpu);
     let arch = &Architecture::from(case.architecture.clone());
-    let mut engines = Engines::new(&bundle, Box::new(loader(&bundle)));
+    let runner = Runner { engine: "ort-cpu fp32".into(), threads: 2, stopwatch: Stopwatch::default() };
+    let mut engines = Engines::new(&bundle, runner.stopwatch.watch(loader(&bundle)));
     let plan = HomerPlan::new(arch.num_layers(), case.lengths(), case.settings).unwrap();
     let mut prefix = random_tokens(arch.vocab_size(), case.lengths().total(), 7);
     let mut context = prefix.split_off(case.lengths().prefix);
@@ -63,7 +66,7 @@ fn everything_but_the_times_follows_from_the_plan() {
         min_runs: 3,
         max_time: None,
     };
-    let effort = Effort { prefix: protocol, new_tokens: 4 };
+    let effort = Effort { prefix: protocol, new_tokens: vec![1, 4] };
 
     let significance = Some(Significance::Uncalibrated);
     let plain_operations = OperationCount::plain_prefill(arch, case.lengths().total()).total();
@@ -74,8 +77,7 @@ fn everything_but_the_times_follows_from_the_plan() {
     ] {
         let mut steps = Vec::new();
         let found =
-            measure(&mut engines, &compression, &prompt, &effort, ("ort-cpu fp32", 2), &mut |step| steps.push(step))
-                .unwrap();
+            measure(&mut engines, &compression, &prompt, &effort, &runner, &mut |step| steps.push(step)).unwrap();
         assert_eq!(found.prompt, case.lengths());
         assert_eq!(found.tokens_kept, kept);
         assert_eq!(found.operations, Some(operations));
@@ -85,6 +87,48 @@ fn everything_but_the_times_follows_from_the_plan() {
         assert!(found.peak_resident_bytes > 1 << 20);
         assert_eq!(steps.iter().filter(|step| **step == Step::Run).count(), 4);
         assert!(matches!(steps.last(), Some(Step::Built { done, total }) if done == total), "{steps:?}");
+
+        // One run's graphs: those of the plan's nodes, and the head; plainly, the decoder.
+        let details = &found.details;
+        let calls = |prefix: &str| -> usize {
+            details.stages.iter().filter(|stage| stage.graph.starts_with(prefix)).map(|stage| stage.calls).sum()
+        };
+        if found.configuration.method == "homer" {
+            let merges = plan.nodes.len() - plan.leaves();
+            assert_eq!(
+                (calls("leaf"), calls("merge"), calls("head")),
+                (plan.leaves().div_ceil(2), merges, 1),
+                "{details:?}"
+            );
+        } else {
+            assert_eq!((details.stages.len(), calls("decoder")), (1, 1), "{details:?}");
+        }
+        let in_graphs: f64 = details.stages.iter().map(|stage| stage.total_ms).sum();
+        assert!(in_graphs + details.host_ms.unwrap() <= found.prefix.max_ms * 1.0001, "{details:?}");
+        assert!(details.token_host_ms.unwrap() < found.per_token.mean_ms);
+        // The plain measurement finds the decoder loaded.
+        assert_eq!(details.load_ms.unwrap() > 0.0, found.configuration.method == "homer");
+        assert!(details.first_run_ms.unwrap() > 0.0);
+        let spans: Vec<_> = details.decoded.iter().map(|s| (s.from, s.to, s.cache_rows, s.per_token.runs)).collect();
+        assert_eq!(spans, [(0, 1, kept + 3, 1), (1, 4, kept + 6, 3)]);
+
+        // Halfway through the tokens, behind those that warm up, a step reads every weight but the table of embeddings,
+        // and the cache.
+        let index = bundle.weights().index();
+        let table = if arch.tie_word_embeddings() { 0 } else { index.get("model.embed_tokens.weight").unwrap().len };
+        let past = kept + 2 + 2;
+        let cache = arch.kv_bytes_per_token() * past as u64;
+        let step =
+            OperationCount::layer_after(arch, past, 1, 1).times(arch.num_layers()) + OperationCount::lm_head(arch, 1);
+        let expected = Demand {
+            linear_operations: step.linear,
+            attention_operations: step.attention,
+            read_bytes: index.byte_count() - table + cache,
+        };
+        assert_eq!(details.token_demand, Some(expected));
+        let prefix = details.prefix_demand.unwrap();
+        assert_eq!(prefix.linear_operations + prefix.attention_operations, operations);
+        assert!(prefix.read_bytes > 0 && prefix.read_bytes <= index.byte_count());
     }
 }
 

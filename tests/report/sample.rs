@@ -5,6 +5,7 @@ use accordion::eval::schema::{
     BucketPerplexity, Cell, CellResult, Comparison, LevelSurvival, MethodSettings, SCHEMA as EVAL, Summary,
 };
 use accordion::eval::stats::{Interval, Mean, wilson};
+use accordion::profile::details::Details;
 use accordion::profile::schema::{Configuration, Measurement, ProfileReport};
 use accordion::profile::stats::LatencyStats;
 use accordion::profile::trace::OperatorTime;
@@ -128,6 +129,7 @@ fn profile() -> ProfileReport {
                 operations: Some((if plain { plain_s } else { homer_s } * 9e10) as u64),
                 floor_fraction: (!plain).then_some(0.87),
                 operators: if context == 8192 { operators() } else { Vec::new() },
+                details: Details::default(),
             });
         }
     }

@@ -1,0 +1,149 @@
+//! Time per graph, without the runtime's own records: a loader whose engines time their runs. It costs two readings of
+//! the clock for every run of a graph.
+
+use crate::runtime::{Engine, EngineError, InPlace, Loader};
+use crate::tensor::Tensor;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Adds up what the graphs of the loaders that it watches take. Clones share one record.
+#[derive(Debug, Clone, Default)]
+pub struct Stopwatch(Arc<Mutex<Record>>);
+
+/// Times since a stopwatch was last read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Record {
+    /// Spent loading graphs.
+    pub loading: Duration,
+    /// Runs of each graph, and the time of all of them.
+    pub graphs: BTreeMap<String, (usize, Duration)>,
+}
+
+impl Record {
+    /// The time that any graph was running.
+    pub fn running(&self) -> Duration {
+        self.graphs.values().map(|(_, time)| *time).sum()
+    }
+}
+
+impl Stopwatch {
+    /// `loader`, with its graphs being timed.
+    pub fn watch<'a>(&self, loader: impl Loader + 'a) -> Box<dyn Loader + 'a> {
+        Box::new(TimedLoader { loader, stopwatch: self.clone() })
+    }
+
+    /// What was added up, and starts over.
+    pub fn take(&self) -> Record {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn add(&self, add: impl FnOnce(&mut Record)) {
+        add(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+struct TimedLoader<L> {
+    loader: L,
+    stopwatch: Stopwatch,
+}
+
+impl<L: Loader> Loader for TimedLoader<L> {
+    fn load(&self, name: &str, bytes: &[u8], weights: &[String]) -> Result<Box<dyn Engine>, EngineError> {
+        let start = Instant::now();
+        let engine = self.loader.load(name, bytes, weights)?;
+        let took = start.elapsed();
+        self.stopwatch.add(|record| record.loading += took);
+        Ok(Box::new(TimedEngine { engine, graph: name.to_owned(), stopwatch: self.stopwatch.clone() }))
+    }
+
+    fn name(&self) -> &'static str {
+        self.loader.name()
+    }
+}
+
+struct TimedEngine {
+    engine: Box<dyn Engine>,
+    graph: String,
+    stopwatch: Stopwatch,
+}
+
+impl Engine for TimedEngine {
+    fn run(
+        &mut self,
+        inputs: &[(&str, &Tensor)],
+        in_place: &mut [InPlace<'_>],
+        outputs: &[&str],
+    ) -> Result<Vec<Tensor>, EngineError> {
+        let start = Instant::now();
+        let results = self.engine.run(inputs, in_place, outputs)?;
+        let took = start.elapsed();
+        self.stopwatch.add(|record| match record.graphs.get_mut(&self.graph) {
+            Some((calls, time)) => {
+                *calls += 1;
+                *time += took;
+            }
+            None => {
+                record.graphs.insert(self.graph.clone(), (1, took));
+            }
+        });
+        Ok(results)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// An engine that does nothing, or fails.
+    struct Idle(bool);
+
+    impl Loader for Idle {
+        fn load(&self, _: &str, _: &[u8], _: &[String]) -> Result<Box<dyn Engine>, EngineError> {
+            Ok(Box::new(Self(self.0)))
+        }
+
+        fn name(&self) -> &'static str {
+            "idle"
+        }
+    }
+
+    impl Engine for Idle {
+        fn run(
+            &mut self,
+            _: &[(&str, &Tensor)],
+            _: &mut [InPlace<'_>],
+            _: &[&str],
+        ) -> Result<Vec<Tensor>, EngineError> {
+            let failed = || EngineError::Runtime { graph: "idle".into(), message: "broken".into() };
+            if self.0 { Ok(Vec::new()) } else { Err(failed()) }
+        }
+    }
+
+    #[test]
+    fn every_run_is_counted_once_under_its_graph() {
+        let stopwatch = Stopwatch::default();
+        let loader = stopwatch.watch(Idle(true));
+        let mut engines = ["leaf", "head"].map(|name| loader.load(name, &[], &[]).unwrap());
+        for times in [3, 1] {
+            for _ in 0..times {
+                engines[0].run(&[], &mut [], &[]).unwrap();
+            }
+            engines[1].run(&[], &mut [], &[]).unwrap();
+            let record = stopwatch.take();
+            let calls: Vec<_> = record.graphs.iter().map(|(name, (calls, _))| (name.as_str(), *calls)).collect();
+            assert_eq!(calls, [("head", 1), ("leaf", times)]);
+            assert_eq!(record.running(), record.graphs["head"].1 + record.graphs["leaf"].1);
+        }
+        assert_eq!((loader.name(), stopwatch.take()), ("idle", Record::default()));
+    }
+
+    #[test]
+    fn a_run_that_failed_is_not_counted() {
+        let stopwatch = Stopwatch::default();
+        let mut engine = stopwatch.watch(Idle(false)).load("leaf", &[], &[]).unwrap();
+        assert!(engine.run(&[], &mut [], &[]).is_err());
+        assert!(stopwatch.take().graphs.is_empty());
+    }
+}
