@@ -346,12 +346,12 @@ impl Search<'_, '_> {
         };
         let named = part.reads.iter().map(|read| (read.name.clone(), value(&read.name)));
         named
-            .map(|(name, value)| match value {
-                Some(value) => Ok((name, value)),
-                None => {
+            .map(|(name, value)| {
+                let Some(value) = value else {
                     let graph = self.case.graph.name.clone();
-                    Err(EngineError::UnknownName { graph, kind: "input", name }.into())
-                }
+                    return Err(EngineError::UnknownName { graph, kind: "input", name }.into());
+                };
+                Ok((name, value))
             })
             .collect()
     }
