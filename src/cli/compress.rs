@@ -129,7 +129,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         state: &arguments.out,
         method: compression.method(),
         lengths: prompt.lengths(),
-        tokens_kept: state.len(),
+        tokens_kept: state.tokens_kept(),
         cache_bytes: state.cache_bytes(),
         seconds,
     };

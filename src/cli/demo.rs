@@ -236,7 +236,7 @@ impl<'a> Demo<'a> {
         })?;
         bar.finish_and_clear();
         let compressed = began.elapsed().as_secs_f64();
-        let (total, kept) = (prompt.lengths().total(), state.len());
+        let (total, kept) = (prompt.lengths().total(), state.tokens_kept());
         self.output.remark(format!(
             "  {} tokens, in a model trained for {}, compressed to {} in {compressed:.1} s; it answers:",
             grouped(total as u64),

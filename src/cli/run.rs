@@ -181,7 +181,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
             schema: "accordion.run/1",
             method: method.name(),
             lengths: PromptLengths { suffix: suffix.len(), ..start.lengths },
-            tokens_kept: state.len(),
+            tokens_kept: state.tokens_kept(),
             prompt: question,
             text: &generation.text,
             tokens: generation.token_ids.len(),

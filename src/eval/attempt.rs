@@ -63,7 +63,7 @@ pub fn attempt(
     let started = Instant::now();
     let outcome = outcome(engines, tokenizer, contender, &state, &sample.goal)?;
     let answer_seconds = started.elapsed().as_secs_f64();
-    let (prompt, tokens_kept) = (prompt.lengths(), state.len());
+    let (prompt, tokens_kept) = (prompt.lengths(), state.tokens_kept());
     Ok(Attempt { prompt, tokens_kept, outcome, survival, compression_seconds, answer_seconds })
 }
 

@@ -287,7 +287,7 @@ fn measure_state(
             settings,
         },
         prompt: lengths,
-        tokens_kept: state.len(),
+        tokens_kept: state.tokens_kept(),
         prefix: statistics(&prefix)?,
         first_token: statistics(&first_token)?,
         per_token: statistics(&per_token)?,

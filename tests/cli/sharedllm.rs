@@ -42,15 +42,15 @@ fn a_prompt_is_split_by_policy() {
     let tiny = tiny();
     let total = LONG.len() + " Who?".len();
     assert_eq!(total, 97);
-    // What the upper model reads is what stays in the cache.
+    // What the upper model reads stays in the cache, and half of every chunk of 16 is injected.
     let kept = |more: &[&str]| run(&tiny, more)["tokens_kept"].as_u64().unwrap() as usize;
-    assert_eq!(kept(&[]), total - 5 * 16, "one chunk less than fit");
-    assert_eq!(kept(&["--chunks", "sft"]), total - 5 * 16);
-    assert_eq!(kept(&["--chunks", "longbench"]), total - 16, "at least one");
-    assert_eq!(kept(&["--chunks", "longbench:60"]), total - 2 * 16);
-    assert_eq!(kept(&["--chunks", "3"]), total - 3 * 16);
+    assert_eq!(kept(&[]), total - 5 * 8, "one chunk less than fit");
+    assert_eq!(kept(&["--chunks", "sft"]), total - 5 * 8);
+    assert_eq!(kept(&["--chunks", "longbench"]), total - 8, "at least one");
+    assert_eq!(kept(&["--chunks", "longbench:60"]), total - 2 * 8);
+    assert_eq!(kept(&["--chunks", "3"]), total - 3 * 8);
     // As many as leave a running text of one token.
-    assert_eq!(kept(&["--chunks", "6"]), 1);
+    assert_eq!(kept(&["--chunks", "6"]), 1 + 6 * 8);
     assert_ne!(ids(&run(&tiny, &["--chunks", "1"])), ids(&run(&tiny, &["--chunks", "5"])));
 
     for (chunks, message) in [
@@ -201,7 +201,7 @@ fn every_length_of_the_running_text_is_read() {
         for running in 1..=8 {
             fs::write(tiny.path("long.txt"), &LONG[..5 * 16 + running - 1]).unwrap();
             let report = run(&tiny, &["--chunks", "5", "--prompt", "?"]);
-            assert_eq!((&report["tokens_kept"], ids(&report).len()), (&json!(running), 6), "{quirks}, {running}");
+            assert_eq!((&report["tokens_kept"], ids(&report).len()), (&json!(running + 5 * 8), 6), "{quirks}, {running}");
         }
     }
     // Shorter than a chunk, or one exactly.
