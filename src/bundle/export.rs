@@ -56,7 +56,10 @@ impl MethodSettings {
             }
             Self::Rcc(settings) => {
                 let Some(Compressor::Rcc(model)) = checkpoint.compressor() else {
-                    return misfit("rcc needs a checkpoint with an encoder and maps, and this one has none");
+                    return misfit(
+                        "rcc needs a checkpoint with an encoder and maps, and this one has none: \
+                         `accordion convert rcc` makes an untrained one of a Llama or GPT-NeoX",
+                    );
                 };
                 settings.check()?;
                 settings.check_encoder(&model.encoder, source.arch.num_layers())?;

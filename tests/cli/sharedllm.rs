@@ -201,7 +201,11 @@ fn every_length_of_the_running_text_is_read() {
         for running in 1..=8 {
             fs::write(tiny.path("long.txt"), &LONG[..5 * 16 + running - 1]).unwrap();
             let report = run(&tiny, &["--chunks", "5", "--prompt", "?"]);
-            assert_eq!((&report["tokens_kept"], ids(&report).len()), (&json!(running + 5 * 8), 6), "{quirks}, {running}");
+            assert_eq!(
+                (&report["tokens_kept"], ids(&report).len()),
+                (&json!(running + 5 * 8), 6),
+                "{quirks}, {running}"
+            );
         }
     }
     // Shorter than a chunk, or one exactly.

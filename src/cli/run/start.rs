@@ -145,7 +145,11 @@ impl Source {
                 bar.finish_and_clear();
                 let seconds = started.elapsed().as_secs_f64();
                 let (name, lengths) = (compression.method(), prompt.lengths());
-                output.remark(format!("{name}: kept {} of {} tokens, {seconds:.2} s", state.tokens_kept(), lengths.total()));
+                output.remark(format!(
+                    "{name}: kept {} of {} tokens, {seconds:.2} s",
+                    state.tokens_kept(),
+                    lengths.total()
+                ));
                 Ok(Start { state, suffix: prompt.suffix.clone(), lengths, seconds })
             }
         }
