@@ -111,7 +111,11 @@ pub fn model_order(a: &str, b: &str) -> Ordering {
         .cmp(&stage(scope_b))
         .then_with(|| natural(scope_a, scope_b))
         .then_with(|| stage(&rest_a).cmp(&stage(&rest_b)))
-        .then_with(|| natural(&rest_a, &rest_b))
+        .then_with(|| {
+            // A scope inside a scope: a layer of a segment.
+            let nested = |rest: &str| scope(rest).ends_with(|c: char| c.is_ascii_digit());
+            if nested(&rest_a) && nested(&rest_b) { model_order(&rest_a, &rest_b) } else { natural(&rest_a, &rest_b) }
+        })
 }
 
 fn stage(name: &str) -> usize {
