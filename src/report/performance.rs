@@ -11,12 +11,25 @@ use crate::profile::stats::LatencyStats;
 
 const AXIS: &str = "context tokens";
 
+/// Warnings that stand unfolded above the charts.
+const WARNINGS_SHOWN: usize = 4;
+
 pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
     html.leaf("h3", &[], &profile.model);
     if !profile.warnings.is_empty() {
         html.element("div", &[("class", &"note warn"), ("role", &"note")], |html| {
             html.leaf("strong", &[], "Read with care");
-            html.element("ul", &[], |html| profile.warnings.iter().for_each(|warning| html.leaf("li", &[], warning)));
+            let (shown, folded) = profile.warnings.split_at(profile.warnings.len().min(WARNINGS_SHOWN));
+            let list = |html: &mut Html, warnings: &[String]| {
+                html.element("ul", &[], |html| warnings.iter().for_each(|warning| html.leaf("li", &[], warning)));
+            };
+            list(html, shown);
+            if !folded.is_empty() {
+                html.element("details", &[], |html| {
+                    html.leaf("summary", &[], format_args!("{} more", folded.len()));
+                    list(html, folded);
+                });
+            }
         });
     }
     let mut decoders: Vec<&str> = Vec::new();
