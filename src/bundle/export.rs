@@ -5,7 +5,7 @@ use super::{BundleError, MANIFEST_FILE, SIGNIFICANCE_FILE, WeightStorage};
 use crate::checkpoint::{ALIASES, Checkpoint, SIDE_FILES};
 use crate::staging::{Kind, Staging};
 use accordion_calibration::significance::{SignificanceTable, TableError};
-use accordion_graphs::architecture::{Architecture, Compressor};
+use accordion_graphs::architecture::{Architecture, Compressor, RopeScaling};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::methods::{self, Source};
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
@@ -72,6 +72,12 @@ impl MethodSettings {
                          `accordion convert sharedllm` makes one of a Llama",
                     );
                 };
+                // The released code knows no other scaling, and its cross attention rotates without an attention factor.
+                if matches!(source.arch.rope().scaling, RopeScaling::Yarn { .. } | RopeScaling::Llama3 { .. }) {
+                    return misfit(
+                        "sharedllm takes rotary scaling none, linear or dynamic only: choose with --rope-scaling",
+                    );
+                }
                 let graphs = methods::sharedllm::graphs(source, model, *settings)?;
                 Ok((Method::SharedLlm { settings: *settings }, graphs))
             }

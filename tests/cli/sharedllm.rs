@@ -167,6 +167,7 @@ fn what_the_published_code_cannot_is_defined_or_refused() {
         (&["--keep", "3"], &sixteen, "number of kept tokens is 3, expected 1 to 2 tokens, the length of a node"),
         (&["--keep", "0.25"], &sixteen, "number of kept tokens is 0.25, which is 0 tokens of a node"),
         (&[], &["--chunk-len", "16", "--keep", "0"], "--keep"),
+        (&[], &["--chunk-len", "16", "--rope-scaling", "yarn=4"], "rotary scaling none, linear or dynamic only"),
     ] {
         convert(&tiny, converted);
         let refused = tiny.refuse(&[&["export", "sharedllm", "shared", "refused"], exported].concat());
