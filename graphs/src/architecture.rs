@@ -316,14 +316,6 @@ impl Architecture {
         }
     }
 
-    /// Id that starts every text, if the model has one.
-    pub fn bos_token_id(&self) -> Option<u32> {
-        match self {
-            Self::Llama(m) => m.bos_token_id,
-            Self::GptNeox(m) => m.bos_token_id,
-        }
-    }
-
     /// Parameters of one layer's matrices in attention and in the MLP (biases and norms aside): the multiply-adds of one
     /// token through them.
     pub fn layer_matrix_elements(&self) -> [u64; 2] {

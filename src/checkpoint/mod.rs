@@ -38,7 +38,7 @@ pub use rope::parse_rope_scaling;
 pub use safetensors::read_index;
 pub(crate) use safetensors::{INDEX, SINGLE, header as safetensors_header, index_json};
 pub use tokenizer::{TextStream, Tokenizer};
-pub(crate) use trained::{Disagreement, disagreement};
+pub(crate) use trained::{Disagreement, disagreement, parse_last_p};
 pub use trained::{RCC_FILE, rcc_json, sharedllm_json};
 
 use crate::tensor::Tensor;

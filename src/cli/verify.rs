@@ -7,6 +7,7 @@ use super::Outcome;
 use super::bisect::{Asked, BisectArguments};
 use super::common::{EngineArguments, parse_width};
 use super::output::Output;
+use super::report::write_aside;
 use accordion::bundle::Bundle;
 use accordion::environment::Machine;
 use accordion::reference::homer::Prompt;
@@ -17,7 +18,6 @@ use accordion::verify::verdict::Verdict;
 use accordion::verify::weights::finite_weights;
 use accordion::verify::{Detail, Findings, text};
 use accordion_graphs::blocks::Target;
-use anyhow::Context;
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 
@@ -98,7 +98,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         (None, None) => anyhow::bail!("a bundle or --golden is needed"),
     };
     if let Some(path) = &arguments.out {
-        write_aside(path, &report)?;
+        write_aside(path, &serde_json::to_vec_pretty(&report)?)?;
     }
     output.result(&report, || {
         text::table(&report, &|label, verdict| {
@@ -213,16 +213,4 @@ fn subject(bundle: &Bundle, lengths: Environment) -> Subject {
 fn machine() -> Environment {
     let Machine { os, cpu, cores, .. } = Machine::probe();
     vec![("cpu".to_owned(), format!("{cpu}, {cores} threads")), ("system".to_owned(), os)]
-}
-
-/// Writes beside `path` and renames, so that no reader finds half a report.
-fn write_aside(path: &Path, report: &VerifyReport) -> anyhow::Result<()> {
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(".partial");
-    let aside = PathBuf::from(aside);
-    let json = serde_json::to_vec_pretty(report)?;
-    let written = std::fs::write(&aside, json).and_then(|()| std::fs::rename(&aside, path));
-    written
-        .inspect_err(|_| drop(std::fs::remove_file(&aside)))
-        .with_context(|| format!("{} cannot be written", path.display()))
 }

@@ -7,6 +7,7 @@
 use super::config::LlamaConfig;
 use super::files::{Tensors, invalid, missing, parse_json, read, read_tensors, token_ids};
 use super::{GoldenError, Result};
+use crate::checkpoint::parse_last_p;
 use crate::tensor::Tensor;
 use accordion_graphs::architecture::{Llama, Rope, RopeScaling, SharedLlmModel};
 use accordion_graphs::plan::sharedllm::{Keep, Quirks, SharedLlmSettings};
@@ -114,7 +115,7 @@ impl SharedLlmCase {
         let theta = config.upper.rope_theta.ok_or_else(|| missing(json, "config.rope_theta"))?;
         let architecture = config.upper.llama(json, Rope { theta, scaling: RopeScaling::None })?;
         let model = lower_model(json, &config, &architecture, encoder_layers)?;
-        let keep = keep(&config.last_p)
+        let keep = parse_last_p(&config.last_p)
             .ok_or_else(|| invalid(json, "config.last_p", &config.last_p, &"a number or a tuple, quoted or not"))?;
 
         let case_path = sibling("case");
@@ -243,24 +244,6 @@ fn lower_model(path: &Path, config: &Config, upper: &Llama, layers: usize) -> Re
     Ok(SharedLlmModel { lower: Llama { num_layers: layers, ..upper.clone() }, injected_layers })
 }
 
-/// What the authors' code takes `last_p` for: a Python literal, possibly quoted once more; of a tuple the first element.
-fn keep(last_p: &str) -> Option<Keep> {
-    let unquoted = |text: &str| -> Option<String> {
-        let text = text.trim();
-        let inner = ['"', '\''].iter().find_map(|&quote| text.strip_prefix(quote)?.strip_suffix(quote));
-        Some(inner?.to_owned())
-    };
-    let literal = unquoted(last_p).unwrap_or_else(|| last_p.to_owned());
-    let tuple = literal.trim();
-    let tuple = tuple.strip_prefix('(').and_then(|rest| rest.strip_suffix(')')).unwrap_or(tuple);
-    let first = tuple.split(',').next()?.trim();
-    if let Ok(count) = first.parse::<i64>() {
-        return Some(if count > 0 { Keep::Tokens(usize::try_from(count).ok()?) } else { Keep::All });
-    }
-    let fraction = first.parse::<f64>().ok().filter(|fraction| fraction.is_finite())?;
-    Some(if fraction > 0.0 { Keep::Fraction(fraction) } else { Keep::All })
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -317,12 +300,15 @@ mod tests {
     #[test]
     fn every_observed_form_of_last_p_is_understood() {
         for text in ["4", "\"4,4\"", "4,4", "'4'", " (4, 9) ", "\"(4,)\""] {
-            assert_eq!(keep(text), Some(Keep::Tokens(4)), "{text}");
+            assert_eq!(parse_last_p(text), Some(Keep::Tokens(4)), "{text}");
         }
-        assert_eq!(keep("0.25"), Some(Keep::Fraction(0.25)));
-        assert_eq!((keep("-1"), keep("0"), keep("-0.5")), (Some(Keep::All), Some(Keep::All), Some(Keep::All)));
+        assert_eq!(parse_last_p("0.25"), Some(Keep::Fraction(0.25)));
+        assert_eq!(
+            (parse_last_p("-1"), parse_last_p("0"), parse_last_p("-0.5")),
+            (Some(Keep::All), Some(Keep::All), Some(Keep::All))
+        );
         for text in ["", "p", "\"4", "nan", "inf", "1e999", "99999999999999999999999"] {
-            assert!(!matches!(keep(text), Some(Keep::Tokens(_) | Keep::All)), "{text}");
+            assert!(!matches!(parse_last_p(text), Some(Keep::Tokens(_) | Keep::All)), "{text}");
         }
     }
 

@@ -26,7 +26,15 @@ pub enum Continuation {
 pub struct Sequence {
     cache: Cache,
     next_position: i64,
-    injected: Option<Injected>,
+    /// With the names of the decoder's inputs for it, made once.
+    injected: Option<(Injected, Vec<[String; 2]>)>,
+}
+
+/// The names of the decoder's inputs beside what they take.
+fn named(injected: Injected) -> (Injected, Vec<[String; 2]>) {
+    let names = (0..injected.layers.len()).map(|l| ["key", "value"].map(|part| format!("injected.{l}.{part}")));
+    let names = names.collect();
+    (injected, names)
 }
 
 impl Sequence {
@@ -50,7 +58,7 @@ impl Sequence {
     ///
     /// As [`Self::new`].
     pub fn attending_to(engines: &Engines<'_>, injected: Injected, capacity: usize) -> Result<Self, PipelineError> {
-        Ok(Self { injected: Some(injected), ..Self::new(engines, capacity)? })
+        Ok(Self { injected: Some(named(injected)), ..Self::new(engines, capacity)? })
     }
 
     /// A continuation of `state` with room for `extra` more rows. The state is copied, not changed.
@@ -67,7 +75,7 @@ impl Sequence {
         Ok(Self {
             cache: Cache::copy_of(engines.bundle(), &state.cache, state.len(), extra)?,
             next_position: state.last_position + i64::from(continuation == Continuation::Next),
-            injected: state.injected.clone(),
+            injected: state.injected.clone().map(named),
         })
     }
 
@@ -115,14 +123,8 @@ impl Sequence {
         let keep = Tensor::from_i64([1], vec![rows as i64])?;
         let engine = engines.get(DECODER, taps)?;
         let mut inputs = vec![("input_ids", &input_ids), ("position_ids", &positions), ("num_logits_to_keep", &keep)];
-        let injected_names: Vec<[String; 2]> = self
-            .injected
-            .iter()
-            .flat_map(|injected| {
-                (0..injected.layers.len()).map(|l| ["key", "value"].map(|part| format!("injected.{l}.{part}")))
-            })
-            .collect();
-        for ([key_name, value_name], layer) in injected_names.iter().zip(self.injected.iter().flat_map(|i| &i.layers)) {
+        let layers = self.injected.iter().flat_map(|(injected, names)| injected.layers.iter().zip(names));
+        for (layer, [key_name, value_name]) in layers {
             let key = if new == 1 { layer.single_key.as_ref().unwrap_or(&layer.key) } else { &layer.key };
             inputs.extend([(key_name.as_str(), key), (value_name.as_str(), &layer.value)]);
         }
@@ -164,7 +166,8 @@ impl Sequence {
     pub fn into_state(self, logits: Vec<f32>) -> Result<ContextState, PipelineError> {
         let position_ids = (self.next_position - self.len() as i64..self.next_position).collect();
         let cache = self.cache.into_tensors()?;
-        Ok(ContextState { cache, position_ids, last_position: self.next_position - 1, logits, injected: self.injected })
+        let injected = self.injected.map(|(injected, _)| injected);
+        Ok(ContextState { cache, position_ids, last_position: self.next_position - 1, logits, injected })
     }
 
     /// The keys and values so far, `[1, G, length, d]` per layer.

@@ -20,30 +20,12 @@ use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
-use synthetic::{Storage, write_checkpoint};
+use synthetic::{Storage, small_llama, write_checkpoint};
 
 const BOUND: f32 = 1e-4;
 
 fn base() -> Llama {
-    Llama {
-        num_layers: 4,
-        hidden_size: 64,
-        intermediate_size: 80,
-        num_heads: 4,
-        num_kv_heads: 2,
-        head_dim: 16,
-        vocab_size: 97,
-        max_positions: 64,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        sliding_window: None,
-        eos_token_ids: vec![],
-        bos_token_id: None,
-    }
+    small_llama(4)
 }
 
 fn scaled(scaling: RopeScaling) -> Llama {

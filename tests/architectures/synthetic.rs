@@ -1,7 +1,7 @@
 //! Checkpoints of seeded random weights, as Hugging Face lays them out.
 
 use accordion::checkpoint::{config_json, required_tensors};
-use accordion_graphs::architecture::Llama;
+use accordion_graphs::architecture::{Llama, Rope, RopeScaling};
 use accordion_graphs::dtype::DType;
 use half::{bf16, f16};
 use rand_chacha::ChaCha8Rng;
@@ -9,6 +9,29 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::BTreeMap;
 use std::path::Path;
+
+/// A Llama of `num_layers` small layers with grouped heads.
+pub(crate) fn small_llama(num_layers: usize) -> Llama {
+    Llama {
+        num_layers,
+        hidden_size: 64,
+        intermediate_size: 80,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 16,
+        vocab_size: 97,
+        max_positions: 64,
+        rms_norm_eps: 1e-5,
+        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
+        tie_word_embeddings: false,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        sliding_window: None,
+        eos_token_ids: vec![],
+        bos_token_id: None,
+    }
+}
 
 /// How the weights are stored.
 pub(crate) struct Storage {

@@ -17,7 +17,7 @@ use accordion::reference::homer::Prompt;
 use accordion::reference::llama::Llama as Reference;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
-use accordion_graphs::architecture::{Llama, Rope, RopeScaling};
+use accordion_graphs::architecture::Llama;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PromptLengths;
@@ -27,32 +27,14 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use synthetic::{Storage, write_checkpoint};
+use synthetic::{Storage, small_llama, write_checkpoint};
 use tempfile::TempDir;
 
 const SETTINGS: HomerSettings =
     HomerSettings { max_chunk_len: 20, max_initial_chunk_len: None, target_len: 16, layers_warmup: 2 };
 
 fn architecture() -> Llama {
-    Llama {
-        num_layers: 8,
-        hidden_size: 64,
-        intermediate_size: 80,
-        num_heads: 4,
-        num_kv_heads: 2,
-        head_dim: 16,
-        vocab_size: 97,
-        max_positions: 64,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        tie_word_embeddings: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        sliding_window: None,
-        eos_token_ids: vec![],
-        bos_token_id: None,
-    }
+    small_llama(8)
 }
 
 /// What runs a graph, and of which method.

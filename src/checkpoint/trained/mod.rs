@@ -5,7 +5,7 @@ mod sharedllm;
 
 pub use rcc::{RCC_FILE, rcc_json};
 pub use sharedllm::sharedllm_json;
-pub(crate) use sharedllm::{Disagreement, disagreement};
+pub(crate) use sharedllm::{Disagreement, disagreement, parse_last_p};
 
 use super::error::CheckpointError;
 use super::fields::Fields;

@@ -175,13 +175,18 @@ fn keep(config: Fields<'_>) -> Result<Keep, CheckpointError> {
     let keep = match config.get(NAME) {
         None => Some(DEFAULT_KEEP),
         Some(Value::Number(number)) => keep_of(&number.to_string()),
-        Some(Value::String(text)) => keep_of(first_element(unquoted(text))),
+        Some(Value::String(text)) => parse_last_p(text),
         Some(_) => None,
     };
     keep.ok_or_else(|| {
         let expected = format!("tokens to keep of a node: up to {MAX_KEPT}, a fraction up to 1.0, or -1 for all");
         config.wrong(NAME, expected)
     })
+}
+
+/// What the authors' code takes the text of `last_p` for, if it is one.
+pub(crate) fn parse_last_p(text: &str) -> Option<Keep> {
+    keep_of(first_element(unquoted(text)))
 }
 
 /// `text` without the quotes that Python would take off by evaluating it.

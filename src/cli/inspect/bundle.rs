@@ -2,7 +2,7 @@
 
 use super::{Described, architecture, compressor, facts};
 use crate::cli::text::{bytes, grouped, table};
-use accordion::bundle::{Bundle, Method};
+use accordion::bundle::{Bundle, GraphEntry, Method};
 use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::onnx::{GraphSignature, ValueInfo, module_pattern};
@@ -44,9 +44,10 @@ struct Table {
     windows: u64,
 }
 
+/// A graph from outside.
 #[derive(Serialize)]
-struct Graph<'b> {
-    name: &'b str,
+pub(super) struct Graph<'b> {
+    pub(super) name: &'b str,
     file: &'b str,
     bytes: u64,
     nodes: usize,
@@ -54,6 +55,39 @@ struct Graph<'b> {
     taps: usize,
     inputs: &'b [ValueInfo],
     outputs: &'b [ValueInfo],
+}
+
+impl<'b> Graph<'b> {
+    /// Describes the graph `name` of `bundle`; its file is checked on the way.
+    pub(super) fn of(bundle: &Bundle, name: &'b str, entry: &'b GraphEntry) -> anyhow::Result<Self> {
+        let GraphSignature { inputs, outputs, weights, taps, nodes, .. } = &entry.signature;
+        Ok(Self {
+            name,
+            file: &entry.file,
+            bytes: bundle.graph(name)?.len() as u64,
+            nodes: *nodes,
+            linked_tensors: weights.len(),
+            taps: taps.len(),
+            inputs,
+            outputs,
+        })
+    }
+
+    /// What stands behind its name, and its inputs and outputs.
+    pub(super) fn in_words(&self) -> String {
+        let Self { bytes: size, nodes, linked_tensors, taps, .. } = self;
+        format!(
+            "{} nodes, {linked_tensors} linked tensors, {taps} taps, {}\n{}",
+            grouped(*nodes as u64),
+            bytes(*size),
+            interface(self.inputs, self.outputs),
+        )
+    }
+
+    /// Its file in the bundle.
+    pub(super) fn file(&self) -> &str {
+        self.file
+    }
 }
 
 /// Describes an open bundle; every file of it is checked on the way.
@@ -71,19 +105,7 @@ pub(super) fn describe(bundle: &Bundle) -> anyhow::Result<Description<'_>> {
         measured_distance: table.measured_distance(),
         windows: table.windows(),
     });
-    let graphs = manifest.graphs.iter().map(|(name, entry)| {
-        let GraphSignature { inputs, outputs, weights, taps, nodes, .. } = &entry.signature;
-        Ok(Graph {
-            name,
-            file: &entry.file,
-            bytes: bundle.graph(name)?.len() as u64,
-            nodes: *nodes,
-            linked_tensors: weights.len(),
-            taps: taps.len(),
-            inputs,
-            outputs,
-        })
-    });
+    let graphs = manifest.graphs.iter().map(|(name, entry)| Graph::of(bundle, name, entry));
     Ok(Description {
         kind: "bundle",
         producer: &manifest.producer,
@@ -135,14 +157,7 @@ impl Described for Description<'_> {
         rows.push(("fingerprint", self.fingerprint.to_owned()));
         let mut text = format!("bundle\n{}", facts(&rows));
         for graph in &self.graphs {
-            let Graph { name, bytes: size, nodes, linked_tensors, taps, .. } = graph;
-            let _ = write!(
-                text,
-                "\n{name}: {} nodes, {linked_tensors} linked tensors, {taps} taps, {}\n{}",
-                grouped(*nodes as u64),
-                bytes(*size),
-                interface(graph.inputs, graph.outputs),
-            );
+            let _ = write!(text, "\n{}: {}", graph.name, graph.in_words());
         }
         text
     }

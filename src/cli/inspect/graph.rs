@@ -1,10 +1,10 @@
 //! What one graph of a bundle consists of, as its export recorded it.
 
 use super::Described;
-use super::bundle::interface;
-use crate::cli::text::{bytes, grouped, table};
+use super::bundle::Graph;
+use crate::cli::text::{grouped, table};
 use accordion::bundle::Bundle;
-use accordion_graphs::onnx::{GraphSignature, ModuleNodes, ValueInfo};
+use accordion_graphs::onnx::{GraphSignature, ModuleNodes};
 use anyhow::bail;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -13,14 +13,8 @@ use std::collections::BTreeMap;
 #[derive(Serialize)]
 pub(super) struct Description<'b> {
     kind: &'static str,
-    name: &'b str,
-    file: &'b str,
-    bytes: u64,
-    nodes: usize,
-    linked_tensors: usize,
-    taps: usize,
-    inputs: &'b [ValueInfo],
-    outputs: &'b [ValueInfo],
+    #[serde(flatten)]
+    graph: Graph<'b>,
     /// Nodes by operator.
     operators: BTreeMap<&'b str, usize>,
     /// Functions of the model: nodes in the body of each.
@@ -36,37 +30,18 @@ pub(super) fn describe<'b>(bundle: &'b Bundle, name: &str) -> anyhow::Result<Des
         let known: Vec<&str> = graphs.keys().map(String::as_str).collect();
         bail!("--graph is {name}, expected one of {}", known.join(", "));
     };
-    let GraphSignature { inputs, outputs, weights, taps, nodes, modules, functions } = &entry.signature;
+    let GraphSignature { modules, functions, .. } = &entry.signature;
     let mut operators: BTreeMap<&str, usize> = BTreeMap::new();
     for (operator, count) in modules.iter().flat_map(|module| &module.operators) {
         let sum = operators.entry(operator).or_default();
         *sum = sum.saturating_add(*count);
     }
-    Ok(Description {
-        kind: "graph",
-        name,
-        file: &entry.file,
-        bytes: bundle.graph(name)?.len() as u64,
-        nodes: *nodes,
-        linked_tensors: weights.len(),
-        taps: taps.len(),
-        inputs,
-        outputs,
-        operators,
-        functions,
-        modules,
-    })
+    Ok(Description { kind: "graph", graph: Graph::of(bundle, name, entry)?, operators, functions, modules })
 }
 
 impl Described for Description<'_> {
     fn in_words(&self) -> String {
-        let Self { name, file, bytes: size, nodes, linked_tensors, taps, .. } = self;
-        let text = format!(
-            "{name} in {file}: {} nodes, {linked_tensors} linked tensors, {taps} taps, {}\n{}",
-            grouped(*nodes as u64),
-            bytes(*size),
-            interface(self.inputs, self.outputs),
-        );
+        let text = format!("{} in {}: {}", self.graph.name, self.graph.file(), self.graph.in_words());
         if self.modules.is_empty() {
             return text + "\nThe bundle does not say what the nodes are; exported again, it will.\n";
         }
