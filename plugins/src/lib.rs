@@ -22,6 +22,7 @@ pub mod swiglu;
 pub mod topk_prune;
 
 use ort::operator::OperatorDomain;
+use std::sync::{Mutex, PoisonError};
 
 /// The domain of all operators here.
 pub const DOMAIN: &str = "ai.accordion";
@@ -40,4 +41,22 @@ pub fn domain() -> ort::Result<OperatorDomain> {
         .add(selective_scan::SelectiveScan)?
         .add(swiglu::SwiGlu)?
         .add(topk_prune::TopKPrune)
+}
+
+/// Makes a session that [`domain`] is registered with, by `commit`. ONNX Runtime adds a domain to a table of the process with
+/// the first such session, and refuses a second one that is made at the same moment: the first is therefore made alone.
+///
+/// # Errors
+///
+/// Those of `commit`.
+pub fn commit<T>(commit: impl FnOnce() -> ort::Result<T>) -> ort::Result<T> {
+    static KNOWN: Mutex<bool> = Mutex::new(false);
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if *known {
+        drop(known);
+        return commit();
+    }
+    let session = commit()?;
+    *known = true;
+    Ok(session)
 }

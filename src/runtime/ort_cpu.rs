@@ -102,7 +102,12 @@ impl Loader for OrtCpu {
             let value = Borrowed::read_only(&tensor).map_err(failed)?.into_value();
             builder = builder.with_initializer(weight, value).map_err(|e| failed(e.to_string()))?;
         }
-        let session = builder.commit_from_memory(bytes).map_err(|e| failed(e.to_string()))?;
+        let session = if self.operators.is_some() {
+            accordion_plugins::commit(|| builder.commit_from_memory(bytes))
+        } else {
+            builder.commit_from_memory(bytes)
+        };
+        let session = session.map_err(|e| failed(e.to_string()))?;
         let engine = OrtEngine {
             name: name.to_owned(),
             inputs: names(session.inputs()),

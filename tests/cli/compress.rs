@@ -169,3 +169,23 @@ fn what_cannot_be_compressed_leaves_nothing() {
         rcc.refuse(&["compress", "rcc", "--context", "long.txt", "-o", "state", "--instruction", "reconstruct"]);
     assert!(message.contains("give it with --prompt"), "{message}");
 }
+
+/// Reading a saved state is measured with a question of the asked length behind it.
+#[test]
+fn questions_to_a_saved_context_are_measured() {
+    let tiny = Tiny::rcc(|_| {});
+    tiny.succeed(&["export", "rcc", "checkpoint", "bundle"]);
+    let saved = compress(&tiny, "bundle", "state", &[]);
+    let flags = ["--min-runs", "2", "--min-time", "0", "--suffix", "3", "--new-tokens", "2", "--json"];
+    let measured = tiny.succeed(&[&["profile", "bundle", "--state", "state"], &flags[..]].concat());
+    let report: Value = serde_json::from_str(&measured).unwrap();
+    let [row] = &report["rows"].as_array().unwrap()[..] else { panic!("{report}") };
+    assert_eq!(row["configuration"]["method"], "rcc");
+    assert_eq!((&row["prompt"]["context"], &row["prompt"]["suffix"]), (&saved["lengths"]["context"], &3.into()));
+    assert_eq!(row["tokens_kept"], saved["tokens_kept"]);
+    assert_eq!((&row["prefix"]["runs"], &row["operations"]), (&2.into(), &Value::Null));
+
+    tiny.succeed(&["export", "plain", "checkpoint", "plain"]);
+    let refused = tiny.refuse(&["profile", "plain", "--state", "state"]);
+    assert!(refused.contains("rcc") && refused.contains("plain"), "{refused}");
+}

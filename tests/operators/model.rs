@@ -122,7 +122,8 @@ pub(crate) fn model(
 
 /// A session over a model, with Accordion's operators registered.
 pub(crate) fn session(model: &[u8], threads: usize) -> ort::Result<Session> {
-    builder(threads)?.with_operators(accordion_plugins::domain()?)?.commit_from_memory(model)
+    let mut builder = builder(threads)?.with_operators(accordion_plugins::domain()?)?;
+    accordion_plugins::commit(|| builder.commit_from_memory(model))
 }
 
 /// A session over a model without any operator of Accordion's: the bodies of its functions run.
