@@ -8,6 +8,7 @@
 mod attribute;
 mod cut;
 mod function;
+mod linears;
 mod modules;
 mod ops;
 mod scope;

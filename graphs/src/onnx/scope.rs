@@ -68,6 +68,8 @@ pub(super) enum Constant {
     I64 { values: Vec<i64>, scalar: bool },
     /// One-dimensional, or a scalar.
     F32 { values: Vec<f32>, scalar: bool },
+    /// The zero of a type of one byte an element, a scalar: the zero point of numbers quantized symmetrically.
+    Zero(DType),
 }
 
 impl Scope {
@@ -206,10 +208,16 @@ impl Scope {
         self.constant(Constant::F32 { values: vec![value], scalar: true })
     }
 
+    /// The zero of `dtype`, of one byte an element, without dimensions.
+    pub(super) fn zero(&self, dtype: DType) -> Value {
+        self.constant(Constant::Zero(dtype))
+    }
+
     fn constant(&self, constant: Constant) -> Value {
         let (dtype, shape) = match &constant {
             Constant::I64 { values, scalar } => (DType::I64, if *scalar { vec![] } else { vec![values.len().into()] }),
             Constant::F32 { values, scalar } => (DType::F32, if *scalar { vec![] } else { vec![values.len().into()] }),
+            Constant::Zero(dtype) => (*dtype, vec![]),
         };
         let known = self.graph.borrow().constants.iter().find(|(_, c)| *c == constant).map(|(id, _)| *id);
         if let Some(id) = known {
