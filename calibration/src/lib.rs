@@ -3,5 +3,6 @@
 //! - [`significance`]: the expected attention logit by layer and distance, which HOMER subtracts before it prunes.
 //! - [`windows`]: which parts of a text a calibration reads.
 
+pub mod quantize;
 pub mod significance;
 pub mod windows;
