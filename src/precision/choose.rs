@@ -4,7 +4,7 @@ use super::error::{MAX_BLOCK, MIN_BLOCK};
 use super::{PrecisionError, Recipe};
 use crate::checkpoint::Checkpoint;
 use accordion_graphs::methods::Graphs;
-use accordion_graphs::onnx::Uses;
+use accordion_graphs::onnx::{Scope, Uses};
 use accordion_graphs::precision::{MatrixForm, Precision};
 use std::collections::BTreeMap;
 
@@ -23,7 +23,7 @@ pub(super) fn choose(recipe: &Recipe, checkpoint: &Checkpoint, graphs: &Graphs) 
         return Err(PrecisionError::Block { found: block });
     }
     let mut uses: BTreeMap<String, Uses> = BTreeMap::new();
-    for (name, found) in graphs.values().flat_map(|graph| graph.weight_uses()) {
+    for (name, found) in graphs.values().flat_map(Scope::weight_uses) {
         let all = uses.entry(name).or_default();
         all.linear |= found.linear;
         all.gather |= found.gather;

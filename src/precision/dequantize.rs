@@ -41,7 +41,9 @@ pub fn weight(maps: &WeightMaps, quantization: &Quantization, name: &str) -> Res
     // The scales are those of equally long pieces, one after the other.
     let piece = numbers.len() / scales.len().max(1);
     for (piece, scale) in numbers.chunks_mut(piece.max(1)).zip(&scales) {
-        piece.iter_mut().for_each(|x| *x *= scale);
+        for x in piece {
+            *x *= scale;
+        }
     }
     Tensor::from_f32(entries.shape(), numbers)
         .map_err(|source| CheckpointError::Tensor { name: name.to_owned(), source })
