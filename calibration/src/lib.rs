@@ -1,7 +1,14 @@
 //! Calibration tables for Accordion graphs: what is measured once on ordinary text and then travels with a bundle.
 //!
 //! - [`significance`]: the expected attention logit by layer and distance, which HOMER subtracts before it prunes.
+//! - [`file`]: what can be wrong with a table's file.
+//! - [`quantize`]: weight matrices as integers and scales.
 //! - [`windows`]: which parts of a text a calibration reads.
 
+pub mod file;
+mod identity;
+pub mod quantize;
 pub mod significance;
 pub mod windows;
+
+pub use identity::ModelIdentity;
