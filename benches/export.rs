@@ -61,7 +61,7 @@ fn measure(folder: &Path, root: &Path) -> Outcome<()> {
             method: MethodSettings::Homer { settings: SETTINGS, tree_heights, significance: None },
             target: Target::OrtCpu,
             weights: WeightStorage::Link,
-            recipe: Recipe::default(),
+            recipe: Recipe::fp32(),
             force: false,
         };
         let exported = export(&checkpoint, &place.path().join(run.to_string()), &options)?;

@@ -74,7 +74,7 @@ impl Subject {
     fn bundle_of(&self, checkpoint: &Checkpoint, name: &str, method: MethodSettings, target: Target) -> Bundle {
         let out: PathBuf = self.folder.path().join(name);
         let options =
-            ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::default(), force: false };
+            ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false };
         export(checkpoint, &out, &options).unwrap();
         Bundle::open(out).unwrap()
     }

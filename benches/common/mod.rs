@@ -104,7 +104,7 @@ pub(crate) fn exported(checkpoint: &Path, out: &Path, method: &MethodSettings) -
             method: method.clone(),
             target: Target::OrtCpu,
             weights: WeightStorage::Link,
-            recipe: Recipe::default(),
+            recipe: Recipe::fp32(),
             force: out.exists(),
         };
         Ok(export(&Checkpoint::open(checkpoint)?, out, &options)?)

@@ -7,14 +7,10 @@
 //! - [`smoothquant`]: activations made easier to quantize.
 //! - [`windows`]: which parts of a text a calibration reads.
 
-<<<<<<< HEAD
-pub mod quantize;
-=======
 pub mod file;
 mod identity;
 pub mod quantize;
 pub mod ranges;
->>>>>>> calib
 pub mod significance;
 pub mod smoothquant;
 pub mod windows;

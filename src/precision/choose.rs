@@ -1,19 +1,41 @@
 //! Which matrices are quantized, and into which form.
 
 use super::error::{MAX_BLOCK, MIN_BLOCK};
-use super::{PrecisionError, Recipe};
+use super::{PrecisionError, RangesUsed, Recipe, activations};
 use crate::checkpoint::Checkpoint;
 use accordion_graphs::methods::Graphs;
 use accordion_graphs::onnx::{Scope, Uses};
 use accordion_graphs::precision::{MatrixForm, Precision};
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 /// What was decided.
+#[derive(Default)]
 pub(super) struct Chosen {
-    /// Form and shape `[out, in]` of every matrix that is quantized.
-    pub(super) forms: BTreeMap<String, (MatrixForm, [usize; 2])>,
+    /// The matrices that are quantized.
+    pub(super) matrices: BTreeMap<String, Matrix>,
     /// Why others are not.
     pub(super) kept: BTreeMap<String, String>,
+    /// Where the ranges of activations come from.
+    pub(super) ranges: Option<RangesUsed>,
+}
+
+/// A matrix that is quantized.
+pub(super) struct Matrix {
+    /// How.
+    pub(super) form: MatrixForm,
+    /// `[out, in]`.
+    pub(super) shape: [usize; 2],
+    /// What is known of the activations that it is multiplied with, where the form asks for it.
+    pub(super) input: Option<Rc<Input>>,
+}
+
+/// Activations that linear layers share.
+pub(super) struct Input {
+    /// What their channels are multiplied by first; the columns of the matrices are divided by it.
+    pub(super) factors: Option<Vec<f32>>,
+    /// The magnitude at which they are clipped then.
+    pub(super) threshold: f32,
 }
 
 /// Decides for every matrix that `graphs` use in linear layers or look up rows of.
@@ -29,27 +51,36 @@ pub(super) fn choose(recipe: &Recipe, checkpoint: &Checkpoint, graphs: &Graphs) 
         all.gather |= found.gather;
         all.other |= found.other;
     }
-    let mut chosen = Chosen { forms: BTreeMap::new(), kept: BTreeMap::new() };
+    if let Some(word) = recipe.keep.iter().find(|word| !uses.keys().any(|name| name.contains(word.as_str()))) {
+        return Err(PrecisionError::UnknownKeep { word: word.clone() });
+    }
+    let mut chosen = Chosen::default();
     let vocabulary = checkpoint.architecture().vocab_size();
     for (name, uses) in uses.iter().filter(|(_, uses)| uses.linear || uses.gather) {
         let Some(&[out, inner]) = checkpoint.weights().get(name).map(|weight| &weight.shape[..]) else { continue };
         let of_tokens = uses.gather || out == vocabulary;
-        match form(recipe.precision, block, inner, *uses, of_tokens) {
-            _ if recipe.keep.iter().any(|word| name.contains(word.as_str())) => {
-                chosen.kept.insert(name.clone(), "asked for".to_owned());
-            }
+        let form = if recipe.keep.iter().any(|word| name.contains(word.as_str())) {
+            Err("asked for".to_owned())
+        } else {
+            form(recipe.precision, block, inner, *uses, of_tokens)
+        };
+        match form {
             Ok(form) => {
-                chosen.forms.insert(name.clone(), (form, [out, inner]));
+                chosen.matrices.insert(name.clone(), Matrix { form, shape: [out, inner], input: None });
             }
             Err(reason) => {
                 chosen.kept.insert(name.clone(), reason);
             }
         }
     }
-    match recipe.keep.iter().find(|word| !uses.keys().any(|name| name.contains(word.as_str()))) {
-        Some(word) => Err(PrecisionError::UnknownKeep { word: word.clone() }),
-        None => Ok(chosen),
+    match &recipe.ranges {
+        Some(path) => activations::choose(recipe, path, checkpoint, &mut chosen)?,
+        None if recipe.precision.needs_ranges() => {
+            return Err(PrecisionError::NoRanges { precision: recipe.precision });
+        }
+        None => {}
     }
+    Ok(chosen)
 }
 
 /// The form of a matrix with rows of `inner` entries, or why it stays as it is.

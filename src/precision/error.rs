@@ -2,6 +2,9 @@
 
 use crate::checkpoint::CheckpointError;
 use crate::staging::StagingError;
+use accordion_calibration::quantize::QuantizeError;
+use accordion_calibration::ranges::{MismatchError, TableError};
+use accordion_graphs::precision::Precision;
 
 /// Why a model cannot be put into a precision.
 #[derive(Debug, thiserror::Error)]
@@ -25,16 +28,23 @@ pub enum PrecisionError {
         /// The tensor.
         name: String,
         /// Why not.
-        source: accordion_calibration::quantize::QuantizeError,
+        source: QuantizeError,
     },
-    /// The precision cannot be exported in.
-    #[error("precision {precision} {problem}")]
-    Unsupported {
+    /// The ranges of activations are not known.
+    #[error(
+        "precision {precision} needs the ranges of activations: `accordion calibrate ranges` makes a table of them, \
+         --ranges takes it"
+    )]
+    NoRanges {
         /// The precision.
-        precision: accordion_graphs::precision::Precision,
-        /// Why not.
-        problem: &'static str,
+        precision: Precision,
     },
+    /// The range table cannot be read.
+    #[error(transparent)]
+    Table(Box<TableError>),
+    /// The range table was made for something else, or does not have all matrices.
+    #[error("{0}")]
+    TableMismatch(MismatchError),
     /// The checkpoint is at fault.
     #[error(transparent)]
     Checkpoint(#[from] Box<CheckpointError>),

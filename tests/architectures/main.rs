@@ -109,7 +109,7 @@ fn bundle(checkpoint: &Checkpoint, out: &std::path::Path, target: Target) -> Bun
     export(
         checkpoint,
         out,
-        &ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::default(), force: false },
+        &ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false },
     )
     .unwrap();
     Bundle::open(out).unwrap()
@@ -181,7 +181,7 @@ fn a_head_width_that_the_runtime_cannot_take_is_refused_by_name() {
         method: MethodSettings::Plain,
         target,
         weights: WeightStorage::Link,
-        recipe: Recipe::default(),
+        recipe: Recipe::fp32(),
         force: false,
     };
     let checkpoint = Checkpoint::open(&dir).unwrap();

@@ -95,13 +95,7 @@ fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 fn homer(significance: Option<PathBuf>) -> ExportOptions {
     let tree_heights = tree_heights(6, SETTINGS, 100).unwrap();
     let method = MethodSettings::Homer { settings: SETTINGS, tree_heights, significance };
-    ExportOptions {
-        method,
-        target: Target::OrtCpu,
-        weights: WeightStorage::Link,
-        recipe: Recipe::default(),
-        force: false,
-    }
+    ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false }
 }
 
 fn assert_names(message: &str, words: &[&str]) {

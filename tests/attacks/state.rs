@@ -35,7 +35,7 @@ impl Victim {
             method: MethodSettings::Plain,
             target: Target::OrtCpu,
             weights: WeightStorage::Link,
-            recipe: Recipe::default(),
+            recipe: Recipe::fp32(),
             force: false,
         };
         export(&Checkpoint::open(checkpoint).unwrap(), &out, &options).unwrap();

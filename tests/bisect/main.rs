@@ -91,7 +91,7 @@ impl Laboratory {
             method,
             target: form.target,
             weights: WeightStorage::Link,
-            recipe: Recipe::default(),
+            recipe: Recipe::fp32(),
             force: false,
         };
         export(&Checkpoint::open(dir).unwrap(), &out, &options).unwrap();

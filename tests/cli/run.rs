@@ -235,7 +235,7 @@ fn a_table_is_taken_from_the_flag_then_from_the_bundle() {
         method,
         target: Target::OrtCpu,
         weights: WeightStorage::Link,
-        recipe: Recipe::default(),
+        recipe: Recipe::fp32(),
         force: true,
     };
     export(&checkpoint, &tiny.path("homer"), &options).unwrap();

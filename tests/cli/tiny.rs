@@ -62,7 +62,7 @@ impl Tiny {
                 method,
                 target: Target::OrtCpu,
                 weights: WeightStorage::Link,
-                recipe: Recipe::default(),
+                recipe: Recipe::fp32(),
                 force: false,
             };
             export(&checkpoint, &tiny.path(name), &options).unwrap();

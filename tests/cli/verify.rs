@@ -46,7 +46,7 @@ fn bundle(folder: &Path, checkpoint: &Path, method: MethodSettings) -> PathBuf {
         method,
         target: Target::OrtCpu,
         weights: WeightStorage::Copy,
-        recipe: Recipe::default(),
+        recipe: Recipe::fp32(),
         force: false,
     };
     export(&Checkpoint::open(checkpoint).unwrap(), &out, &options).unwrap();

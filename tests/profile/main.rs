@@ -32,8 +32,7 @@ fn bundle(case: &HomerCase, folder: &Path, target: Target) -> Bundle {
     let plan = HomerPlan::new(case.architecture.num_layers, case.lengths(), case.settings).unwrap();
     let method =
         MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height], significance: None };
-    let options =
-        ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::default(), force: false };
+    let options = ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false };
     export(&Checkpoint::open(&checkpoint).unwrap(), &folder.join("bundle"), &options).unwrap();
     Bundle::open(folder.join("bundle")).unwrap()
 }

@@ -24,7 +24,7 @@ fn check(what: &str, dir: &Path, method: &MethodSettings) {
             method: method.clone(),
             target,
             weights: WeightStorage::Link,
-            recipe: Recipe::default(),
+            recipe: Recipe::fp32(),
             force: false,
         };
         export(&checkpoint, &out, &options).unwrap();

@@ -167,8 +167,7 @@ fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> VerifyError {
 /// As [`export`].
 pub fn exported(checkpoint: &Path, method: MethodSettings, target: Target) -> Result<Bundle, VerifyError> {
     let out = checkpoint.with_file_name("bundle");
-    let options =
-        ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::default(), force: false };
+    let options = ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false };
     export(&Checkpoint::open(checkpoint).map_err(Box::new)?, &out, &options)?;
     Ok(Bundle::open(out)?)
 }
