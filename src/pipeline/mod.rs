@@ -18,6 +18,7 @@ pub mod sharedllm;
 pub mod significance;
 mod state;
 pub mod state_file;
+pub mod state_precision;
 pub mod stop;
 
 pub use engines::Engines;
