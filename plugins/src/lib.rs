@@ -8,6 +8,8 @@
 pub mod attention;
 #[path = "../linear/mod.rs"]
 pub mod linear;
+#[path = "../linear_int8/mod.rs"]
+pub mod linear_int8;
 #[path = "../merge_cache/mod.rs"]
 pub mod merge_cache;
 mod operator;
@@ -37,6 +39,8 @@ pub fn domain() -> ort::Result<OperatorDomain> {
         .add(attention::GroupQueryAttention)?
         .add(linear::Linear)?
         .add(linear::LinearBias)?
+        .add(linear_int8::LinearInt8)?
+        .add(linear_int8::LinearInt8PerToken)?
         .add(merge_cache::MergeCache)?
         .add(selective_scan::SelectiveScan)?
         .add(swiglu::SwiGlu)?
