@@ -116,7 +116,7 @@ fn the_dynamic_operator_is_its_definition() {
         let mut x = noise(rows * inner, 0.37);
         // A row of zeros among others, and rows of different sizes.
         for (row, x) in x.chunks_mut(inner).enumerate() {
-            x.iter_mut().for_each(|x| *x *= (row % 4) as f32 * 10_f32.powi(row as i32 % 5));
+            x.iter_mut().for_each(|x| *x *= ((row + 1) % 4) as f32 * 10_f32.powi(row as i32 % 5));
         }
         let weight = integers(outer * inner, 8, 7);
         let weight_scale: Vec<f32> = noise(outer, 0.7).iter().map(|x| 0.01 + 0.005 * x).collect();
@@ -148,8 +148,7 @@ fn operators_of_blocks_are_their_definition() {
             for block in [16, 32] {
                 let x = noise(rows * inner, 0.37);
                 let weight = integers(outer * inner, bits, 7);
-                let scale: Vec<f32> =
-                    noise(outer * inner / block, 0.7).iter().map(|x| (0.01 + 0.005 * x) / (1 << bits) as f32).collect();
+                let scale: Vec<f32> = noise(outer * inner / block, 0.7).iter().map(|x| 0.01 + 0.005 * x).collect();
                 let shape = vec![outer, inner];
                 let stored = [
                     if bits == 8 { Stored::int8(shape, &weight) } else { Stored::int4(shape, &weight) },
@@ -165,16 +164,99 @@ fn operators_of_blocks_are_their_definition() {
     }
 }
 
-/// Runs the model with our kernels and without, and compares with `expected`, the entries of `y`.
+/// Runs the model with our kernels and without, and compares with `expected`, the entries of `y`, row by row.
 fn check(model: &[u8], shape: [usize; 2], x: &[f32], expected: &[f64]) {
-    let largest = expected.iter().fold(0.0, |most: f64, y| most.max(y.abs()));
-    assert!(largest > 0.0, "nothing is computed");
+    assert!(expected.iter().any(|y| y.abs() > 0.01), "nothing is computed");
+    let outer = expected.len() / shape[0];
     for (who, made) in [("kernel", session(model, 2)), ("body", stock_session(model, 2))] {
         let (_, found) = run(&mut made.unwrap(), vec![("x", tensor(shape, x.to_vec()))]).unwrap().remove(0);
         assert_eq!(found.len(), expected.len(), "{who} of {shape:?}");
-        for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-            let bound = 2e-6 * largest;
-            assert!((f64::from(*found) - expected).abs() <= bound, "{who} of {shape:?}: {found} at {i}, {expected}");
+        for (row, (found, expected)) in found.chunks(outer).zip(expected.chunks(outer)).enumerate() {
+            let bound = 2e-6 * expected.iter().fold(0.0, |most: f64, y| most.max(y.abs()));
+            for (found, expected) in found.iter().zip(expected) {
+                let found = f64::from(*found);
+                assert!((found - expected).abs() <= bound, "{who} of {shape:?}: {found} in row {row}, {expected}");
+            }
         }
+    }
+}
+
+/// More numbers than are kept in fp32 at a time.
+#[test]
+fn a_large_weight_of_blocks_is_multiplied_in_panels() {
+    let (rows, inner, outer, block) = (6, 512, 8200, 256);
+    let x = noise(rows * inner, 0.37);
+    let weight = integers(outer * inner, 4, 7);
+    let scale = vec![0.01; outer * inner / block];
+    let stored =
+        [Stored::int4(vec![outer, inner], &weight), Stored::floats("scale", vec![outer, inner / block], &scale)];
+    let weight: Vec<f64> = weight.iter().map(|w| f64::from(*w) * f64::from(0.01_f32)).collect();
+    let expected = product(&x.iter().map(|&x| x.into()).collect::<Vec<_>>(), &weight, inner);
+    check(&graph(&LINEAR_BLOCK_4, &stored, vec![("block_size", block.into())]), [rows, inner], &x, &expected);
+}
+
+#[test]
+fn operators_refuse_with_the_name_of_what_is_wrong() {
+    let zeros = |name, shape: &[usize]| Stored::floats(name, shape.to_vec(), &vec![0.0; shape.iter().product()]);
+    let int8 = |shape: [usize; 2]| Stored::int8(shape.to_vec(), &vec![0; shape[0] * shape[1]]);
+    let block = |size: i64| vec![("block_size", size.into())];
+    let scale = || zeros("weight_scale", &[5]);
+    let cases = [
+        (
+            &LINEAR_INT8_PER_TOKEN,
+            vec![int8([5, 31]), scale(), zeros("smoothing", &[32])],
+            vec![],
+            "weight has 31 columns, expected those of x, 32",
+        ),
+        (
+            &LINEAR_INT8_PER_TOKEN,
+            vec![int8([4, 32]), scale(), zeros("smoothing", &[32])],
+            vec![],
+            "weight_scale has shape [5], expected [4]",
+        ),
+        (
+            &LINEAR_INT8_PER_TOKEN,
+            vec![int8([5, 32]), scale(), zeros("smoothing", &[1])],
+            vec![],
+            "smoothing has shape [1], expected [32]",
+        ),
+        (
+            &LINEAR_INT8,
+            vec![int8([5, 32]), scale(), zeros("input_scale", &[]), zeros("smoothing", &[32])],
+            vec![],
+            "input_scale is 0, expected a positive number",
+        ),
+        (
+            &LINEAR_BLOCK_8,
+            vec![int8([5, 32]), zeros("scale", &[5, 2])],
+            block(24),
+            "attribute block_size is 24, expected a power of two of at least 16",
+        ),
+        (
+            &LINEAR_BLOCK_8,
+            vec![int8([5, 32]), zeros("scale", &[5, 1])],
+            block(64),
+            "x has 32 columns, expected a multiple of block_size, 64",
+        ),
+        (
+            &LINEAR_BLOCK_8,
+            vec![int8([5, 32]), zeros("scale", &[5, 1])],
+            block(16),
+            "scale has shape [5, 1], expected [5, 2]",
+        ),
+        (
+            &LINEAR_BLOCK_8,
+            vec![int8([5, 16]), zeros("scale", &[5, 1])],
+            block(16),
+            "weight has 16 columns, expected those of x, 32",
+        ),
+    ];
+    for (operator, stored, attributes, expected) in cases {
+        let made = session(&graph(operator, &stored, attributes), 1);
+        let message = match made {
+            Ok(mut session) => run(&mut session, vec![("x", tensor([1, 32], vec![1.0; 32]))]).unwrap_err(),
+            Err(error) => error.to_string(),
+        };
+        assert!(message.contains(expected), "{message}");
     }
 }
