@@ -111,46 +111,72 @@ unsafe fn dots<V: Expand, const BITS: Bits, const ROWS: usize>(
     sums: &mut Sums,
 ) {
     let chunk = 4 * V::LANES;
-    let blocks = at.inner / at.block;
     let whole = at.inner / chunk * chunk;
+    let block_shift = at.block.ilog2();
+    let blocks = at.inner >> block_shift;
     // Four numbers share a lane.
-    let shift = at.block.ilog2() - 2;
+    let shift = block_shift - 2;
     // SAFETY: whole chunks below `inner`; the rest of the weight and its scales go through chunks of their own.
     unsafe {
-        let mut lanes = [[V::splat(0.0); SIDE_BY_SIDE]; ROWS];
-        let mut add = |i: usize, w: usize, weight: *const u8, scale: *const f32| {
-            let weights = V::expand::<BITS>(weight);
-            let scale = V::spread(scale, shift);
-            for (row, lanes) in lanes.iter_mut().enumerate() {
-                let x = at.x.add(row * at.x_stride + i);
-                let mut sum = weights[0].mul(V::load(x));
-                for j in 1..4 {
-                    sum = weights[j].mul_add(V::load(x.add(j * V::LANES)), sum);
-                }
-                lanes[w] = sum.mul_add(scale, lanes[w]);
-            }
-        };
-        let weights = rows.map(|row| at.weight.add(row * at.inner * usize::from(BITS) / 8));
+        let mut lanes = [[V::splat(0.0); ROWS]; SIDE_BY_SIDE];
+        let weights = rows.map(|row| at.weight.add(bytes::<BITS>(row * at.inner)));
         let scales = rows.map(|row| at.scale.add(row * blocks));
         for i in (0..whole).step_by(chunk) {
+            let x = at.x.add(i);
             for w in 0..SIDE_BY_SIDE {
-                add(i, w, weights[w].add(i * usize::from(BITS) / 8), scales[w].add(i / at.block));
+                let (weight, scale) = (weights[w].add(bytes::<BITS>(i)), scales[w].add(i >> block_shift));
+                add::<V, BITS, ROWS>(&mut lanes[w], x, at.x_stride, weight, scale, shift);
             }
         }
         if whole < at.inner {
+            let (x, first) = (at.x.add(whole), whole >> block_shift);
             for w in 0..SIDE_BY_SIDE {
                 let (mut weight, mut scale) = ([0_u8; 64], [0.0_f32; 16]);
-                let from = weights[w].add(whole * usize::from(BITS) / 8);
-                std::ptr::copy_nonoverlapping(from, weight.as_mut_ptr(), (at.inner - whole) * usize::from(BITS) / 8);
-                let first = whole / at.block;
+                let from = weights[w].add(bytes::<BITS>(whole));
+                std::ptr::copy_nonoverlapping(from, weight.as_mut_ptr(), bytes::<BITS>(at.inner - whole));
                 std::ptr::copy_nonoverlapping(scales[w].add(first), scale.as_mut_ptr(), blocks - first);
-                add(whole, w, weight.as_ptr(), scale.as_ptr());
+                add::<V, BITS, ROWS>(&mut lanes[w], x, at.x_stride, weight.as_ptr(), scale.as_ptr(), shift);
             }
         }
-        for (row, lanes) in lanes.iter().enumerate() {
-            for w in 0..SIDE_BY_SIDE {
-                sums[row][w] = total(lanes[w]);
+        for w in 0..SIDE_BY_SIDE {
+            for row in 0..ROWS {
+                sums[row][w] = total(lanes[w][row]);
             }
+        }
+    }
+}
+
+/// Bytes of so many numbers.
+#[inline(always)]
+fn bytes<const BITS: Bits>(numbers: usize) -> usize {
+    numbers * usize::from(BITS) / 8
+}
+
+/// Adds the products of a chunk of a weight row with `ROWS` rows of activations.
+///
+/// # Safety
+///
+/// The instruction set of `V` is there; behind all pointers is a chunk, behind `scale` its scales.
+#[inline(always)]
+unsafe fn add<V: Expand, const BITS: Bits, const ROWS: usize>(
+    lanes: &mut [V; ROWS],
+    x: *const f32,
+    x_stride: usize,
+    weight: *const u8,
+    scale: *const f32,
+    shift: u32,
+) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let weights = V::expand::<BITS>(weight);
+        let scale = V::spread(scale, shift);
+        for row in 0..ROWS {
+            let x = x.add(row * x_stride);
+            let mut sum = weights[0].mul(V::load(x));
+            for j in 1..4 {
+                sum = weights[j].mul_add(V::load(x.add(j * V::LANES)), sum);
+            }
+            lanes[row] = sum.mul_add(scale, lanes[row]);
         }
     }
 }

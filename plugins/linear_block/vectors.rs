@@ -52,12 +52,11 @@ impl Expand for Avx512 {
             let values =
                 _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0);
             [
-                numbers,
-                _mm512_srli_epi32::<4>(numbers),
-                _mm512_srli_epi32::<8>(numbers),
-                _mm512_srli_epi32::<12>(numbers),
+                Self(_mm512_permutexvar_ps(numbers, values)),
+                Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<4>(numbers), values)),
+                Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<8>(numbers), values)),
+                Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<12>(numbers), values)),
             ]
-            .map(|low| Self(_mm512_permutexvar_ps(low, values)))
         }
     }
     #[inline(always)]
@@ -91,22 +90,18 @@ impl Expand for Avx2 {
         unsafe {
             let numbers = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             [
-                _mm256_slli_epi32::<28>(numbers),
-                _mm256_slli_epi32::<24>(numbers),
-                _mm256_slli_epi32::<20>(numbers),
-                _mm256_slli_epi32::<16>(numbers),
+                Self(_mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<28>(numbers)))),
+                Self(_mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<24>(numbers)))),
+                Self(_mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<20>(numbers)))),
+                Self(_mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<16>(numbers)))),
             ]
-            .map(|high| Self(_mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(high))))
         }
     }
     #[inline(always)]
     unsafe fn spread(from: *const f32, shift: u32) -> Self {
         unsafe {
             match shift {
-                2 => {
-                    let [first, second] = [_mm_set1_ps(*from), _mm_set1_ps(*from.add(1))];
-                    Self(_mm256_set_m128(second, first))
-                }
+                2 => Self(_mm256_set_m128(_mm_set1_ps(*from.add(1)), _mm_set1_ps(*from))),
                 _ => Self::splat(*from),
             }
         }
@@ -124,7 +119,7 @@ impl Expand for Portable {
     unsafe fn expand_4(from: *const u8) -> [Self; 4] {
         // SAFETY: the caller guarantees eight bytes.
         let bytes = unsafe { from.cast::<[u8; 8]>().read() };
-        let number = |at: usize| (bytes[at / 2] << if at % 2 == 0 { 4 } else { 0 }) as i8 >> 4;
+        let number = |at: usize| (bytes[at / 2] << (4 - at % 2 * 4)) as i8 >> 4;
         std::array::from_fn(|j| Self(std::array::from_fn(|i| f32::from(number(4 * i + j)))))
     }
     #[inline(always)]

@@ -36,6 +36,8 @@ pub(super) const MAX_TILE: usize = 512;
 
 type Dots = unsafe fn(*const i8, usize, *const i32, *const i8, &[usize; SIDE_BY_SIDE], usize, &mut Sums);
 
+type Quantize = unsafe fn(&[f32], &[f32], InputScale, &mut [i8]) -> (i32, f32);
+
 /// Sums of products of rows of activations with rows of the weight.
 pub(super) type Sums = [[i32; SIDE_BY_SIDE]; MAX_DOT_ROWS];
 
@@ -50,7 +52,7 @@ pub(super) struct Kernels {
     /// [`dots`] for 1, 2, ... rows.
     pub(super) dots: [Dots; MAX_DOT_ROWS],
     /// [`quantize::quantize`].
-    pub(super) quantize: unsafe fn(&[f32], &[f32], InputScale, &mut [i8]) -> (i32, f32),
+    pub(super) quantize: Quantize,
 }
 
 /// Instantiates the table of one level: `$n` vectors per panel, and as many rows as leave the sums in registers.
@@ -204,29 +206,44 @@ unsafe fn dots<V: Bytes, const ROWS: usize>(
     // SAFETY: whole vectors below `inner`; the rest of the weight goes through a vector of its own.
     unsafe {
         let mut lanes = [[V::splat(0); SIDE_BY_SIDE]; ROWS];
-        let mut add = |i: usize, weights: [V; SIDE_BY_SIDE]| {
-            for (row, lanes) in lanes.iter_mut().enumerate() {
-                let x = V::load(rows.add(row * stride + i));
-                for w in 0..SIDE_BY_SIDE {
-                    lanes[w] = lanes[w].add_products(weights[w].plus_128(), x);
-                }
-            }
-        };
         for i in (0..whole).step_by(width) {
-            add(i, std::array::from_fn(|w| V::load(weight.add(places[w] + i))));
+            for w in 0..SIDE_BY_SIDE {
+                add::<V, ROWS>(&mut lanes, w, rows.add(i), stride, weight.add(places[w] + i));
+            }
         }
         if whole < inner {
-            let mut rest = [[0_i8; 64]; SIDE_BY_SIDE];
             for w in 0..SIDE_BY_SIDE {
-                let from = weight.add(places[w] + whole);
-                std::ptr::copy_nonoverlapping(from, rest[w].as_mut_ptr(), inner - whole);
+                let mut rest = [0_i8; 64];
+                std::ptr::copy_nonoverlapping(weight.add(places[w] + whole), rest.as_mut_ptr(), inner - whole);
+                add::<V, ROWS>(&mut lanes, w, rows.add(whole), stride, rest.as_ptr());
             }
-            add(whole, std::array::from_fn(|w| V::load(rest[w].as_ptr())));
         }
         for (row, lanes) in lanes.iter().enumerate() {
             for w in 0..SIDE_BY_SIDE {
                 sums[row][w] = (*starts.add(row)).wrapping_add(lanes[w].total());
             }
+        }
+    }
+}
+
+/// Adds the products of a vector of weight row `w` with `ROWS` rows of activations.
+///
+/// # Safety
+///
+/// The instruction set of `V` is there; behind all pointers is a vector.
+#[inline(always)]
+unsafe fn add<V: Bytes, const ROWS: usize>(
+    lanes: &mut [[V; SIDE_BY_SIDE]; ROWS],
+    w: usize,
+    rows: *const i8,
+    stride: usize,
+    weight: *const i8,
+) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let weight = V::load(weight).plus_128();
+        for row in 0..ROWS {
+            lanes[row][w] = lanes[row][w].add_products(weight, V::load(rows.add(row * stride)));
         }
     }
 }
