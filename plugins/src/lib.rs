@@ -6,8 +6,13 @@
 
 #[path = "../attention/mod.rs"]
 pub mod attention;
+mod gemm;
 #[path = "../linear/mod.rs"]
 pub mod linear;
+#[path = "../linear_block/mod.rs"]
+pub mod linear_block;
+#[path = "../linear_int8/mod.rs"]
+pub mod linear_int8;
 #[path = "../merge_cache/mod.rs"]
 pub mod merge_cache;
 mod operator;
@@ -37,6 +42,10 @@ pub fn domain() -> ort::Result<OperatorDomain> {
         .add(attention::GroupQueryAttention)?
         .add(linear::Linear)?
         .add(linear::LinearBias)?
+        .add(linear_block::LinearBlock4)?
+        .add(linear_block::LinearBlock8)?
+        .add(linear_int8::LinearInt8)?
+        .add(linear_int8::LinearInt8PerToken)?
         .add(merge_cache::MergeCache)?
         .add(selective_scan::SelectiveScan)?
         .add(swiglu::SwiGlu)?

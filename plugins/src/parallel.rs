@@ -84,6 +84,13 @@ impl<'a, T> SharedSlice<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), _borrow: std::marker::PhantomData }
     }
 
+    /// Where element `at` lies, for pieces that are not contiguous.
+    pub(crate) fn pointer(&self, at: usize) -> *mut T {
+        assert!(at < self.len, "element {at} of {}", self.len);
+        // SAFETY: inside the slice.
+        unsafe { self.start.add(at) }
+    }
+
     /// The elements `start..start + len`.
     ///
     /// # Safety

@@ -5,6 +5,7 @@
 
 mod functions;
 mod model;
+mod quantized;
 
 use model::Attribute::{Float, Int};
 use model::{function, model, node, session};

@@ -6,7 +6,7 @@ use super::{EXP2, Simd};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(__m256);
+pub(crate) struct Avx2(pub(crate) __m256);
 
 // SAFETY (every block): the callers guarantee AVX2, FMA and valid pointers, as the trait demands.
 #[allow(clippy::undocumented_unsafe_blocks)]

@@ -6,7 +6,7 @@ use super::{EXP2, Simd};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(crate) __m512);
 
 // SAFETY (every block): the callers guarantee AVX-512 F and DQ and valid pointers, as the trait demands.
 #[allow(clippy::undocumented_unsafe_blocks)]

@@ -98,3 +98,23 @@ pub(crate) trait Simd: Copy {
     /// `to_stride`).
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize);
 }
+
+/// The sum of all lanes, by halves.
+///
+/// # Safety
+///
+/// The instruction set of `V` is there.
+#[inline(always)]
+pub(crate) unsafe fn total<V: Simd>(lanes: V) -> f32 {
+    let mut values = [0.0f32; 16];
+    // SAFETY: no vector has more than 16 lanes.
+    unsafe { lanes.store(values.as_mut_ptr()) };
+    let mut width = V::LANES;
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            values[i] += values[i + width];
+        }
+    }
+    values[0]
+}

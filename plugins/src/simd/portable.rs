@@ -3,7 +3,7 @@
 use super::{EXP2, Simd};
 
 #[derive(Clone, Copy)]
-pub(crate) struct Portable([f32; 4]);
+pub(crate) struct Portable(pub(crate) [f32; 4]);
 
 macro_rules! lanewise {
     ($f:expr) => {{
