@@ -62,6 +62,11 @@ pub(crate) struct Pruning<'a> {
 }
 
 impl Pruning<'_> {
+    /// The bundle's settings and table.
+    pub(crate) fn of_bundle() -> Self {
+        Self { settings: None, table: None }
+    }
+
     /// The bundle's settings, and scores as they are: for when it makes no difference which tokens are kept.
     pub(crate) fn uncalibrated() -> Self {
         Self { settings: None, table: Some(Path::new("none")) }

@@ -12,6 +12,7 @@ pub mod instruction;
 pub mod plain;
 pub mod prompt;
 pub mod question;
+pub mod ranges;
 pub mod rcc;
 pub mod sampling;
 pub mod sharedllm;
