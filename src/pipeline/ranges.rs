@@ -14,6 +14,7 @@ use accordion_calibration::ranges::{EstimateError, Observation, RangeEstimator, 
 use accordion_calibration::windows::{WindowError, choose_windows};
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::dtype::DType;
+use accordion_graphs::precision::Precision;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -331,7 +332,7 @@ impl Layout {
     fn new(bundle: &Bundle, with_taps: bool) -> Result<Self, RangeError> {
         let manifest = bundle.manifest();
         let failed = |problem: String| Err(RangeError::Bundle { problem });
-        if manifest.precision != "fp32" {
+        if manifest.precision != Precision::Fp32 {
             return failed(format!("its precision is {}, expected fp32", manifest.precision));
         }
         // Matrices that are multiplied by the same rows in all graphs share a site.
