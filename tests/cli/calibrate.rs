@@ -155,7 +155,11 @@ fn ranges_are_those_of_the_reference() {
             assert!(close(min, expected.0) && close(max, expected.1), "{layer} {channel}: {:?}", (min, max, expected));
         }
         let out = &table.taps()[&format!("layers.{layer}.out")];
-        let expected = taps[&format!("layers.{layer}.out")].to_f32();
+        let mut expected = taps[&format!("layers.{layer}.out")].to_f32();
+        if layer == arch.num_layers - 1 {
+            // Of a call's rows only the last 32 go through the output matrix, and through what is just before it.
+            expected.drain(..48 * arch.hidden_size);
+        }
         assert_eq!((out.values, out.non_finite), (expected.len() as u64, 0));
         let absmax = expected.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
         assert!(close(out.absmax, absmax), "layer {layer}: {} instead of {absmax}", out.absmax);
@@ -217,12 +221,9 @@ fn every_method_measures_all_its_linear_layers() {
         assert!(table.provenance().method.contains(bundle));
         let opened = Bundle::open(tiny.path(bundle)).unwrap();
         table.check_matches(&opened.manifest().identity()).unwrap();
-        for (graph, entry) in &opened.manifest().graphs {
-            assert!(!entry.signature.linears.is_empty(), "{bundle}: {graph}");
-            for weight in entry.signature.linears.keys() {
-                let columns = opened.weights().index().get(weight).unwrap().shape[1];
-                table.expect_site(weight, columns).unwrap();
-            }
+        for weight in opened.manifest().graphs.values().flat_map(|entry| entry.signature.linears.keys()) {
+            let columns = opened.weights().index().get(weight).unwrap().shape[1];
+            table.expect_site(weight, columns).unwrap();
         }
     }
     // One checkpoint, one table: what plain measured serves HOMER.
@@ -246,7 +247,9 @@ fn tables_can_be_inspected() {
         serde_json::from_str(&tiny.succeed(&["inspect", name, "--json"])).unwrap()
     };
     let found = json("ranges.safetensors");
-    assert_eq!((&found["kind"], &found["sites"][0]["rows"]), (&"range-table".into(), &80.into()));
+    let sites = found["sites"].as_array().unwrap();
+    let down = sites.iter().find(|site| site["weights"][0] == "model.layers.0.mlp.down_proj.weight").unwrap();
+    assert_eq!((&found["kind"], &down["rows"]), (&"range-table".into(), &80.into()));
     assert_eq!(json("significance.safetensors")["kind"], "significance-table");
     std::fs::write(tiny.path("not.safetensors"), "nothing").unwrap();
     assert!(tiny.refuse(&["inspect", "not.safetensors"]).contains("not a valid table"));
@@ -260,7 +263,10 @@ fn mistakes_with_ranges_get_one_message_and_leave_no_file() {
     for (arguments, expected) in [
         (arguments(&["--text", "few.txt"]), "--text few.txt: the calibration text has 3 tokens"),
         (arguments(&["--text", "nowhere.txt"]), "nowhere.txt: No such file"),
-        (arguments(&["--windows", "1", "--text", "few.txt"]), "1 windows are too few: there are 2 texts"),
+        (
+            arguments(&["--text", "few.txt", "few.txt", "few.txt", "few.txt", "few.txt", "few.txt"]),
+            "6 windows are too few: there are 7 texts",
+        ),
         (arguments(&["--part", "1/7"]), "6 windows are too few: they are to be shared among 7"),
         (arguments(&["--part", "3/2"]), "'3/2' is not a part: expected K/N"),
         (arguments(&["--chunks", "2"]), "--chunks is for sharedllm, and the method is plain"),
