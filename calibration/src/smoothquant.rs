@@ -117,7 +117,7 @@ impl Candidate {
 }
 
 /// The rows of a site that errors are measured with.
-fn kept_rows(site: &Site) -> Vec<f32> {
+pub(crate) fn kept_rows(site: &Site) -> Vec<f32> {
     [site.sample(), site.extremes()].concat()
 }
 
@@ -199,7 +199,7 @@ fn weighted(rows: &Array2<f32>, weights: &[f64]) -> f64 {
 }
 
 /// `x w^T` of rows of `columns`.
-fn product(x: &[f32], w: &[f32], columns: usize) -> Result<Array2<f32>, QuantizeError> {
+pub(crate) fn product(x: &[f32], w: &[f32], columns: usize) -> Result<Array2<f32>, QuantizeError> {
     Ok(rows(x, columns)?.dot(&rows(w, columns)?.t()))
 }
 
