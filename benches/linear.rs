@@ -17,8 +17,9 @@ mod model;
 
 use common::{flag, median, number, option};
 use model::Attribute::Int;
+use onnx_protobuf::attribute_proto::AttributeType;
 use onnx_protobuf::tensor_proto::DataType::{self, FLOAT, INT4, INT8, UINT8};
-use onnx_protobuf::{ModelProto, NodeProto, TensorProto};
+use onnx_protobuf::{AttributeProto, ModelProto, NodeProto, TensorProto};
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 use protobuf::Message;
@@ -52,7 +53,7 @@ const KINDS: [(&str, Kind); 12] = [
     ("LinearBlock8", Kind::Blocks { bits: 8 }),
     ("LinearBlock4", Kind::Blocks { bits: 4 }),
     ("ORT Gemm, fp32", Kind::OrtGemm),
-    ("ORT QDQ Gemm", Kind::OrtQdq),
+    ("ORT QDQ MatMul", Kind::OrtQdq),
     ("ORT DynamicQuantizeMatMul", Kind::OrtDynamic),
     ("ORT MatMulNBits 8", Kind::OrtBlocks { bits: 8, level: 0 }),
     ("ORT MatMulNBits 8, int8 x", Kind::OrtBlocks { bits: 8, level: 4 }),
@@ -189,12 +190,13 @@ fn add(
                 }
                 _ => {
                     let zero = tensor("z", INT8, &[], vec![0]);
-                    let [smoothed, quantized, x, w] = ["m", "q", "d", "e"].map(name);
+                    let [smoothed, quantized, x, w, transposed] = ["m", "q", "d", "e", "t"].map(name);
                     node("", "Mul", &["x", &smoothing], &smoothed, &[]);
                     node("", "QuantizeLinear", &[&smoothed, &input_scale, &zero], &quantized, &[]);
                     node("", "DequantizeLinear", &[&quantized, &input_scale, &zero], &x, &[]);
                     node("", "DequantizeLinear", &[&weight, &scale], &w, &[("axis", 0)]);
-                    node("", "Gemm", &[&x, &w], &y, &[("transB", 1)]);
+                    node("", "MatMul", &[&x, &transposed], &y, &[]);
+                    nodes.push(transpose(&w, &transposed));
                 }
             }
         }
@@ -224,6 +226,14 @@ fn add(
             node("com.microsoft", "MatMulNBits", &["x", &weight, &scale], &y, &attributes);
         }
     }
+}
+
+/// With its order written out: ONNX Runtime makes a product of integers behind no other.
+fn transpose(input: &str, output: &str) -> NodeProto {
+    let mut node = model::node("", "Transpose", &[input], &[output], &[]);
+    let (ints, type_) = (vec![1, 0], AttributeType::INTS.into());
+    node.attribute.push(AttributeProto { name: "perm".into(), ints, type_, ..AttributeProto::default() });
+    node
 }
 
 fn bytes(count: usize) -> Vec<u8> {
