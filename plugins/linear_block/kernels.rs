@@ -7,7 +7,7 @@ use super::vectors::Expand;
 use super::{Bits, MAX_ROWS, SIDE_BY_SIDE};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
-use crate::simd::{Level, Portable, total};
+use crate::simd::{Level, Portable, prefetch, total};
 
 /// What [`dots`] reads.
 #[derive(Clone, Copy)]
@@ -28,6 +28,9 @@ pub(super) struct Dots {
 
 /// Sums of products of rows of activations with rows of the weight.
 pub(super) type Sums = [[f32; SIDE_BY_SIDE]; MAX_ROWS];
+
+/// Bytes ahead that the weight is asked for: rows are too short for the processor to notice how it is read.
+const AHEAD: usize = 4096;
 
 type Dot = unsafe fn(&Dots, &[usize; SIDE_BY_SIDE], &mut Sums);
 
@@ -125,6 +128,7 @@ unsafe fn dots<V: Expand, const BITS: Bits, const ROWS: usize>(
             let x = at.x.add(i);
             for w in 0..SIDE_BY_SIDE {
                 let (weight, scale) = (weights[w].add(bytes::<BITS>(i)), scales[w].add(i >> block_shift));
+                prefetch(weight.wrapping_add(AHEAD));
                 add::<V, BITS, ROWS>(&mut lanes[w], x, at.x_stride, weight, scale, shift);
             }
         }
