@@ -4,7 +4,7 @@
 #![allow(clippy::inline_always, clippy::needless_range_loop)]
 
 use super::vectors::Expand;
-use super::{Bits, MAX_ROWS, SIDE_BY_SIDE};
+use super::{Bits, ROWS_AT_ONCE, SIDE_BY_SIDE};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{Level, Portable, prefetch, total};
@@ -27,7 +27,7 @@ pub(super) struct Dots {
 }
 
 /// Sums of products of rows of activations with rows of the weight.
-pub(super) type Sums = [[f32; SIDE_BY_SIDE]; MAX_ROWS];
+pub(super) type Sums = [[f32; SIDE_BY_SIDE]; ROWS_AT_ONCE];
 
 /// Bytes ahead that the weight is asked for: rows are too short for the processor to notice how it is read.
 const AHEAD: usize = 4096;
@@ -41,7 +41,7 @@ pub(super) struct Kernels {
     /// [`arrange`].
     pub(super) arrange: unsafe fn(&[f32], &mut [f32]),
     /// [`dots`] for 1, 2, ... rows.
-    pub(super) dots: [Dot; MAX_ROWS],
+    pub(super) dots: [Dot; ROWS_AT_ONCE],
     /// [`dequantize`].
     pub(super) dequantize: unsafe fn(&[u8], &[f32], usize, &mut [f32]),
 }

@@ -181,7 +181,7 @@ fn check(model: &[u8], shape: [usize; 2], x: &[f32], expected: &[[f64; 2]]) {
 /// More numbers than are kept in fp32 at a time.
 #[test]
 fn a_large_weight_of_blocks_is_multiplied_in_panels() {
-    let (rows, inner, outer, block) = (6, 512, 8200, 256);
+    let (rows, inner, outer, block) = (33, 512, 8200, 256);
     let x = noise(rows * inner, 0.37);
     let weight = integers(outer * inner, 4, 7);
     let scale = vec![0.01; outer * inner / block];
