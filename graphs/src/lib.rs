@@ -4,6 +4,7 @@
 //! - [`weights`]: where each tensor of a checkpoint lies on disk; never its bytes.
 //! - [`onnx`]: a scoped, typed, shape-checked builder of ONNX graphs.
 //! - [`plan`]: a method's lengths and layer ranges for one prompt, computed from lengths alone.
+//! - [`precision`]: what numbers a graph computes with, as passes over built graphs.
 //! - [`dtype`]: the element types that appear in checkpoints and graphs; [`fp8`]: the numbers of one of them.
 //!
 //! `architecture` and `plan` are shared facts: the reference implementation uses them too. Nothing else in this crate
@@ -17,4 +18,5 @@ pub mod functions;
 pub mod methods;
 pub mod onnx;
 pub mod plan;
+pub mod precision;
 pub mod weights;

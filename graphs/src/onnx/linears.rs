@@ -27,24 +27,11 @@ impl GraphData {
         names
     }
 
-    /// What `node` is if it is a linear layer; `matrices` are those of the graph.
-    pub(super) fn linear<'g>(&self, node: &NodeData, matrices: &HashMap<usize, &'g str>) -> Option<Linear<'g>> {
-        let known = match node.domain {
-            "" => node.op == "Gemm",
-            DOMAIN => [LINEAR.name, LINEAR_BIAS.name].contains(&node.op.as_str()),
-            _ => false,
-        };
-        match node.inputs[..] {
-            [Some(input), Some(weight), ..] if known => matrices.get(&weight).map(|weight| Linear { weight, input }),
-            _ => None,
-        }
-    }
-
     /// Matrix by matrix, the names of the values that are multiplied by it.
     pub(super) fn linear_inputs(&self) -> BTreeMap<String, Vec<String>> {
         let matrices = self.matrices();
         let mut inputs: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for linear in self.nodes.iter().filter_map(|node| self.linear(node, &matrices)) {
+        for linear in self.nodes.iter().filter_map(|node| node.linear(&matrices)) {
             let input = &self.values[linear.input].name;
             let of_matrix = inputs.entry(linear.weight.to_owned()).or_default();
             if !of_matrix.contains(input) {
@@ -52,5 +39,20 @@ impl GraphData {
             }
         }
         inputs
+    }
+}
+
+impl NodeData {
+    /// What the node is if it is a linear layer; `matrices` are those of the graph.
+    pub(super) fn linear<'g>(&self, matrices: &HashMap<usize, &'g str>) -> Option<Linear<'g>> {
+        let known = match self.domain {
+            "" => self.op == "Gemm",
+            DOMAIN => [LINEAR.name, LINEAR_BIAS.name].contains(&self.op.as_str()),
+            _ => false,
+        };
+        match self.inputs[..] {
+            [Some(input), Some(weight), ..] if known => matrices.get(&weight).map(|weight| Linear { weight, input }),
+            _ => None,
+        }
     }
 }

@@ -119,6 +119,11 @@ impl Scope {
         Self { graph: Rc::clone(&self.graph), path: self.join(name).into(), tap_path }
     }
 
+    /// The scope at `path` from the root.
+    pub(super) fn at(&self, path: &str) -> Self {
+        Self { graph: Rc::clone(&self.graph), path: path.into(), tap_path: path.into() }
+    }
+
     /// Dotted path of the scope; empty for the root.
     pub fn path(&self) -> &str {
         &self.path
@@ -165,6 +170,12 @@ impl Scope {
 
     /// The checkpoint tensor `name` of this scope, which must have `shape`. Tensors stored in 16 bits are cast to fp32.
     pub fn weight(&self, name: &str, shape: &[usize]) -> Value {
+        let stored = self.stored_weight(name, shape);
+        if stored.dtype() == DType::F32 { stored } else { stored.cast(DType::F32) }
+    }
+
+    /// The checkpoint tensor `name` of this scope, which must have `shape`, in the type that it is stored in.
+    pub(super) fn stored_weight(&self, name: &str, shape: &[usize]) -> Value {
         let full = self.join(name);
         let dims: Vec<Dim> = shape.iter().map(|&n| n.into()).collect();
         let known = self.graph.borrow().linked.get(&full).cloned();
@@ -184,8 +195,7 @@ impl Scope {
             self.graph.borrow_mut().linked.insert(full, (value.id, weight));
             (value.id, dtype)
         };
-        let stored = Value { scope: self.clone(), id, dtype, shape: dims.into() };
-        if dtype == DType::F32 { stored } else { stored.cast(DType::F32) }
+        Value { scope: self.clone(), id, dtype, shape: dims.into() }
     }
 
     /// A one-dimensional integer constant.
@@ -331,6 +341,10 @@ impl GraphData {
 }
 
 impl Value {
+    pub(super) fn new(scope: &Scope, id: usize, dtype: DType, shape: Rc<[Dim]>) -> Self {
+        Self { scope: scope.clone(), id, dtype, shape }
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
