@@ -5,9 +5,9 @@
 
 use super::vectors::Expand;
 use super::{Bits, ROWS_AT_ONCE, SIDE_BY_SIDE};
+use crate::simd::{AHEAD, Level, Portable, prefetch, total};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
-use crate::simd::{Level, Portable, prefetch, total};
 
 /// What [`dots`] reads.
 #[derive(Clone, Copy)]
@@ -28,9 +28,6 @@ pub(super) struct Dots {
 
 /// Sums of products of rows of activations with rows of the weight.
 pub(super) type Sums = [[f32; SIDE_BY_SIDE]; ROWS_AT_ONCE];
-
-/// Bytes ahead that the weight is asked for: rows are too short for the processor to notice how it is read.
-const AHEAD: usize = 4096;
 
 type Dot = unsafe fn(&Dots, &[usize; SIDE_BY_SIDE], &mut Sums);
 
@@ -124,6 +121,10 @@ unsafe fn dots<V: Expand, const BITS: Bits, const ROWS: usize>(
         let mut lanes = [[V::splat(0.0); ROWS]; SIDE_BY_SIDE];
         let weights = rows.map(|row| at.weight.add(bytes::<BITS>(row * at.inner)));
         let scales = rows.map(|row| at.scale.add(row * blocks));
+        // A quarter as far: so many fewer bytes than 4-bit numbers in blocks of 32 are their scales.
+        for scale in scales {
+            prefetch(scale.wrapping_byte_add(AHEAD / 4));
+        }
         for i in (0..whole).step_by(chunk) {
             let x = at.x.add(i);
             for w in 0..SIDE_BY_SIDE {

@@ -14,7 +14,7 @@ use ort::value::{DynTensorValueType, TensorRef, TensorRefMut, ValueRef};
 use std::cell::RefCell;
 
 /// Rows up to which our kernel is faster than writing the weight in fp32 and the runtime's product.
-const FEW_ROWS: usize = 32;
+const FEW_ROWS: usize = 8;
 
 /// Elements of a panel of the weight, and of its results, that are kept in fp32 at a time.
 const PANEL: usize = 4 * 1024 * 1024;

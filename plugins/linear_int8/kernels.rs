@@ -7,7 +7,7 @@
 use super::vectors::{Avx2Bytes, Avx512Vnni, AvxVnni};
 use super::vectors::{Bytes, Level, Portable};
 use super::{InputScale, MAX_DOT_ROWS, SIDE_BY_SIDE, quantize};
-use crate::simd::prefetch;
+use crate::simd::{AHEAD, prefetch};
 
 /// Where a register tile reads and writes. A quad is four bytes after each other in a row.
 #[derive(Clone, Copy)]
@@ -34,9 +34,6 @@ pub(super) struct Tile {
 
 /// Most results of a tile.
 pub(super) const MAX_TILE: usize = 512;
-
-/// Bytes ahead that the weight is asked for: rows are too short for the processor to notice how it is read.
-const AHEAD: usize = 4096;
 
 type Dots = unsafe fn(*const i8, usize, *const i32, *const i8, &[usize; SIDE_BY_SIDE], usize, &mut Sums);
 

@@ -99,6 +99,10 @@ pub(crate) trait Simd: Copy {
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize);
 }
 
+/// How many bytes ahead weights are asked for that are read once: their rows are too short for the processor to notice in
+/// time how the reading goes on.
+pub(crate) const AHEAD: usize = 8192;
+
 /// Asks for the cache line at `at`, which need not be memory at all.
 #[inline(always)]
 pub(crate) fn prefetch<T>(at: *const T) {
