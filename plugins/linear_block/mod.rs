@@ -28,7 +28,7 @@ pub const MIN_BLOCK: usize = 16;
 const SIDE_BY_SIDE: usize = 4;
 
 /// Numbers of the weight per task: long enough runs for the hardware to prefetch, short enough to share among threads.
-const TASK: usize = 64 * 1024;
+const TASK: usize = 32 * 1024;
 
 /// Why a call was refused.
 #[derive(Debug, thiserror::Error)]
