@@ -37,7 +37,7 @@ const SHAPES: [[usize; 2]; 5] = [[576, 576], [576, 192], [576, 1536], [1536, 576
 struct Layers {
     threads: usize,
     rows: usize,
-    layers: usize,
+    count: usize,
     inner: usize,
     outer: usize,
 }
@@ -81,7 +81,7 @@ fn main() -> anyhow::Result<()> {
         if (prefill || !decode) && rows * one < 1 << 32 {
             let work = 2.0 * (rows * one) as f64 / 1e9;
             println!("{rows} rows, {inner} -> {outer}, {threads} threads");
-            compare(Layers { threads, rows, layers: 1, inner, outer }, |seconds| {
+            compare(Layers { threads, rows, count: 1, inner, outer }, |seconds| {
                 format!("{:6.0} GOP/s", work / seconds)
             })?;
         }
@@ -89,7 +89,7 @@ fn main() -> anyhow::Result<()> {
             let layers = (megabytes * 1_000_000 / 4).div_ceil(one);
             let work = (layers * one) as f64 / 1e9;
             println!("1 row, {layers} layers {inner} -> {outer}, {threads} threads");
-            compare(Layers { threads, rows: 1, layers, inner, outer }, |seconds| {
+            compare(Layers { threads, rows: 1, count: layers, inner, outer }, |seconds| {
                 format!("{:6.1} G weights/s", work / seconds)
             })?;
         }
@@ -130,12 +130,12 @@ struct Runner {
 
 impl Runner {
     fn new(kind: Kind, sizes: Layers) -> anyhow::Result<Self> {
-        let Layers { threads, rows, layers, inner, outer } = sizes;
+        let Layers { threads, rows, count, inner, outer } = sizes;
         let (mut nodes, mut tensors) = (Vec::new(), Vec::new());
-        for layer in 0..layers {
+        for layer in 0..count {
             add(kind, layer, inner, outer, &mut nodes, &mut tensors);
         }
-        let names: Vec<String> = (0..layers).map(|layer| format!("y{layer}")).collect();
+        let names: Vec<String> = (0..count).map(|layer| format!("y{layer}")).collect();
         let outputs: Vec<_> = names.iter().map(|name| (name.as_str(), FLOAT, 2)).collect();
         let mut proto = ModelProto::parse_from_bytes(&model::model(nodes, vec![], &[("x", FLOAT, 2)], &outputs))?;
         proto.graph.mut_or_insert_default().initializer = tensors;
