@@ -18,8 +18,8 @@ use std::cell::RefCell;
 /// Bits of a number, 8 or 4.
 type Bits = u8;
 
-/// Rows up to which reading the weights is what takes the time.
-pub const MAX_ROWS: usize = 4;
+/// Rows of activations that a weight row is expanded for at once.
+const ROWS_AT_ONCE: usize = 4;
 
 /// Smallest block.
 pub const MIN_BLOCK: usize = 16;
@@ -28,7 +28,7 @@ pub const MIN_BLOCK: usize = 16;
 const SIDE_BY_SIDE: usize = 4;
 
 /// Numbers of the weight per task: long enough runs for the hardware to prefetch, short enough to share among threads.
-const TASK: usize = 64 * 1024;
+const TASK: usize = 32 * 1024;
 
 /// Why a call was refused.
 #[derive(Debug, thiserror::Error)]
@@ -45,12 +45,6 @@ pub enum LinearBlockError {
         found: usize,
         /// What the dimensions say.
         expected: usize,
-    },
-    /// More rows than the kernel is made for.
-    #[error("x has {rows} rows, expected 1 to {MAX_ROWS}")]
-    Rows {
-        /// How many.
-        rows: usize,
     },
     /// A block that vectors cannot be cut into.
     #[error("attribute block_size is {0}, expected a power of two of at least {MIN_BLOCK}")]
@@ -157,11 +151,12 @@ thread_local! {
     static ARRANGED: RefCell<Scratch> = RefCell::default();
 }
 
-/// `output[r, o] = sum_i x[r, i] * numbers[o, i] * scale[o, i / block]` for few rows.
+/// `output[r, o] = sum_i x[r, i] * numbers[o, i] * scale[o, i / block]`. The weight is read once, and expanded for every
+/// [`ROWS_AT_ONCE`] rows.
 ///
 /// # Errors
 ///
-/// The lengths do not fit, the block is not allowed, there are no or too many rows, or threads could not be had.
+/// The lengths do not fit, the block is not allowed, or threads could not be had.
 pub fn linear_block<const BITS: u8>(
     rows: usize,
     x: &[f32],
@@ -181,13 +176,10 @@ fn linear_block_at<const BITS: u8>(
     threads: &dyn ParallelFor,
 ) -> Result<(), LinearBlockError> {
     let Weight { outer, inner, block, .. } = *weight;
-    if rows == 0 || rows > MAX_ROWS {
-        return Err(LinearBlockError::Rows { rows });
-    }
     weight.check()?;
     expect("x", "elements", x.len(), rows.saturating_mul(inner))?;
     expect("output", "elements", output.len(), rows.saturating_mul(outer))?;
-    if inner == 0 || outer == 0 {
+    if rows == 0 || inner == 0 || outer == 0 {
         output.fill(0.0);
         return Ok(());
     }
@@ -205,18 +197,22 @@ fn linear_block_at<const BITS: u8>(
     let result = threads.run(outer.div_ceil(per_task), &|task| {
         let (start, end) = (task * per_task, outer.min((task + 1) * per_task));
         let (numbers, scale) = (weight.numbers.as_ptr(), weight.scale.as_ptr());
-        let dots = Dots { x: x.as_ptr(), x_stride, weight: numbers, scale, inner, block };
         let mut sums = Sums::default();
         for first in (start..end).step_by(SIDE_BY_SIDE) {
             let wide = SIDE_BY_SIDE.min(end - first);
             // The last weight row stands in for those behind the end.
             let places = std::array::from_fn(|i| (first + i).min(outer - 1));
-            // SAFETY: the kernels are of an instruction set of this processor; every place is a weight row, lengths are
-            // checked above, and there are `rows` arranged rows of whole chunks.
-            unsafe { kernels.dots[rows - 1](&dots, &places, &mut sums) };
-            for (row, sums) in sums.iter().enumerate().take(rows) {
-                // SAFETY: every task has weight rows of its own, and so places of its own in every output row.
-                unsafe { output.piece(row * outer + first, wide) }.copy_from_slice(&sums[..wide]);
+            for row in (0..rows).step_by(ROWS_AT_ONCE) {
+                let count = ROWS_AT_ONCE.min(rows - row);
+                let x = x[row * x_stride..].as_ptr();
+                let dots = Dots { x, x_stride, weight: numbers, scale, inner, block };
+                // SAFETY: the kernels are of an instruction set of this processor; every place is a weight row, lengths
+                // are checked above, and from `x` on there are `count` arranged rows of whole chunks.
+                unsafe { kernels.dots[count - 1](&dots, &places, &mut sums) };
+                for (i, sums) in sums.iter().enumerate().take(count) {
+                    // SAFETY: every task has weight rows of its own, and so places of its own in every output row.
+                    unsafe { output.piece((row + i) * outer + first, wide) }.copy_from_slice(&sums[..wide]);
+                }
             }
         }
     });

@@ -1,6 +1,6 @@
 //! `ai.accordion::LinearBlock8` and `LinearBlock4` as custom operators of ONNX Runtime.
 
-use super::{LinearBlockError, MAX_ROWS, MIN_BLOCK, Weight, linear_block};
+use super::{LinearBlockError, MIN_BLOCK, Weight, linear_block};
 use crate::gemm::Gemm;
 use crate::operator::{error, expect_shape, input, integer, output, tensor};
 use crate::parallel::SessionThreads;
@@ -12,6 +12,9 @@ use ort::operator::{
 use ort::value::TensorElementType::{Float32, Int4, Int8};
 use ort::value::{DynTensorValueType, TensorRef, TensorRefMut, ValueRef};
 use std::cell::RefCell;
+
+/// Rows up to which our kernel is faster than writing the weight in fp32 and the runtime's product.
+const FEW_ROWS: usize = 8;
 
 /// Elements of a panel of the weight, and of its results, that are kept in fp32 at a time.
 const PANEL: usize = 4 * 1024 * 1024;
@@ -90,12 +93,8 @@ impl<const BITS: u8> Kernel for LinearBlockKernel<BITS> {
         expect_shape("scale", &shape, &[outer, inner / block])?;
         let mut y = output(context, 0, "y", [rows, outer])?;
         let y = y.try_extract_tensor_mut::<f32>()?.1;
-        if rows == 0 || outer == 0 {
-            return Ok(());
-        }
         let weight = Weight::<BITS> { outer, inner, block, numbers, scale };
-        if rows <= MAX_ROWS || inner == 0 {
-            let rows = rows.min(MAX_ROWS);
+        if rows <= FEW_ROWS || inner == 0 {
             return linear_block(rows, x, &weight, y, &SessionThreads(context)).map_err(error);
         }
         // Taken, not borrowed: whatever else this thread may run meanwhile finds memory of its own.

@@ -49,7 +49,7 @@ fn agrees<const BITS: u8>(rows: usize, blocks: usize, outer: usize, block: usize
 proptest! {
     #[test]
     fn agrees_with_the_definition_at_every_level(
-        rows in 1..=MAX_ROWS, blocks in 0..9_usize, outer in 0..50_usize, power in 4..9_u32
+        rows in 0..10_usize, blocks in 0..9_usize, outer in 0..50_usize, power in 4..9_u32
     ) {
         agrees::<8>(rows, blocks, outer, 1 << power);
         agrees::<4>(rows, blocks, outer, 1 << power);
@@ -77,7 +77,6 @@ fn refuses_what_does_not_fit() {
         let weight = Weight::<4> { outer: 2, inner, block, numbers: &numbers, scale: &scale };
         linear_block(rows, &x, &weight, &mut vec![0.0; 2 * rows], &Threads(1)).unwrap_err().to_string()
     };
-    assert_eq!(refuse(5, 32, 16, 32, 4), "x has 5 rows, expected 1 to 4");
     assert_eq!(refuse(1, 32, 8, 32, 8), "attribute block_size is 8, expected a power of two of at least 16");
     assert_eq!(refuse(1, 48, 24, 48, 4), "attribute block_size is 24, expected a power of two of at least 16");
     assert_eq!(refuse(1, 32, 64, 32, 1), "x has 32 columns, expected a multiple of block_size, 64");

@@ -7,6 +7,7 @@
 use super::vectors::{Avx2Bytes, Avx512Vnni, AvxVnni};
 use super::vectors::{Bytes, Level, Portable};
 use super::{InputScale, MAX_DOT_ROWS, SIDE_BY_SIDE, quantize};
+use crate::simd::{AHEAD, prefetch};
 
 /// Where a register tile reads and writes. A quad is four bytes after each other in a row.
 #[derive(Clone, Copy)]
@@ -208,7 +209,9 @@ unsafe fn dots<V: Bytes, const ROWS: usize>(
         let mut lanes = [[V::splat(0); SIDE_BY_SIDE]; ROWS];
         for i in (0..whole).step_by(width) {
             for w in 0..SIDE_BY_SIDE {
-                add::<V, ROWS>(&mut lanes, w, rows.add(i), stride, weight.add(places[w] + i));
+                let weight = weight.add(places[w] + i);
+                prefetch(weight.wrapping_add(AHEAD));
+                add::<V, ROWS>(&mut lanes, w, rows.add(i), stride, weight);
             }
         }
         if whole < inner {

@@ -26,7 +26,7 @@ const MAX_DOT_ROWS: usize = 4;
 const SIDE_BY_SIDE: usize = 4;
 
 /// Bytes of the weight per task for few rows.
-const DOT_TASK: usize = 64 * 1024;
+const DOT_TASK: usize = 32 * 1024;
 
 /// Rows of activations per task for many.
 const TASK_ROWS: usize = 96;

@@ -99,6 +99,22 @@ pub(crate) trait Simd: Copy {
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize);
 }
 
+/// How many bytes ahead weights are asked for that are read once: their rows are too short for the processor to notice in
+/// time how the reading goes on.
+pub(crate) const AHEAD: usize = 8192;
+
+/// Asks for the cache line at `at`, which need not be memory at all.
+#[inline(always)]
+pub(crate) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 processor has the instruction, and it does nothing where there is no memory.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// The sum of all lanes, by halves.
 ///
 /// # Safety
