@@ -1,5 +1,8 @@
 //! Range calibration: the ranges of activations while a bundle's own pipeline reads windows of ordinary text.
 
+mod layout;
+
+use self::layout::{Layout, RangeObserver};
 use super::compress::Compression;
 use super::decode::{Continuation, Sequence};
 use super::prompt::{PromptIds, leading_ids};
@@ -8,17 +11,11 @@ use super::{Engines, PipelineError};
 use crate::bundle::{Bundle, Method};
 use crate::checkpoint::{CheckpointError, Tokenizer};
 use crate::runtime::Loader;
-use crate::runtime::observe::{Observer, ObservingLoader};
-use crate::tensor::Tensor;
-use accordion_calibration::ranges::{EstimateError, Observation, RangeEstimator, RangeTable, SiteLayout};
+use crate::runtime::observe::ObservingLoader;
+use accordion_calibration::ranges::{EstimateError, RangeEstimator, RangeTable};
 use accordion_calibration::windows::{WindowError, choose_windows};
 use accordion_graphs::architecture::Architecture;
-use accordion_graphs::dtype::DType;
-use accordion_graphs::precision::Precision;
 use sha2::{Digest, Sha256};
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
-use std::error::Error;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -180,12 +177,12 @@ pub fn calibrate<'b>(
     settings: RangeSettings,
     on_window: &mut dyn FnMut(usize, usize),
 ) -> Result<RangeTable, RangeError> {
+    let layout = Layout::new(bundle, settings.taps)?;
     let tokenizer = Tokenizer::open(bundle.dir(), bundle.architecture().vocab_size())?;
     let leading = leading_ids(&tokenizer)?;
     check_window_len(bundle, compression, settings.window_len, leading.len())?;
     let chosen = choose(&tokenizer, texts, settings, leading.len())?;
 
-    let layout = Layout::new(bundle, settings.taps)?;
     let graphs = layout.values.iter().filter_map(|(graph, values)| {
         Some((graph.clone(), bundle.signature(graph)?, values.keys().cloned().collect()))
     });
@@ -311,108 +308,6 @@ fn choose(
         before += count;
     }
     Ok(chosen)
-}
-
-/// What is observed of a bundle.
-struct Layout {
-    sites: Vec<SiteLayout>,
-    taps: Vec<String>,
-    /// By graph and value, what it is.
-    values: BTreeMap<String, BTreeMap<String, Vec<Target>>>,
-}
-
-/// What a value of a graph is.
-#[derive(Debug, Clone, Copy)]
-enum Target {
-    Site(usize),
-    Tap(usize),
-}
-
-impl Layout {
-    fn new(bundle: &Bundle, with_taps: bool) -> Result<Self, RangeError> {
-        let manifest = bundle.manifest();
-        let failed = |problem: String| Err(RangeError::Bundle { problem });
-        if manifest.precision != Precision::Fp32 {
-            return failed(format!("its precision is {}, expected fp32", manifest.precision));
-        }
-        // Matrices that are multiplied by the same rows in all graphs share a site.
-        let mut rows_of: BTreeMap<&str, BTreeSet<(&str, &str)>> = BTreeMap::new();
-        for (graph, entry) in &manifest.graphs {
-            for (weight, values) in &entry.signature.linears {
-                rows_of.entry(weight).or_default().extend(values.iter().map(|value| (graph.as_str(), value.as_str())));
-            }
-        }
-        if rows_of.is_empty() {
-            return failed("it does not say what goes into its linear layers: export it again".to_owned());
-        }
-        let mut weights_of: BTreeMap<BTreeSet<(&str, &str)>, Vec<String>> = BTreeMap::new();
-        for (weight, values) in rows_of {
-            weights_of.entry(values).or_default().push(weight.to_owned());
-        }
-        let mut values: BTreeMap<String, BTreeMap<String, Vec<Target>>> = BTreeMap::new();
-        let mut observe = |graph: &str, value: &str, target| {
-            let of_graph = values.entry(graph.to_owned()).or_default();
-            of_graph.entry(value.to_owned()).or_default().push(target);
-        };
-        let mut sites = Vec::with_capacity(weights_of.len());
-        for (number, (of, weights)) in weights_of.into_iter().enumerate() {
-            for (graph, value) in of {
-                observe(graph, value, Target::Site(number));
-            }
-            let shape = bundle.weights().index().get(&weights[0]).map(|info| info.shape.clone()).unwrap_or_default();
-            let &[_, channels] = &shape[..] else {
-                return failed(format!("{} has shape {shape:?}, expected [out, in]", weights[0]));
-            };
-            sites.push(SiteLayout { weights, channels });
-        }
-        let mut taps: Vec<String> = Vec::new();
-        if with_taps {
-            let of_graphs = manifest.graphs.values().flat_map(|entry| entry.signature.taps.iter());
-            let floats = of_graphs.filter(|(_, info)| is_float(info.dtype)).map(|(tap, _)| tap.clone());
-            taps = floats.collect::<BTreeSet<_>>().into_iter().collect();
-            for (graph, entry) in &manifest.graphs {
-                for (tap, info) in &entry.signature.taps {
-                    if let Ok(number) = taps.binary_search(tap) {
-                        observe(graph, &info.name, Target::Tap(number));
-                    }
-                }
-            }
-        }
-        Ok(Self { sites, taps, values })
-    }
-}
-
-fn is_float(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::Bf16)
-}
-
-/// Feeds what graphs compute to the estimator.
-struct RangeObserver {
-    estimator: RangeEstimator,
-    values: BTreeMap<String, BTreeMap<String, Vec<Target>>>,
-}
-
-impl Observer for RangeObserver {
-    fn observe(&mut self, graph: &str, values: &[(&str, Tensor)]) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let numbers: Vec<(&str, Cow<'_, [f32]>)> = values
-            .iter()
-            .map(|(name, tensor)| {
-                let numbers = tensor.as_f32().map_or_else(|_| Cow::Owned(tensor.to_f32()), Cow::Borrowed);
-                (*name, numbers)
-            })
-            .collect();
-        let targets = |name: &str| self.values.get(graph).and_then(|of_graph| of_graph.get(name)).into_iter().flatten();
-        let observations: Vec<Observation<'_>> = numbers
-            .iter()
-            .flat_map(|(name, numbers)| {
-                targets(name).map(move |target| match *target {
-                    Target::Site(site) => Observation::Rows(site, numbers),
-                    Target::Tap(tap) => Observation::Tap(tap, numbers),
-                })
-            })
-            .collect();
-        Ok(self.estimator.observe(&observations)?)
-    }
 }
 
 #[cfg(test)]

@@ -258,6 +258,9 @@ fn tables_can_be_inspected() {
 #[test]
 fn mistakes_with_ranges_get_one_message_and_leave_no_file() {
     let tiny = tiny();
+    tiny.succeed(&["export", "plain", "checkpoint", "eight", "--precision", "weight-int8"]);
+    let message = tiny.refuse(&["calibrate", "ranges", "eight", "--text", "text.txt"]);
+    assert!(message.contains("its precision is weight-int8, expected fp32"), "{message}");
     std::fs::write(tiny.path("few.txt"), "few").unwrap();
     let arguments = |more: &[&'static str]| [&RANGES[..], &["40"], more].concat();
     for (arguments, expected) in [
