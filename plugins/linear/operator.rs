@@ -3,12 +3,12 @@
 use super::{MAX_ROWS, Sizes, linear};
 use crate::operator::{error, input, tensor};
 use crate::parallel::SessionThreads;
-use ort::AsPointer;
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput, ShapeInferenceContext,
 };
 use ort::sys;
 use ort::value::TensorElementType::Float32;
+use ort::{AsPointer, Error};
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
 
@@ -119,23 +119,17 @@ struct Gemm(NonNull<sys::OrtOp>);
 // the kernel that owns it is.
 unsafe impl Send for Gemm {}
 
-/// Turns a status into a result, and frees it.
-fn check(status: sys::OrtStatusPtr) -> ort::Result<()> {
-    // SAFETY: the status was just returned by the runtime and is consumed here.
-    unsafe { ort::Error::result_from_status(status) }
-}
-
 /// An attribute of a node, released when dropped.
 struct NodeAttribute(*mut sys::OrtOpAttr);
 
 impl NodeAttribute {
     fn new<T>(name: &CStr, value: &T, kind: sys::OrtOpAttrType) -> ort::Result<Self> {
         let mut attribute = null_mut();
-        // SAFETY: the name and the one value live through the call, which copies them.
-        check(unsafe {
-            let value = std::ptr::from_ref(value).cast::<c_void>();
-            (ort::api().CreateOpAttr)(name.as_ptr(), value, 1, kind, &raw mut attribute)
-        })?;
+        let value = std::ptr::from_ref(value).cast::<c_void>();
+        // SAFETY: the name and the one value live through the call, which copies them; the status is freed here.
+        unsafe {
+            Error::result_from_status((ort::api().CreateOpAttr)(name.as_ptr(), value, 1, kind, &raw mut attribute))
+        }?;
         Ok(Self(attribute))
     }
 }
@@ -164,9 +158,10 @@ impl Gemm {
         let mut type_names = [c"T".as_ptr()];
         let types = [sys::ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT];
         let mut gemm = null_mut();
-        // SAFETY: everything that is pointed to lives through the call, which copies it, and the counts are theirs.
-        check(unsafe {
-            (ort::api().CreateOp)(
+        // SAFETY: everything that is pointed to lives through the call, which copies it, and the counts are theirs; the status
+        // is freed here.
+        unsafe {
+            Error::result_from_status((ort::api().CreateOp)(
                 context.ptr(),
                 c"Gemm".as_ptr(),
                 c"".as_ptr(),
@@ -179,8 +174,8 @@ impl Gemm {
                 inputs as c_int,
                 1,
                 &raw mut gemm,
-            )
-        })?;
+            ))
+        }?;
         NonNull::new(gemm).map(Self).ok_or_else(|| error("the runtime made no Gemm"))
     }
 
@@ -190,17 +185,17 @@ impl Gemm {
         inputs: &[*const sys::OrtValue],
         output: *mut sys::OrtValue,
     ) -> ort::Result<()> {
-        // SAFETY: the operator, the context and all values are alive, and the counts are theirs.
-        check(unsafe {
-            (ort::api().InvokeOp)(
+        // SAFETY: the operator, the context and all values are alive, and the counts are theirs; the status is freed here.
+        unsafe {
+            Error::result_from_status((ort::api().InvokeOp)(
                 context.ptr(),
                 self.0.as_ptr(),
                 inputs.as_ptr(),
                 inputs.len() as c_int,
                 &raw const output,
                 1,
-            )
-        })
+            ))
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 #[path = "../attention/mod.rs"]
 pub mod attention;
+mod guard;
 #[path = "../linear/mod.rs"]
 pub mod linear;
 #[path = "../merge_cache/mod.rs"]
@@ -21,6 +22,7 @@ pub mod swiglu;
 #[path = "../topk_prune/mod.rs"]
 pub mod topk_prune;
 
+use guard::Operators;
 use ort::operator::OperatorDomain;
 use std::sync::{Mutex, PoisonError};
 
@@ -33,7 +35,7 @@ pub const DOMAIN: &str = "ai.accordion";
 ///
 /// ONNX Runtime is not loaded or refuses an operator.
 pub fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?
+    Operators::new(DOMAIN)?
         .add(attention::GroupQueryAttention)?
         .add(linear::Linear)?
         .add(linear::LinearBias)?
@@ -41,6 +43,7 @@ pub fn domain() -> ort::Result<OperatorDomain> {
         .add(selective_scan::SelectiveScan)?
         .add(swiglu::SwiGlu)?
         .add(topk_prune::TopKPrune)
+        .map(Operators::into_domain)
 }
 
 /// Makes a session that [`domain`] is registered with, by `commit`. ONNX Runtime adds a domain to a table of the process with

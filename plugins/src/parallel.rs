@@ -1,6 +1,8 @@
 //! Running independent tasks on threads: those of ONNX Runtime inside a session, scoped ones elsewhere.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use ort::operator::ComputeContext;
 
@@ -64,8 +66,19 @@ unsafe impl ParallelFor for SessionThreads<'_> {
         // ONNX Runtime gives each thread a contiguous share first and lets it steal afterwards. Tasks come sorted by
         // falling cost, so they are handed out in order instead, whatever index a call came with.
         let next = AtomicUsize::new(0);
-        let in_order = |_| task(next.fetch_add(1, Ordering::Relaxed));
-        self.0.par_for(count, 0, in_order).map_err(|error| ParallelError(error.to_string()))
+        let panic = Mutex::new(None);
+        let in_order = |_| {
+            // The threads are those of the runtime: a panic ends here, and is raised again in the one that called.
+            let run = AssertUnwindSafe(|| task(next.fetch_add(1, Ordering::Relaxed)));
+            if let Err(caught) = catch_unwind(run) {
+                *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(caught);
+            }
+        };
+        self.0.par_for(count, 0, in_order).map_err(|error| ParallelError(error.to_string()))?;
+        match panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(caught) => resume_unwind(caught),
+            None => Ok(()),
+        }
     }
 }
 
