@@ -29,7 +29,7 @@ impl Operators {
 }
 
 /// What `panic` was raised with.
-pub(crate) fn message(panic: &(dyn Any + Send)) -> &str {
+fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
@@ -80,5 +80,21 @@ impl<O: Operator> Operator for Guarded<O> {
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
         caught(|| self.0.infer_shape(context))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use super::*;
+
+    #[test]
+    fn a_panic_becomes_an_error_with_its_message() {
+        // Errors are made by the runtime, of which this is enough.
+        ort::set_api(ort::sys::stub::api());
+        let text = caught::<()>(|| panic!("piece {} of 3", 4)).unwrap_err().to_string();
+        assert!(text.contains("the kernel panicked: piece 4 of 3"), "{text}");
+        assert_eq!(caught(|| Ok(7)).unwrap(), 7);
     }
 }

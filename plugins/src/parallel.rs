@@ -66,19 +66,23 @@ unsafe impl ParallelFor for SessionThreads<'_> {
         // ONNX Runtime gives each thread a contiguous share first and lets it steal afterwards. Tasks come sorted by
         // falling cost, so they are handed out in order instead, whatever index a call came with.
         let next = AtomicUsize::new(0);
-        let panic = Mutex::new(None);
-        let in_order = |_| {
-            // The threads are those of the runtime: a panic ends here, and is raised again in the one that called.
-            let run = AssertUnwindSafe(|| task(next.fetch_add(1, Ordering::Relaxed)));
-            if let Err(caught) = catch_unwind(run) {
-                *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(caught);
-            }
-        };
-        self.0.par_for(count, 0, in_order).map_err(|error| ParallelError(error.to_string()))?;
-        match panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(caught) => resume_unwind(caught),
-            None => Ok(()),
+        let in_order = || task(next.fetch_add(1, Ordering::Relaxed));
+        let run = |call: &(dyn Fn() + Sync)| self.0.par_for(count, 0, |_| call());
+        holding_panics(&in_order, run).map_err(|error| ParallelError(error.to_string()))
+    }
+}
+
+/// Has `run` call `task` on threads that no panic may reach, since they are the runtime's, and raises the panic here.
+fn holding_panics<T>(task: &(dyn Fn() + Sync), run: impl FnOnce(&(dyn Fn() + Sync)) -> T) -> T {
+    let held = Mutex::new(None);
+    let result = run(&|| {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(task)) {
+            *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }
+    });
+    match held.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(panic) => resume_unwind(panic),
+        None => result,
     }
 }
 
@@ -107,5 +111,20 @@ impl<'a, T> SharedSlice<'a, T> {
         assert!(start <= self.len && len <= self.len - start, "piece {start}+{len} of {}", self.len);
         // SAFETY: inside the slice, and disjoint from all others by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_raised_where_the_call_came_from() {
+        let calls = AtomicUsize::new(0);
+        let task = || assert_ne!(calls.fetch_add(1, Ordering::Relaxed), 1, "the second call");
+        let run = |call: &(dyn Fn() + Sync)| (0..3).for_each(|_| call());
+        let raised = catch_unwind(AssertUnwindSafe(|| holding_panics(&task, run)));
+        assert!(raised.is_err());
+        assert_eq!(calls.load(Ordering::Relaxed), 3, "a panic ended the loop of the runtime");
     }
 }

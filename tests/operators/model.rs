@@ -12,6 +12,7 @@ use ort::environment::Environment;
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 use protobuf::{Message, MessageField};
+use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
 
 /// An attribute value.
 #[derive(Clone, Copy)]
@@ -123,6 +124,14 @@ pub(crate) fn model(
 /// A session over a model, with Accordion's operators registered.
 pub(crate) fn session(model: &[u8], threads: usize) -> ort::Result<Session> {
     let mut builder = builder(threads)?.with_operators(accordion_plugins::domain()?)?;
+    accordion_plugins::commit(|| builder.commit_from_memory(model))
+}
+
+/// A session over a model, with the operators of the shared library that cargo builds beside the tests.
+pub(crate) fn library_session(model: &[u8], threads: usize) -> ort::Result<Session> {
+    let name = format!("{DLL_PREFIX}accordion_operators{DLL_SUFFIX}");
+    let library = std::env::current_exe().map_err(ort::Error::wrap)?.with_file_name(name);
+    let mut builder = builder(threads)?.with_operator_library(library)?;
     accordion_plugins::commit(|| builder.commit_from_memory(model))
 }
 

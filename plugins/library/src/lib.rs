@@ -95,3 +95,58 @@ unsafe fn status(base: *const OrtApiBase, message: &str) -> OrtStatusPtr {
         // SAFETY: the message is copied.
         .map_or(OrtStatusPtr(null_mut()), |api| unsafe { (api.CreateStatus)(OrtErrorCode::ORT_FAIL, message.as_ptr()) })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use ort::sys::{OrtCustomOpDomain, stub};
+    use std::ffi::c_char;
+    use std::ptr::null;
+    use std::sync::LazyLock;
+
+    static HOST: LazyLock<OrtApi> = LazyLock::new(stub::api);
+    /// Another runtime: its functions lie elsewhere.
+    static OTHER: LazyLock<OrtApi> = LazyLock::new(|| OrtApi { AddCustomOpDomain: elsewhere, ..stub::api() });
+
+    unsafe extern "system" fn elsewhere(_: *mut OrtSessionOptions, _: *mut OrtCustomOpDomain) -> OrtStatusPtr {
+        OrtStatusPtr(null_mut())
+    }
+
+    unsafe extern "system" fn version() -> *const c_char {
+        c"1.23.2".as_ptr()
+    }
+
+    unsafe extern "system" fn host(_: u32) -> *const OrtApi {
+        &raw const *HOST
+    }
+
+    unsafe extern "system" fn other(_: u32) -> *const OrtApi {
+        &raw const *OTHER
+    }
+
+    unsafe extern "system" fn old(version: u32) -> *const OrtApi {
+        if version < ORT_API_VERSION { &raw const *HOST } else { null() }
+    }
+
+    fn refusal(get: unsafe extern "system" fn(u32) -> *const OrtApi) -> String {
+        let base = OrtApiBase { GetApi: get, GetVersionString: version };
+        // SAFETY: the runtimes here do not look at the options.
+        let status = unsafe { RegisterCustomOps(null_mut(), &raw const base) };
+        assert!(!status.0.is_null());
+        // SAFETY: the stub made it, and it is not used again.
+        unsafe { stub::Error::consume_sys(status.0) }.message().to_owned()
+    }
+
+    #[test]
+    fn a_host_is_told_why_it_cannot_have_the_operators() {
+        let too_old = "the operators of ai.accordion need ONNX Runtime 1.24 or newer, this is 1.23.2";
+        assert_eq!(refusal(old), too_old);
+        // This runtime can make no domain, and says so; the next attempt fails the same way.
+        let incapable = refusal(host);
+        assert!(incapable.contains("Unimplemented"), "{incapable}");
+        assert_eq!(refusal(host), incapable);
+        assert!(refusal(other).contains("already in use by another ONNX Runtime"));
+    }
+}
