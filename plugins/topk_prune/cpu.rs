@@ -119,12 +119,12 @@ fn score(lengths: &Lengths, metric: &[f32], bias: &[f32], distances: &[usize], s
 /// Fills `kept` with the indices of the largest scores, ascending. Of equal scores the lower index is kept; NaN ranks
 /// below everything.
 fn select(scores: &[f32], kept: &mut [i64]) {
-    /// Small for large scores; both zeros are one.
+    /// Small for large scores; both zeros are one, and so are minus infinity and the lowest number.
     fn rank(score: f32) -> u32 {
         if score.is_nan() {
             return u32::MAX;
         }
-        let bits = (score + 0.0).to_bits();
+        let bits = (score.max(f32::MIN) + 0.0).to_bits();
         let ascending = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
         !ascending
     }

@@ -5,6 +5,7 @@
 
 mod functions;
 mod model;
+mod properties;
 
 use model::Attribute::{Float, Int};
 use model::{function, library_session, model, node, session};
