@@ -1,39 +1,18 @@
 //! Operators against the bodies of their functions: the same graph, with our kernels and without.
 
-use super::model::{session, stock_session};
+use super::model::{call, session, stock_session};
 use super::{noise, run, tensor};
 use accordion_graphs::dtype::DType;
 use accordion_graphs::functions::{LINEAR, LINEAR_BIAS, SELECTIVE_SCAN, SWIGLU};
-use accordion_graphs::onnx::{Attribute, Dim, Operator, Scope};
+use accordion_graphs::onnx::Operator;
 use ort::value::DynValue;
-use std::rc::Rc;
 
 /// Name and shape of an input.
 type Input = (&'static str, Vec<usize>);
 
-/// A graph of one node with inputs of these names, types and ranks and outputs of these types and ranks, called `out.0`
-/// and so on. All dimensions are known at run time only.
-pub(super) fn graph(
-    operator: &Operator,
-    inputs: &[(&'static str, DType, usize)],
-    attributes: Vec<(&'static str, Attribute)>,
-    outputs: &[(DType, usize)],
-) -> Vec<u8> {
-    let g = Scope::new("one", Rc::default());
-    let dims = |name: &str, rank: usize| (0..rank).map(|i| Dim::from(&*format!("{name}.{i}"))).collect::<Vec<_>>();
-    let values: Vec<_> = inputs.iter().map(|&(name, dtype, rank)| g.input(name, dtype, &dims(name, rank))).collect();
-    let result = |(i, &(dtype, rank)): (usize, &(DType, usize))| (dtype, dims(&format!("out.{i}"), rank));
-    let results = outputs.iter().enumerate().map(result).collect();
-    let results = g.call(operator, &values.iter().collect::<Vec<_>>(), attributes, results);
-    for (i, value) in results.iter().enumerate() {
-        g.output(&format!("out.{i}"), value);
-    }
-    g.finish(&[]).unwrap().bytes
-}
-
 fn float_graph(operator: &Operator, inputs: &[Input], rank: usize) -> Vec<u8> {
     let inputs: Vec<_> = inputs.iter().map(|(name, shape)| (*name, DType::F32, shape.len())).collect();
-    graph(operator, &inputs, vec![], &[(DType::F32, rank)])
+    call(operator, &inputs, vec![], &[(DType::F32, rank)])
 }
 
 fn feed(inputs: &[Input]) -> Vec<(&'static str, DynValue)> {

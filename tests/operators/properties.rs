@@ -1,8 +1,7 @@
 //! Kernels against the bodies of their functions, which are the executable form of the contracts, on whatever the contracts
 //! allow: random shapes, ties, duplicates, everything or as little as possible kept, values that are no numbers.
 
-use super::functions::graph;
-use super::model::{session, stock_session};
+use super::model::{call, session, stock_session};
 use accordion_graphs::dtype::DType::{self, F32, I64};
 use accordion_graphs::functions::{
     CACHED_ATTENTION, CAUSAL_ATTENTION, LINEAR, LINEAR_BIAS, MERGE_CACHE, STRIDED_COMPRESS, STRIDED_COMPRESS_MEAN,
@@ -40,7 +39,7 @@ impl Sides {
         attributes: Vec<(&'static str, Attribute)>,
         outputs: &[(DType, usize)],
     ) -> Self {
-        let bytes = graph(operator, inputs, attributes, outputs);
+        let bytes = call(operator, inputs, attributes, outputs);
         let [kernel, body] =
             [session(&bytes, 2), stock_session(&bytes, 2)].map(|session| RefCell::new(session.unwrap()));
         Self { kernel, body }
@@ -367,7 +366,7 @@ fn compresses_as_defined() {
             inputs.extend(mean.then_some(("x2", F32, 3)));
             inputs.push(("weight", F32, 2));
             let attributes = vec![("ratio", (ratio as i64).into()), ("offset", (offset as i64).into())];
-            let bytes = graph(operator, &inputs, attributes, &[(F32, 2)]);
+            let bytes = call(operator, &inputs, attributes, &[(F32, 2)]);
             let shape = vec![segments, window, inner];
             let mut feed = vec![("x", shape.clone(), Data::Floats(x.clone()))];
             feed.extend(mean.then(|| ("x2", shape.clone(), Data::Floats(x2.clone()))));
@@ -396,7 +395,7 @@ fn compresses_as_defined() {
 #[test]
 fn a_window_that_the_ratio_does_not_divide_is_refused() {
     let attributes = vec![("ratio", 3_i64.into()), ("offset", 1_i64.into())];
-    let bytes = graph(&STRIDED_COMPRESS, &[("x", F32, 3), ("weight", F32, 2)], attributes, &[(F32, 2)]);
+    let bytes = call(&STRIDED_COMPRESS, &[("x", F32, 3), ("weight", F32, 2)], attributes, &[(F32, 2)]);
     let tensor = |shape: &[usize]| super::tensor(shape, vec![1.0; shape.iter().product()]);
     let mut session = session(&bytes, 1).unwrap();
     for (segments, window, fits) in [(2, 6, true), (3, 4, false)] {
