@@ -2,7 +2,8 @@
 //! the sizes of SmolLM2-135M; `StridedCompress`, which has no kernel on the CPU, against a slice and a product.
 //! `GroupQueryAttention` has a comparison of its own, `attention`.
 //!
-//! `cargo bench --bench operators [NAME...]`; `ORT_DYLIB_PATH` names the ONNX Runtime.
+//! `cargo bench --bench operators [-- [--busy] [NAME...]]`; `ORT_DYLIB_PATH` names the ONNX Runtime. `--busy` is for a machine
+//! that has other work: it takes one thread, and only the time in which that thread has a processor.
 
 // Not everything that the tests build models from is needed here.
 #[allow(dead_code)]
@@ -17,12 +18,12 @@ use accordion_graphs::onnx::{Attribute, Operator};
 use onnx_protobuf::tensor_proto::DataType::{self, FLOAT, INT64};
 use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Tensor};
+use std::sync::LazyLock;
 use std::time::Instant;
 
-const THREADS: usize = 2;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 15;
 /// What the two sides of a round run for, in seconds.
-const ROUND: f64 = 0.2;
+const ROUND: f64 = 0.1;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -67,10 +68,41 @@ impl Input {
     }
 }
 
-/// One of the two things that are compared.
+/// How time is taken.
+#[derive(Clone, Copy)]
+struct Manner {
+    threads: usize,
+    /// Seconds since some moment.
+    now: fn() -> f64,
+}
+
+impl Manner {
+    fn from_arguments() -> Self {
+        if std::env::args().any(|argument| argument == "--busy") {
+            Self { threads: 1, now: thread_seconds }
+        } else {
+            Self { threads: 2, now: wall_seconds }
+        }
+    }
+}
+
+fn wall_seconds() -> f64 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    START.elapsed().as_secs_f64()
+}
+
+/// Seconds for which the calling thread has had a processor.
+fn thread_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the clock is one that every Linux has, and the call only writes `time`.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
+/// One of the two things that are compared; the session has as many threads as it is told.
 struct Side<'a> {
     name: &'static str,
-    session: &'a dyn Fn() -> ort::Result<Session>,
+    session: &'a dyn Fn(usize) -> ort::Result<Session>,
     inputs: &'a [(&'static str, DynValue)],
 }
 
@@ -80,17 +112,17 @@ fn values(inputs: &[Input]) -> ort::Result<Vec<(&'static str, DynValue)>> {
 
 /// Prints the least seconds of both sides: what else the machine does only adds to them. They take turns, and only one
 /// session is alive at a time: the waiting threads of another one spin, and would take a core away.
-fn compare(what: &str, sides: [Side<'_>; 2]) -> Outcome<()> {
+fn compare(manner: Manner, what: &str, sides: [Side<'_>; 2]) -> Outcome<()> {
     let mut least = [f64::INFINITY; 2];
     for _ in 0..ROUNDS {
         for (side, least) in sides.iter().zip(&mut least) {
-            let mut session = (side.session)()?;
+            let mut session = (side.session)(manner.threads)?;
             let mut run = || -> ort::Result<f64> {
                 let inputs: Vec<_> =
                     side.inputs.iter().map(|(name, value)| (*name, SessionInputValue::from(value))).collect();
-                let start = Instant::now();
+                let start = (manner.now)();
                 session.run(inputs)?;
-                Ok(start.elapsed().as_secs_f64())
+                Ok((manner.now)() - start)
             };
             run()?;
             let begin = Instant::now();
@@ -110,19 +142,21 @@ fn main() -> Outcome<()> {
     let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| name.contains(wanted.as_str()));
     // Values are made by the runtime too.
     model::environment()?;
-    println!("{THREADS} threads, the best of {ROUNDS} rounds");
+    let manner = Manner::from_arguments();
+    println!("threads: {}; the best of {ROUNDS} rounds", manner.threads);
     for case in cases().into_iter().filter(|case| is_wanted(case.name)) {
         let types: Vec<_> = case.inputs.iter().map(Input::declared).collect();
         let bytes = model::call(case.operator, &types, case.attributes, &case.outputs);
         let inputs = values(&case.inputs)?;
-        let kernel = Side { name: "kernel", session: &|| model::session(&bytes, THREADS), inputs: &inputs };
-        let body = Side { name: "body", session: &|| model::stock_session(&bytes, THREADS), inputs: &inputs };
-        compare(case.name, [kernel, body])?;
+        let kernel = Side { name: "kernel", session: &|threads| model::session(&bytes, threads), inputs: &inputs };
+        let body = Side { name: "body", session: &|threads| model::stock_session(&bytes, threads), inputs: &inputs };
+        compare(manner, case.name, [kernel, body])?;
     }
     for (segments, ratio, width) in [(1, 32, 2048), (4, 32, 2048), (1, 8, 2048), (4, 4, 576)] {
         for operator in [&STRIDED_COMPRESS, &STRIDED_COMPRESS_MEAN] {
-            if is_wanted(operator.name) {
-                strided_compress(operator, segments, ratio, width)?;
+            let what = format!("{} of {segments} x 2048 x {width}, ratio {ratio}", operator.name);
+            if is_wanted(&what) {
+                strided_compress(manner, &what, operator, segments, ratio, width)?;
             }
         }
     }
@@ -200,7 +234,14 @@ fn cases() -> Vec<Case> {
 
 /// The operator against a `Slice` with a step and a `MatMul` whose matrix lies as it likes it, as a model of standard nodes
 /// would have it.
-fn strided_compress(operator: &Operator, segments: usize, ratio: usize, width: usize) -> Outcome<()> {
+fn strided_compress(
+    manner: Manner,
+    what: &str,
+    operator: &Operator,
+    segments: usize,
+    ratio: usize,
+    width: usize,
+) -> Outcome<()> {
     let xs: &[(&str, &str)] =
         if operator.name == STRIDED_COMPRESS.name { &[("x", "rows")] } else { &[("x", "rows"), ("x2", "rows2")] };
     let mut inputs: Vec<Input> = xs.iter().map(|(x, _)| noise(x, &[segments, 2048, width])).collect();
@@ -229,13 +270,13 @@ fn strided_compress(operator: &Operator, segments: usize, ratio: usize, width: u
     let standard = model::model(nodes, vec![], &types, &[("y", FLOAT, 3)]);
     let standard_inputs = values(&inputs)?;
 
-    let body = Side { name: "body", session: &|| model::session(&body, THREADS), inputs: &body_inputs };
+    let body = Side { name: "body", session: &|threads| model::session(&body, threads), inputs: &body_inputs };
     let standard = Side {
         name: "slice and product",
-        session: &|| model::stock_session(&standard, THREADS),
+        session: &|threads| model::stock_session(&standard, threads),
         inputs: &standard_inputs,
     };
-    compare(&format!("{} of {segments} x 2048 x {width}, ratio {ratio}", operator.name), [body, standard])
+    compare(manner, what, [body, standard])
 }
 
 fn onnx_type(dtype: DType) -> DataType {
