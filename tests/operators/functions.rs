@@ -12,7 +12,7 @@ type Input = (&'static str, Vec<usize>);
 
 fn float_graph(operator: &Operator, inputs: &[Input], rank: usize) -> Vec<u8> {
     let inputs: Vec<_> = inputs.iter().map(|(name, shape)| (*name, DType::F32, shape.len())).collect();
-    call(operator, &inputs, vec![], &[(DType::F32, rank)])
+    call(operator, &inputs, vec![], &[(DType::F32, rank)]).unwrap()
 }
 
 fn feed(inputs: &[Input]) -> Vec<(&'static str, DynValue)> {

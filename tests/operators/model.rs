@@ -2,7 +2,7 @@
 
 use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
 use accordion_graphs::dtype::DType;
-use accordion_graphs::onnx::{self, Dim, Operator, Scope};
+use accordion_graphs::onnx::{self, BuildError, Dim, Operator, Scope};
 use onnx_protobuf::attribute_proto::AttributeType;
 use onnx_protobuf::tensor_proto::DataType;
 use onnx_protobuf::tensor_shape_proto::{Dimension, dimension};
@@ -131,7 +131,7 @@ pub(crate) fn call(
     inputs: &[(&'static str, DType, usize)],
     attributes: Vec<(&'static str, onnx::Attribute)>,
     outputs: &[(DType, usize)],
-) -> Vec<u8> {
+) -> Result<Vec<u8>, BuildError> {
     let g = Scope::new("one", Rc::default());
     let dims = |name: &str, rank: usize| (0..rank).map(|i| Dim::from(&*format!("{name}.{i}"))).collect::<Vec<_>>();
     let values: Vec<_> = inputs.iter().map(|&(name, dtype, rank)| g.input(name, dtype, &dims(name, rank))).collect();
@@ -141,7 +141,7 @@ pub(crate) fn call(
     for (i, value) in results.iter().enumerate() {
         g.output(&format!("out.{i}"), value);
     }
-    g.finish(&[]).expect("a graph of one node").bytes
+    Ok(g.finish(&[])?.bytes)
 }
 
 /// A session over a model, with Accordion's operators registered.
