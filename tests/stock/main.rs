@@ -5,6 +5,7 @@
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export};
 use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json, sharedllm_json};
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
+use accordion::precision::Recipe;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::sharedllm::Quirks;
 use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
@@ -26,7 +27,13 @@ fn check(what: &str, dir: &Path, method: &MethodSettings) {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let bundles = [Target::Portable, Target::OrtCpu].map(|target| {
         let out = dir.with_file_name(format!("{target:?}"));
-        let options = ExportOptions { method: method.clone(), target, weights: WeightStorage::Link, force: false };
+        let options = ExportOptions {
+            method: method.clone(),
+            target,
+            weights: WeightStorage::Link,
+            recipe: Recipe::fp32(),
+            force: false,
+        };
         export(&checkpoint, &out, &options).unwrap();
         out
     });
