@@ -7,6 +7,7 @@
 #[path = "../attention/mod.rs"]
 pub mod attention;
 mod gemm;
+mod guard;
 #[path = "../linear/mod.rs"]
 pub mod linear;
 #[path = "../linear_block/mod.rs"]
@@ -26,6 +27,7 @@ pub mod swiglu;
 #[path = "../topk_prune/mod.rs"]
 pub mod topk_prune;
 
+use guard::Operators;
 use ort::operator::OperatorDomain;
 use std::sync::{Mutex, PoisonError};
 
@@ -38,7 +40,7 @@ pub const DOMAIN: &str = "ai.accordion";
 ///
 /// ONNX Runtime is not loaded or refuses an operator.
 pub fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?
+    Operators::new(DOMAIN)?
         .add(attention::GroupQueryAttention)?
         .add(linear::Linear)?
         .add(linear::LinearBias)?
@@ -50,6 +52,7 @@ pub fn domain() -> ort::Result<OperatorDomain> {
         .add(selective_scan::SelectiveScan)?
         .add(swiglu::SwiGlu)?
         .add(topk_prune::TopKPrune)
+        .map(Operators::into_domain)
 }
 
 /// Makes a session that [`domain`] is registered with, by `commit`. ONNX Runtime adds a domain to a table of the process with

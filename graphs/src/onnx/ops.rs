@@ -102,6 +102,12 @@ impl Value {
         self.binary("Pow", other, self.dtype())
     }
 
+    /// Whether each element is NaN.
+    #[must_use]
+    pub fn is_nan(&self) -> Value {
+        self.one("IsNaN", &[], vec![], DType::Bool, self.shape().to_vec())
+    }
+
     /// Elementwise maximum.
     #[must_use]
     pub fn maximum(&self, other: &Value) -> Value {

@@ -97,6 +97,13 @@ pub(crate) trait Simd: Copy {
     /// Transposes the `LANES` x `LANES` block at `from` (row stride `stride` elements) to `to` (row stride
     /// `to_stride`).
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize);
+    /// As `store`, without fetching what is overwritten into a cache, where the processor can. `to` is aligned to the
+    /// vector, and other threads may only look after this one has called `fence`.
+    unsafe fn stream(self, to: *mut f32);
+    /// Everything streamed is written.
+    unsafe fn fence();
+    /// A hint that the cache line at `from` is read soon. The address need not be valid.
+    unsafe fn prefetch(from: *const f32);
 }
 
 /// How many bytes ahead weights are asked for that are read once: their rows are too short for the processor to notice in

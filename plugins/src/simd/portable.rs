@@ -71,6 +71,15 @@ impl Simd for Portable {
             }
         }
     }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: passed on from the caller.
+        unsafe { self.store(to) }
+    }
+    #[inline(always)]
+    unsafe fn fence() {}
+    #[inline(always)]
+    unsafe fn prefetch(_: *const f32) {}
 }
 
 #[inline(always)]
