@@ -7,7 +7,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
-use crate::simd::{Level, Portable, Simd};
+use crate::simd::{Level, Portable, Simd, prefetch};
 
 /// Elements between a row that is copied and the one that is asked for.
 const AHEAD: usize = 1024;
@@ -119,7 +119,7 @@ unsafe fn all<V: Simd, const STREAM: bool>(
                 );
                 let to = to.add((plane * rows.len() + i) * width);
                 for line in (0..whole).step_by(LINE) {
-                    V::prefetch(next.add(line));
+                    prefetch(next.wrapping_add(line));
                     for at in (line..line + LINE).step_by(V::LANES) {
                         let vector = V::load(from.add(at));
                         if STREAM { vector.stream(to.add(at)) } else { vector.store(to.add(at)) }

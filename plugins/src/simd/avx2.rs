@@ -113,8 +113,4 @@ impl Simd for Avx2 {
     unsafe fn fence() {
         unsafe { _mm_sfence() };
     }
-    #[inline(always)]
-    unsafe fn prefetch(from: *const f32) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
-    }
 }

@@ -109,8 +109,4 @@ impl Simd for Avx512 {
     unsafe fn fence() {
         unsafe { _mm_sfence() };
     }
-    #[inline(always)]
-    unsafe fn prefetch(from: *const f32) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
-    }
 }

@@ -102,8 +102,6 @@ pub(crate) trait Simd: Copy {
     unsafe fn stream(self, to: *mut f32);
     /// Everything streamed is written.
     unsafe fn fence();
-    /// A hint that the cache line at `from` is read soon. The address need not be valid.
-    unsafe fn prefetch(from: *const f32);
 }
 
 /// How many bytes ahead weights are asked for that are read once: their rows are too short for the processor to notice in

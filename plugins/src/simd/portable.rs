@@ -78,8 +78,6 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn fence() {}
-    #[inline(always)]
-    unsafe fn prefetch(_: *const f32) {}
 }
 
 #[inline(always)]
