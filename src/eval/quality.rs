@@ -110,7 +110,8 @@ impl Speedup {
         ratios.sort_by(f64::total_cmp);
         let (low, high) = (*ratios.first()?, *ratios.last()?);
         let middle = ratios.len() / 2;
-        let median = if ratios.len() % 2 == 1 { ratios[middle] } else { f64::midpoint(ratios[middle - 1], ratios[middle]) };
+        let median =
+            if ratios.len() % 2 == 1 { ratios[middle] } else { f64::midpoint(ratios[middle - 1], ratios[middle]) };
         Some(Self { median, low, high })
     }
 

@@ -63,7 +63,8 @@ impl Engine for ObservedEngine {
     ) -> Result<Vec<Tensor>, EngineError> {
         let Self { observed: Observed { observer, name, given, computed }, engine } = self;
         let wants = |value: &str| observer.lock().unwrap_or_else(PoisonError::into_inner).wants(name, value);
-        let computed: Vec<&str> = computed.iter().map(|(value, _)| value.as_str()).filter(|value| wants(value)).collect();
+        let computed: Vec<&str> =
+            computed.iter().map(|(value, _)| value.as_str()).filter(|value| wants(value)).collect();
         let given: Vec<&str> = given.iter().map(String::as_str).filter(|value| wants(value)).collect();
         let further = computed.iter().copied().filter(|value| !outputs.contains(value));
         let all: Vec<&str> = outputs.iter().copied().chain(further).collect();

@@ -46,7 +46,9 @@ pub(crate) fn check_forms(quantization: &Quantization, tensors: &[NamedShape]) -
 pub(crate) fn check_scales(maps: &WeightMaps, quantization: &Quantization) -> Result<(), PrecisionError> {
     for (name, &form) in &quantization.matrices {
         let parts = match form {
-            MatrixForm::Int8 { smoothed: true } => &[MatrixPart::Scale, MatrixPart::InputScale, MatrixPart::Smoothing][..],
+            MatrixForm::Int8 { smoothed: true } => {
+                &[MatrixPart::Scale, MatrixPart::InputScale, MatrixPart::Smoothing][..]
+            }
             MatrixForm::Int8 { smoothed: false } | MatrixForm::Fp8 => &[MatrixPart::Scale, MatrixPart::InputScale],
             MatrixForm::Int8PerToken { smoothed: true } => &[MatrixPart::Scale, MatrixPart::Smoothing],
             MatrixForm::Int8PerToken { smoothed: false } => &[MatrixPart::Scale],

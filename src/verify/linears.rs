@@ -68,7 +68,13 @@ impl LinearCheck {
 }
 
 impl State {
-    fn compare(&self, graph: &str, linear: &QuantizedLinear, rows: &Tensor, product: &Tensor) -> Result<TapResult, VerifyError> {
+    fn compare(
+        &self,
+        graph: &str,
+        linear: &QuantizedLinear,
+        rows: &Tensor,
+        product: &Tensor,
+    ) -> Result<TapResult, VerifyError> {
         let read = |name: &str| (self.source)(name).map_err(Box::new);
         let bias = linear.bias.as_deref().map(|name| read(name).map(|bias| bias.tensor)).transpose()?;
         let layer = Linear::new(&linear.matrix, read(&linear.matrix)?, bias.as_ref())?;

@@ -3,20 +3,49 @@
 
 use super::verdict::{Bounds, TapKind};
 use crate::bundle::Bundle;
-use crate::checkpoint::{CheckpointError, WeightMaps};
+use crate::checkpoint::{CheckpointError, WeightMaps, encoder_tensors};
 use crate::precision::{self, InputScale, Quantization};
 use crate::reference::quantize::{Numbers, Rounding, Weight};
+use crate::tensor::Tensor;
+use accordion_graphs::architecture::Compressor;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::precision::MatrixForm;
+use std::collections::BTreeMap;
 
 /// The tensors of `bundle` as the reference takes them, by the names of the checkpoint: of quantized matrices the numbers
 /// that their entries stand for, and what is rounded before they are multiplied.
+///
+/// The reference also computes what reaches no token, and bundles in their own precision do not have the tensors for it: zeros
+/// take their place.
 pub fn weights_of(bundle: &Bundle) -> impl Fn(&str) -> Result<Weight, CheckpointError> + Clone + Send + use<> {
     let (maps, quantization) = (bundle.weights().clone(), bundle.manifest().quantization.clone());
-    move |name: &str| match &quantization {
-        Some(quantization) => quantized(&maps, quantization, name),
-        None => Ok(maps.tensor(name)?.into()),
+    let absent = absent(bundle);
+    move |name: &str| match (absent.get(name), &quantization) {
+        (Some(shape), _) => zeros(name, shape),
+        (None, Some(quantization)) => quantized(&maps, quantization, name),
+        (None, None) => Ok(maps.tensor(name)?.into()),
     }
+}
+
+/// Tensors of the model that `bundle` has left out, with their shapes: they are of the encoder's last layers, and the last map.
+fn absent(bundle: &Bundle) -> BTreeMap<String, Vec<usize>> {
+    let manifest = bundle.manifest();
+    let (Some(quantization), Some(Compressor::Rcc(model))) = (&manifest.quantization, &manifest.compressor) else {
+        return BTreeMap::new();
+    };
+    let encoder = encoder_tensors(&model.encoder).into_iter();
+    let encoder = encoder.map(|(name, shape)| (format!("{}.{name}", model.encoder_path), shape));
+    let map = format!("{}.{}.weight", model.layer_maps, manifest.architecture.num_layers().saturating_sub(1));
+    let map = (map, vec![manifest.architecture.hidden_size(), model.encoder.hidden_size()]);
+    let is_there = |name: &String| {
+        quantization.matrices.contains_key(name) || bundle.weights().index().get(name).is_some()
+    };
+    encoder.chain([map]).filter(|(name, _)| !is_there(name)).collect()
+}
+
+fn zeros(name: &str, shape: &[usize]) -> Result<Weight, CheckpointError> {
+    let tensor = Tensor::from_f32(shape, vec![0.0; shape.iter().product()]);
+    tensor.map(Weight::from).map_err(|source| CheckpointError::Tensor { name: name.to_owned(), source })
 }
 
 fn quantized(maps: &WeightMaps, quantization: &Quantization, name: &str) -> Result<Weight, CheckpointError> {

@@ -116,8 +116,18 @@ fn a_block_whose_scale_is_off_shows_in_what_the_model_computes() {
             let ids = subject.input().ids;
             let findings =
                 compare_plain(&mut engines(&bundle, false), reference.as_ref(), ids, &[], Detail::All, &mut |_| {});
-            let failed: Vec<String> = findings.unwrap().taps.into_iter().filter(|tap| tap.verdict == Verdict::Fail).map(|tap| tap.name).collect();
-            assert_eq!(failed.first().map(String::as_str), faulty.then_some("layers.1.mlp.out"), "{precision}: {failed:?}");
+            let failed: Vec<String> = findings
+                .unwrap()
+                .taps
+                .into_iter()
+                .filter(|tap| tap.verdict == Verdict::Fail)
+                .map(|tap| tap.name)
+                .collect();
+            assert_eq!(
+                failed.first().map(String::as_str),
+                faulty.then_some("layers.1.mlp.out"),
+                "{precision}: {failed:?}"
+            );
         }
     }
 }

@@ -58,11 +58,8 @@ fn homer(name: &str) -> Subject {
     let plan = golden::homer::plan(&case).unwrap();
     let folder = tempfile::tempdir().unwrap();
     golden::homer::bundle(&case, &plan, Target::Portable, folder.path()).unwrap();
-    let method = MethodSettings::Homer {
-        settings: case.settings,
-        tree_heights: vec![plan.tree_height],
-        significance: None,
-    };
+    let method =
+        MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height], significance: None };
     Subject {
         name: format!("homer {name}"),
         folder,

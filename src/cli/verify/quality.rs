@@ -175,7 +175,17 @@ fn check_same_model(first: &Bundle, other: &Bundle) -> anyhow::Result<()> {
 
 fn shown(report: &Report) -> String {
     let rows: Vec<[String; 9]> = report.bundles.iter().map(row).collect();
-    let header = ["precision", ">weights", ">resident", ">perplexity", ">change", ">divergence", ">same top", ">prefill", ">decode"];
+    let header = [
+        "precision",
+        ">weights",
+        ">resident",
+        ">perplexity",
+        ">change",
+        ">divergence",
+        ">same top",
+        ">prefill",
+        ">decode",
+    ];
     let mut out = format!(
         "{}: {} windows of {} tokens, the second half of each predicted; times of {} runs in turn\n\n{}",
         report.text,
