@@ -138,12 +138,15 @@ pub fn negative_log_likelihoods(
     Ok(nlls)
 }
 
-/// Shows `on_row` the number of each of `ids`, the logits that predict it behind `state` and the ids before it, and the id.
+/// Takes the number of a predicted id, the logits that predict it, and the id.
+pub(super) type OnRow<'a> = dyn FnMut(usize, &[f32], u32) -> Result<(), EvalError> + 'a;
+
+/// Shows `on_row` each of `ids` with its logits behind `state` and the ids before it.
 pub(super) fn predictions(
     engines: &mut Engines<'_>,
     state: &ContextState,
     ids: &[u32],
-    on_row: &mut dyn FnMut(usize, &[f32], u32) -> Result<(), EvalError>,
+    on_row: &mut OnRow<'_>,
 ) -> Result<(), EvalError> {
     let Some((&first, rest)) = ids.split_first() else { return Ok(()) };
     on_row(0, &state.logits, first)?;

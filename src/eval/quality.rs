@@ -4,7 +4,7 @@
 //! All sides are loaded at once and take turns, so that what disturbs one disturbs the others as well.
 
 use super::EvalError;
-use super::attempt::predictions;
+use super::attempt::{OnRow, predictions};
 use super::stats::{Mean, mean};
 use super::task::Goal;
 use super::{Sample, Task};
@@ -164,12 +164,7 @@ impl<'b> Side<'b> {
     }
 
     /// Shows the side's logits for every token behind the sample's past.
-    fn predict(
-        &mut self,
-        sample: &Sample,
-        ids: &[u32],
-        on_row: &mut dyn FnMut(usize, &[f32], u32) -> Result<(), EvalError>,
-    ) -> Result<(), EvalError> {
+    fn predict(&mut self, sample: &Sample, ids: &[u32], on_row: &mut OnRow<'_>) -> Result<(), EvalError> {
         let failed = self.failed(sample);
         let state = self.compression.compress(&mut self.engines, &sample.prompt, &mut |_, _| {}).map_err(failed)?;
         predictions(&mut self.engines, &state, ids, on_row)

@@ -5,9 +5,12 @@ use super::{ReferenceError, Result};
 use crate::tensor::Tensor;
 use ndarray::{Array, Array1, Array2, Axis, Dimension, IntoDimension};
 
+/// Finds a weight by its name.
+type Source<'s> = dyn Fn(&str) -> Result<Weight> + 's;
+
 /// Weights by name, checked against the shapes that the architecture gives them.
 pub(super) struct Weights<'s> {
-    source: Box<dyn Fn(&str) -> Result<Weight> + 's>,
+    source: Box<Source<'s>>,
 }
 
 impl<'s> Weights<'s> {

@@ -139,14 +139,13 @@ impl QualityArguments {
 
 /// The text of a file, or the novel that is the default, and where it comes from.
 fn text(file: Option<&Path>, tokenizer: &Tokenizer, output: &Output) -> anyhow::Result<(String, Haystack)> {
-    let (name, path) = match file {
-        Some(file) => (file.display().to_string(), file.to_path_buf()),
-        None => {
-            let mut bar = None;
-            let mut on_progress = |progress| super::super::fetch::show(&mut bar, output, progress);
-            let fetched = Cache::from_environment()?.fetch(&asset::MOBY_DICK, &mut on_progress)?;
-            (asset::MOBY_DICK.title.to_owned(), fetched.path().to_path_buf())
-        }
+    let (name, path) = if let Some(file) = file {
+        (file.display().to_string(), file.to_path_buf())
+    } else {
+        let mut bar = None;
+        let mut on_progress = |progress| super::super::fetch::show(&mut bar, output, progress);
+        let fetched = Cache::from_environment()?.fetch(&asset::MOBY_DICK, &mut on_progress)?;
+        (asset::MOBY_DICK.title.to_owned(), fetched.path().to_path_buf())
     };
     let bytes = std::fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
     let content = String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))?;
@@ -186,15 +185,8 @@ fn shown(report: &Report) -> String {
         ">prefill",
         ">decode",
     ];
-    let mut out = format!(
-        "{}: {} windows of {} tokens, the second half of each predicted; times of {} runs in turn\n\n{}",
-        report.text,
-        report.windows,
-        grouped(report.window_len.into()),
-        report.rounds,
-        table(header, &rows)
-    );
     let first = report.bundles.first().map_or(Precision::Fp32, |row| row.precision);
+    let mut notes = Vec::new();
     for row in &report.bundles {
         let Some(against) = &row.quality.against else { continue };
         let paces = [("reads", against.prefill_speedup), ("generates", against.decode_speedup)];
@@ -205,14 +197,20 @@ fn shown(report: &Report) -> String {
                 Pace::Slower => format!("{} {does} slower than {first} here", row.precision),
                 Pace::Unclear => format!("{} {does} no faster than {first} for certain", row.precision),
             };
-            out.push_str(&format!("\n{said}: {low:.2} to {high:.2} times as fast in {} runs", report.rounds));
+            notes.push(format!("{said}: {low:.2} to {high:.2} times as fast in {} runs\n", report.rounds));
         }
     }
-    out.push_str(&format!(
-        "\ndivergence: Kullback-Leibler from {first}, nats per token; change: of the perplexity, with the 95 % interval over \
-         windows; decode: {DECODED} tokens one at a time\n"
-    ));
-    out
+    format!(
+        "{}: {} windows of {} tokens, the second half of each predicted; times of {} runs in turn\n\n{}\n{}\
+         divergence: Kullback-Leibler from {first}, nats per token; change: of the perplexity, with the 95 % interval over \
+         windows; decode: {DECODED} tokens one at a time\n",
+        report.text,
+        report.windows,
+        grouped(report.window_len.into()),
+        report.rounds,
+        table(header, &rows),
+        notes.concat()
+    )
 }
 
 fn row(row: &Row) -> [String; 9] {
@@ -221,7 +219,7 @@ fn row(row: &Row) -> [String; 9] {
     let percent = |share: f64| format!("{:+.2} %", 100.0 * share);
     let speed = |speedup: Option<Speedup>, seconds: &[f64], unit: &str| match speedup {
         Some(Speedup { median, .. }) => format!("{median:.2}x"),
-        None => median(seconds).map_or_else(none, |seconds| format!("{:.3} s{unit}", seconds)),
+        None => median(seconds).map_or_else(none, |seconds| format!("{seconds:.3} s{unit}")),
     };
     let against = quality.against.as_ref();
     let change = against.map_or_else(none, |against| {
