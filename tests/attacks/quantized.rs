@@ -179,7 +179,7 @@ fn missing_and_misshapen_parts_are_named() {
     assert_names(&scene.refusal(), &[&entries, "uint8", "int8"]);
     let scene = Scene::new(Precision::WeightInt8);
     scene.edit_tensors(|tensors| tensors.get_mut(&scale).unwrap().0 = Dtype::I32);
-    assert_names(&scene.refusal(), &[&scale, "int32", "float32"]);
+    assert_names(&scene.refusal(), &[&scale, "int32", "fp32"]);
 }
 
 #[test]
