@@ -139,6 +139,12 @@ impl SplitArguments {
     }
 }
 
+/// What the method of `bundle` does to a context by the bundle's own settings and table, however long it is.
+pub(crate) fn own_compression(bundle: &Bundle, width: usize) -> anyhow::Result<Compression> {
+    let own = Pruning { settings: None, table: None };
+    SplitArguments { width, chunks: None }.compression(bundle, MethodName::of(bundle), own, true)
+}
+
 impl CompressionArguments {
     /// Whether plain prompts may be longer than the model was trained for.
     pub(crate) fn allow_overlong(&self) -> bool {

@@ -1,8 +1,10 @@
 //! `accordion verify`.
 
 mod input;
+mod quality;
 
 use self::input::Chosen;
+use self::quality::QualityArguments;
 use super::Outcome;
 use super::bisect::{Asked, BisectArguments};
 use super::common::{EngineArguments, parse_width};
@@ -13,6 +15,8 @@ use accordion::environment::Machine;
 use accordion::reference::homer::Prompt;
 use accordion::verify::bundle::{Input, Plan, compare_bundle};
 use accordion::verify::golden::GoldenCase;
+use accordion::verify::linears::LinearCheck;
+use accordion::verify::quantized::weights_of;
 use accordion::verify::schema::{Subject, VerifyReport};
 use accordion::verify::verdict::Verdict;
 use accordion::verify::weights::finite_weights;
@@ -66,6 +70,8 @@ pub(crate) struct Arguments {
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
     #[command(flatten)]
+    quality: QualityArguments,
+    #[command(flatten)]
     bisect: BisectArguments,
     #[command(flatten)]
     engine: EngineArguments,
@@ -89,6 +95,9 @@ enum Taps {
 
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
+    if let (true, Some(bundle)) = (arguments.quality.wanted(), &arguments.bundle) {
+        return arguments.quality.run(bundle, arguments, output);
+    }
     if let (true, Some(bundle)) = (arguments.bisect.wanted(), &arguments.bundle) {
         return search(&Bundle::open(bundle)?, arguments, output);
     }
@@ -128,12 +137,13 @@ fn against_reference(path: &Path, arguments: &Arguments, output: &Output) -> any
     }
     let chosen = Chosen::new(&bundle, arguments, output)?;
     let mut engines = arguments.engine.engines(&bundle, output)?;
+    let linears = LinearCheck::watch(&mut engines, weights_of(&bundle));
     let (what, count) = chosen.steps();
     let bar = output.bar(&format!("Comparing {what}"), count);
     let mut on_progress = |done| bar.set_position(done as u64);
     let findings = compare_bundle(&mut engines, &chosen.input(), detail(arguments), &mut on_progress)?;
     bar.finish_and_clear();
-    let taps = [weights, findings.taps].concat();
+    let taps = [weights, linears.finish()?, findings.taps].concat();
     Ok(VerifyReport::in_order(subject(&bundle, chosen.described()), taps, findings.not_comparable))
 }
 

@@ -9,6 +9,7 @@ mod error;
 pub mod generate;
 pub mod homer;
 pub mod instruction;
+pub mod observe;
 pub mod plain;
 pub mod prompt;
 pub mod question;

@@ -4,11 +4,13 @@
 //! precision into one file, and has the graphs rewritten over it.
 
 mod activations;
+mod check;
 mod choose;
 mod dequantize;
 mod error;
 mod store;
 
+pub(crate) use check::{check_forms, check_scales};
 pub use dequantize::{Activations, InputScale, activations, weight};
 pub use error::PrecisionError;
 

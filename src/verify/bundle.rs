@@ -4,6 +4,7 @@ use super::error::VerifyError;
 use super::homer::{HomerInput, compare_homer};
 use super::judge::{Detail, Findings};
 use super::plain::compare_plain;
+use super::quantized::weights_of;
 use super::rcc::{RccInput, compare_rcc};
 use super::sharedllm::{SharedLlmInput, compare_sharedllm};
 use crate::bundle::Bundle;
@@ -57,7 +58,7 @@ pub fn compare_bundle(
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
     let bundle = engines.bundle();
-    let source = |name: &str| bundle.weights().tensor(name);
+    let source = weights_of(bundle);
     let &Input { plan, lengths: PromptLengths { prefix, context, .. }, ids, width } = input;
     let (prompt, teacher) = ids.split_at_checked(input.lengths.total()).unwrap_or((ids, &[]));
     match plan {

@@ -4,7 +4,7 @@
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, Judge};
 use super::order::scope;
-use super::verdict::Bounds;
+use super::quantized::bounds_of;
 use crate::pipeline::decode::{Continuation, Sequence};
 use crate::pipeline::{self, ContextState, Engines};
 use crate::reference;
@@ -13,7 +13,6 @@ use crate::reference::homer::Compression;
 use crate::reference::llama::Llama;
 use crate::taps::{NoTaps, TapSink};
 use crate::tensor::Tensor;
-use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::homer::{HomerNode, HomerPlan};
 use ndarray::{Axis, Slice};
 use std::cell::RefCell;
@@ -60,7 +59,7 @@ pub fn compare_homer(
     let lockstep = RefCell::new(Lockstep {
         plan,
         compression: Compression::new(reference, plan, prompt, &significance)?,
-        judge: Judge::new(detail, |kind| Bounds::new(kind, DType::F32)),
+        judge: Judge::new(detail, bounds_of(engines.bundle())),
         keeps_all: plan.nodes.iter().filter(|n| n.removed() == 0).map(HomerNode::tap_scope).collect(),
         ahead: HashSet::new(),
         diverged: Vec::with_capacity(plan.nodes.len()),

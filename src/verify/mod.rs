@@ -6,6 +6,7 @@
 //! - [`judge`]: where the taps of two sides meet, and what cannot be compared any more.
 //! - [`homer`], [`plain`], [`rcc`] and [`sharedllm`]: an engine and the reference in step;
 //!   [`bundle`]: whichever a bundle is for; [`golden`]: either against a golden case.
+//! - [`linears`]: linear layers over quantized matrices, one by one; [`quantized`]: such bundles as a whole.
 //! - [`weights`]: NaN and infinities in a checkpoint.
 //! - [`schema`]: the report that is printed, stored and drawn; [`text`]: for a terminal.
 //! - [`order`]: tap names put into the order in which the model computes them.
@@ -16,8 +17,10 @@ mod error;
 pub mod golden;
 pub mod homer;
 pub mod judge;
+pub mod linears;
 pub mod order;
 pub mod plain;
+pub mod quantized;
 pub mod rcc;
 pub mod schema;
 pub mod selection;

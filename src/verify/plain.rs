@@ -2,13 +2,12 @@
 
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, Judge};
+use super::quantized::bounds_of;
 use super::sides::{BothSides, Decoder};
-use super::verdict::Bounds;
 use crate::pipeline::Engines;
 use crate::pipeline::decode::Sequence;
 use crate::reference::decode::Continuation;
 use crate::reference::transformer::Transformer;
-use accordion_graphs::dtype::DType;
 
 /// Compares the decoder of `engines` with `reference` on `ids` from position 0 on, a chunk of rows at a time, and on `teacher`
 /// behind them, as `teacher.`: every layer, the logits of all rows, the cache. Where `ids` take more than one chunk, taps are
@@ -25,7 +24,7 @@ pub fn compare_plain(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let mut judge = Judge::new(detail, |kind| Bounds::new(kind, DType::F32));
+    let mut judge = Judge::new(detail, bounds_of(engines.bundle()));
     let mut sequence = Sequence::new(engines, ids.len() + teacher.len())?;
     let mut reference = Decoder { model: reference, continuation: Continuation::after(reference.empty_cache()) };
     let mut rows = BothSides { engines, sequence: &mut sequence, reference: &mut reference };

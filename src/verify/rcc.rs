@@ -3,8 +3,8 @@
 
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, Judge};
+use super::quantized::bounds_of;
 use super::sides::{BothSides, Decoder};
-use super::verdict::Bounds;
 use crate::pipeline::Engines;
 use crate::pipeline::rcc::read_slots;
 use crate::reference::cache::Cache;
@@ -12,7 +12,6 @@ use crate::reference::decode::Continuation;
 use crate::reference::rcc::Rcc;
 use crate::taps::TapSink;
 use crate::tensor::Tensor;
-use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::rcc::RccPlan;
 use std::cell::RefCell;
 
@@ -48,7 +47,7 @@ pub fn compare_rcc(
         input: *input,
         reference,
         cache: reference.decoder().empty_cache(),
-        judge: Judge::new(detail, |kind| Bounds::new(kind, DType::F32)),
+        judge: Judge::new(detail, bounds_of(engines.bundle())),
         error: None,
     });
     let mut sequence = {

@@ -4,15 +4,14 @@
 use super::bundle::sharedllm_model;
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, Judge, is_score};
+use super::quantized::bounds_of;
 use super::sides::{BothSides, Running};
-use super::verdict::Bounds;
 use crate::pipeline::Engines;
 use crate::pipeline::decode::{Continuation, Sequence};
 use crate::pipeline::sharedllm::{Context, inject};
 use crate::reference::sharedllm::{Prompt, RunningText, SharedLlm, compress};
 use crate::taps::{NoTaps, TapSink};
 use crate::tensor::{Tensor, TensorError};
-use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
 use std::collections::BTreeMap;
 
@@ -49,7 +48,7 @@ pub fn compare_sharedllm(
 ) -> Result<Findings, VerifyError> {
     let &SharedLlmInput { plan, context, running, teacher, width } = input;
     let query_index = running.len().saturating_sub(1);
-    let mut judge = Judge::new(detail, |kind| Bounds::new(kind, DType::F32));
+    let mut judge = Judge::new(detail, bounds_of(engines.bundle()));
     let compressed = Context { ids: context, mask: None, running, query_index };
     let taps = tree_taps(engines, plan, compressed, detail)?;
     for (tap, value) in taps {

@@ -13,6 +13,7 @@ mod fetch;
 mod inspect;
 mod profile;
 mod program;
+mod quality;
 mod report;
 mod run;
 mod sharedllm;

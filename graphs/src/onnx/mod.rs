@@ -24,7 +24,7 @@ pub use modules::{ModuleNodes, module_path, module_pattern};
 pub(crate) use rewrite::MatrixUse;
 pub use rewrite::Uses;
 pub use scope::{Scope, Value};
-pub use serialize::{GraphSignature, Model, ValueInfo, tap_outputs};
+pub use serialize::{GraphSignature, Model, QuantizedLinear, ValueInfo, tap_outputs};
 pub use shape::Dim;
 pub(crate) use shape::product;
 pub use subgraph::{Step, Subgraph};
