@@ -27,9 +27,8 @@ pub(crate) fn merge_rows(g: &Scope, a: &Value, b: &Value, axis: usize, [prefix, 
     let (zero, end) = (g.ints(&[0]), g.ints(&[i64::MAX]));
     let prefix = &prefix.within(g);
     let from_end = &(&zero - &suffix.within(g));
-    let half = g.float(0.5);
     let part = |x: &Value, from: &Value, to: &Value, name: &str| x.within(g).slice(axis, from, to, name.into());
-    let mean = |from: &Value, to: &Value, name: &str| (part(a, from, to, name) + part(b, from, to, name)) * &half;
+    let mean = |from: &Value, to: &Value, name: &str| part(a, from, to, name).mean(&part(b, from, to, name));
     let before = mean(&zero, prefix, "prefix");
     let [a_context, b_context] =
         [(a, "left_context"), (b, "right_context")].map(|(x, name)| part(x, prefix, from_end, name));
