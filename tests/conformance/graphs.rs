@@ -22,16 +22,32 @@ pub(crate) struct Graphs {
     pub(crate) target: Target,
     fused_operators: bool,
     width: usize,
-    recipe: Recipe,
+    pub(crate) recipe: Recipe,
 }
 
 impl Graphs {
+    /// In every precision.
     pub(crate) fn all() -> Vec<Self> {
+        let of = |precision, emulated, (name, target, fused_operators, width)| {
+            let recipe = Recipe { emulated, ..Recipe::of(precision) };
+            Self { name, target, fused_operators, width, recipe }
+        };
+        let sixteen_bits = [
+            of(Precision::Fp16, false, ("portable fp16", Target::Portable, false, usize::MAX)),
+            of(Precision::Fp16, true, ("portable fp16, emulated", Target::Portable, false, 1)),
+            of(Precision::Bf16, true, ("portable bf16, emulated", Target::Portable, false, usize::MAX)),
+            of(Precision::Fp16, false, ("ort-cpu fp16 fused", Target::OrtCpu, true, usize::MAX)),
+            of(Precision::Bf16, false, ("ort-cpu bf16 fused", Target::OrtCpu, true, usize::MAX)),
+        ];
+        Self::single().into_iter().chain(sixteen_bits).collect()
+    }
+
+    /// In single precision.
+    pub(crate) fn single() -> Vec<Self> {
         let row = |name, target, fused_operators, width| {
             let recipe = Recipe::fp32();
             Self { name, target, fused_operators, width, recipe }
         };
-        let of = |precision, emulated, row: Self| Self { recipe: Recipe { emulated, ..Recipe::of(precision) }, ..row };
         vec![
             row("portable, width 1", Target::Portable, false, 1),
             row("portable, width max", Target::Portable, false, usize::MAX),
@@ -40,11 +56,6 @@ impl Graphs {
             row("ort-cpu, width max", Target::OrtCpu, false, usize::MAX),
             row("ort-cpu fused, width 1", Target::OrtCpu, true, 1),
             row("ort-cpu fused, width max", Target::OrtCpu, true, usize::MAX),
-            of(Precision::Fp16, false, row("portable fp16", Target::Portable, false, usize::MAX)),
-            of(Precision::Fp16, true, row("portable fp16, emulated", Target::Portable, false, 1)),
-            of(Precision::Bf16, true, row("portable bf16, emulated", Target::Portable, false, usize::MAX)),
-            of(Precision::Fp16, false, row("ort-cpu fp16 fused", Target::OrtCpu, true, usize::MAX)),
-            of(Precision::Bf16, false, row("ort-cpu bf16 fused", Target::OrtCpu, true, usize::MAX)),
         ]
     }
 

@@ -1,9 +1,9 @@
 //! Giving the floating-point values of a built graph other types.
 
+use super::Scope;
 use super::function::{Function, Operator};
 use super::modules::module_path;
 use super::scope::{GraphData, NodeData};
-use super::{Attribute, Scope};
 use crate::dtype::DType;
 use crate::weights::WeightIndex;
 use std::collections::{HashMap, HashSet};
@@ -59,8 +59,8 @@ pub(crate) enum Width {
 pub(crate) struct Ports {
     pub(crate) inputs: Vec<Width>,
     pub(crate) outputs: Vec<Width>,
-    /// An attribute that the node has besides.
-    pub(crate) attribute: Option<(&'static str, Attribute)>,
+    /// Whether the node yields no other numbers than it reads.
+    pub(crate) moves: bool,
 }
 
 /// The 16-bit numbers of a graph.
@@ -136,8 +136,7 @@ impl Scope {
             for (input, &width) in node.inputs.iter_mut().zip(&ports.inputs) {
                 *input = input.map(|id| casts.read(&scope, id, width));
             }
-            node.attributes.extend(ports.attribute.clone());
-            casts.push(&scope, node, &ports.outputs);
+            casts.push(&scope, node, ports);
         }
         casts.restore_outputs();
         let called: Vec<&Operator> = {
@@ -170,8 +169,8 @@ impl Scope {
                         *weight = found.clone();
                     }
                     _ => {
-                        problem =
-                            Some(format!("the weights in this precision have no tensor '{name}' {:?}", weight.shape))
+                        let shape = &weight.shape;
+                        problem = Some(format!("the weights in this precision have no tensor '{name}' {shape:?}"));
                     }
                 }
             }
@@ -222,22 +221,25 @@ impl Casts<'_> {
         cast
     }
 
-    /// Adds `node` of `scope`, whose outputs have these widths.
-    fn push(&mut self, scope: &Scope, mut node: NodeData, widths: &[Width]) {
+    /// Adds `node` of `scope`, whose outputs are those of `ports`.
+    fn push(&mut self, scope: &Scope, mut node: NodeData, ports: &Ports) {
         let format = self.arithmetic.format;
         let mut exact = Vec::new();
         {
             let mut graph = self.graph.graph.borrow_mut();
-            for (output, _) in node.outputs.iter_mut().zip(widths).filter(|(_, width)| **width == Width::Half) {
+            let half = node.outputs.iter_mut().zip(&ports.outputs).filter(|(_, width)| **width == Width::Half);
+            for (output, _) in half {
                 if !graph.values[*output].dtype.is_float() {
                     continue;
                 }
-                if self.arithmetic.emulated {
+                if !self.arithmetic.emulated {
+                    graph.values[*output].dtype = format;
+                } else if ports.moves {
+                    self.rounded.insert(*output);
+                } else {
                     let id = *output;
                     *output = graph.another(id, ".exact", DType::F32);
                     exact.push((*output, id));
-                } else {
-                    graph.values[*output].dtype = format;
                 }
             }
             graph.nodes.push(node);

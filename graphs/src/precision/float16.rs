@@ -2,24 +2,20 @@
 //!
 //! A node computes in 16 bits if it is a product, a norm, attention, a rotation, or works on what such a node left. In fp32
 //! are, by rule: rotary angles up to their cosines and sines, the recurrence of a state space model, and the scores that a
-//! choice is made by; inside nodes of 16 bits, the statistics of norms (`stash_type` 1, ONNX's default) and softmax
-//! (`softmax_precision` 1). What else is in fp32 is derived from measured ranges, or asked for: see [`Keep`].
+//! choice is made by; and inside norms their statistics (`stash_type` 1, ONNX's default). Softmax is inside attention, and its
+//! precision the runtime's: NVIDIA's parser refuses nodes that ask for one (`softmax_precision`). What else is in fp32 is
+//! derived from measured ranges, or asked for: see [`Keep`].
 
 use crate::functions::{
     MERGE_CACHE, SELECTIVE_SCAN, STRIDED_COMPRESS, STRIDED_COMPRESS_MEAN, TOPK_PRUNE, TOPK_PRUNE_16,
 };
-use crate::onnx::{
-    Arithmetic, Attribute, DOMAIN, FloatNode, Operand, Operator, Ports, Scope, Source, Width, module_pattern,
-};
+use crate::onnx::{Arithmetic, DOMAIN, FloatNode, Operand, Operator, Ports, Scope, Source, Width, module_pattern};
 use crate::weights::WeightIndex;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 /// Graph inputs that are no activations: the scores of [`TOPK_PRUNE`] are taken from the one, the other is compared with.
 const FP32_INPUTS: [&str; 2] = ["significance_bias", "context_mask"];
-
-/// ONNX's number for fp32 in `softmax_precision`.
-const FLOAT: i64 = 1;
 
 /// What must be in fp32, and why.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -62,6 +58,7 @@ enum Rule {
 const ANGLES: &str = "rotary angles are rounded last";
 const RECURRENCE: &str = "a recurrence adds up its rounding";
 const CHOICE: &str = "a choice is made by it";
+const SCORES: &str = "scores are in fp32: a choice is made by them";
 
 fn rule(node: &FloatNode) -> Rule {
     if node.domain == DOMAIN {
@@ -74,9 +71,8 @@ fn rule(node: &FloatNode) -> Rule {
         };
     }
     match node.op.as_str() {
-        "Gemm" | "Conv" | "RotaryEmbedding" => Rule::Half,
+        "Gemm" | "Conv" | "RotaryEmbedding" | "Attention" => Rule::Half,
         "RMSNormalization" | "LayerNormalization" => Rule::HalfBut("statistics are in fp32 (stash_type)"),
-        "Attention" => Rule::HalfBut("softmax is in fp32 (softmax_precision)"),
         "Cos" | "Sin" => Rule::Full(ANGLES),
         "Softplus" | "Exp" => Rule::Full(RECURRENCE),
         "ReduceL2" | "Div" | "ArgMax" => Rule::Full(CHOICE),
@@ -187,7 +183,7 @@ impl Widths {
         let alike = || format!("{} {}", module_pattern(&node.module), node.op);
         let rule = rule(node);
         if let Rule::Prune = rule {
-            kept.insert(alike(), CHOICE.to_owned());
+            kept.insert(alike(), SCORES.to_owned());
             return self.prune(node);
         }
         if let Rule::Full(reason) = rule {
@@ -210,8 +206,7 @@ impl Widths {
             }
             Rule::HalfBut(part) => {
                 kept.insert(alike(), part.to_owned());
-                let attribute = (node.op == "Attention").then(|| ("softmax_precision", Attribute::Int(FLOAT)));
-                Ports { attribute, ..ports(node, Width::Half) }
+                ports(node, Width::Half)
             }
             _ => ports(node, Width::Half),
         }
@@ -267,5 +262,6 @@ impl FloatNode {
 
 /// All of one width.
 fn ports(node: &FloatNode, width: Width) -> Ports {
-    Ports { inputs: vec![width; node.inputs.len()], outputs: vec![width; node.outputs.len()], attribute: None }
+    let moves = matches!(rule(node), Rule::Move);
+    Ports { inputs: vec![width; node.inputs.len()], outputs: vec![width; node.outputs.len()], moves }
 }
