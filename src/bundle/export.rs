@@ -129,6 +129,7 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
         );
         return Err(BundleError::invalid(checkpoint.dir(), problem));
     }
+    options.recipe.check(options.target)?;
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
     let (method, graphs) = options.method.graphs(checkpoint, &source)?;
     let mut manifest = Manifest::new(method, options.target, checkpoint);

@@ -240,6 +240,13 @@ impl Manifest {
         checked.map_err(|problem| BundleError::invalid(path, problem.to_string()))
     }
 
+    /// The 16-bit format that nodes of the graphs take and give, if there is one: neither for graphs over weights of 16 bits
+    /// that compute in fp32, nor for those that only round to the format.
+    pub fn float16(&self) -> Option<DType> {
+        let rounding = self.quantization.as_ref()?.rounding.as_ref()?;
+        (self.target == Target::Portable && !rounding.emulated).then_some(rounding.format)
+    }
+
     /// Every tensor of the bundle's weight files that its graphs may need, with its type where that is not the checkpoint's.
     pub(super) fn stored_tensors(&self) -> Vec<(NamedShape, Option<DType>)> {
         let tensors = self.required_tensors();

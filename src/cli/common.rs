@@ -5,7 +5,9 @@ use accordion::bundle::Bundle;
 use accordion::pipeline::Engines;
 use accordion::runtime::locate::{self, LoadOptions, LoadedRuntime};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::homer::HomerSettings;
+use anyhow::bail;
 use clap::{Args, ValueEnum};
 
 /// HOMER's hyper-parameters on the command line.
@@ -96,7 +98,16 @@ impl EngineArguments {
 
     /// What loads such engines.
     pub(crate) fn loader(&self, bundle: &Bundle, output: &Output) -> anyhow::Result<OrtCpu> {
-        let options = OrtOptions { fused_operators: self.operators == Operators::Fused };
+        let format = bundle.manifest().float16();
+        if format == Some(DType::Bf16) {
+            bail!(
+                "{}: ONNX Runtime's CPU provider does not compute in bf16: export with --emulate to see its numbers on a \
+                 CPU, or with --target ort-cpu for weights in bf16",
+                bundle.dir().display()
+            );
+        }
+        // Our kernels take fp32.
+        let options = OrtOptions { fused_operators: self.operators == Operators::Fused && format.is_none() };
         Ok(OrtCpu::new(runtime(output)?, bundle.weights().clone(), &options)?)
     }
 

@@ -21,8 +21,7 @@ pub(super) fn choose(
     checkpoint: &Checkpoint,
     chosen: &mut Chosen,
 ) -> Result<(), PrecisionError> {
-    let table = RangeTable::load(path).map_err(|error| PrecisionError::Table(Box::new(error)))?;
-    table.check_matches(&model_identity(checkpoint)).map_err(PrecisionError::TableMismatch)?;
+    let (table, used) = read_table(recipe, path, checkpoint)?;
     for (name, matrix) in chosen.matrices.iter().filter(|(_, matrix)| asks(matrix.form)) {
         table.expect_site(name, matrix.shape[1]).map_err(PrecisionError::TableMismatch)?;
     }
@@ -36,12 +35,24 @@ pub(super) fn choose(
             decide(recipe, checkpoint, chosen, site, form, &of_site)?;
         }
     }
-    chosen.ranges = Some(RangesUsed {
+    chosen.ranges = Some(used);
+    Ok(())
+}
+
+/// The range table `path`, which must be the model's, and what is told of it.
+pub(super) fn read_table(
+    recipe: &Recipe,
+    path: &Path,
+    checkpoint: &Checkpoint,
+) -> Result<(RangeTable, RangesUsed), PrecisionError> {
+    let table = RangeTable::load(path).map_err(|error| PrecisionError::Table(Box::new(error)))?;
+    table.check_matches(&model_identity(checkpoint)).map_err(PrecisionError::TableMismatch)?;
+    let used = RangesUsed {
         sha256: format!("{:x}", Sha256::digest(std::fs::read(path).unwrap_or_default())),
         calibrator: recipe.calibrator.to_string(),
         windows: table.windows(),
-    });
-    Ok(())
+    };
+    Ok((table, used))
 }
 
 /// Whether the form depends on the ranges of activations.

@@ -3,6 +3,7 @@
 use super::error::{MAX_BLOCK, MIN_BLOCK};
 use super::{PrecisionError, RangesUsed, Recipe, activations};
 use crate::checkpoint::Checkpoint;
+use accordion_graphs::dtype::DType;
 use accordion_graphs::methods::Graphs;
 use accordion_graphs::onnx::{Scope, Uses};
 use accordion_graphs::precision::{MatrixForm, Precision};
@@ -18,6 +19,8 @@ pub(super) struct Chosen {
     pub(super) kept: BTreeMap<String, String>,
     /// Where the ranges of activations come from.
     pub(super) ranges: Option<RangesUsed>,
+    /// Tensors that are stored in another floating-point type than the checkpoint's.
+    pub(super) rounded: BTreeMap<String, DType>,
 }
 
 /// A matrix that is quantized.

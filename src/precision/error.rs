@@ -4,6 +4,7 @@ use crate::checkpoint::CheckpointError;
 use crate::staging::StagingError;
 use accordion_calibration::quantize::QuantizeError;
 use accordion_calibration::ranges::{MismatchError, TableError};
+use accordion_graphs::dtype::DType;
 use accordion_graphs::precision::Precision;
 
 /// Why a model cannot be put into a precision.
@@ -56,6 +57,24 @@ pub enum PrecisionError {
     NoRanges {
         /// The precision.
         precision: Precision,
+    },
+    /// Only portable graphs of 16-bit floating point can be emulated.
+    #[error("precision {precision} cannot be emulated for this target: expected fp16 or bf16 and --target portable")]
+    Emulated {
+        /// The precision.
+        precision: Precision,
+    },
+    /// A weight is too large for the format.
+    #[error(
+        "tensor '{name}' holds {value}, which {dtype} cannot: keep it as it is with --keep-float, or take another precision"
+    )]
+    Overflow {
+        /// The tensor.
+        name: String,
+        /// The weight.
+        value: f32,
+        /// The format.
+        dtype: DType,
     },
     /// The range table cannot be read.
     #[error(transparent)]

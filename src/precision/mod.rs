@@ -8,11 +8,13 @@ mod check;
 mod choose;
 mod dequantize;
 mod error;
+mod float16;
 mod store;
 
 pub(crate) use check::{check_forms, check_scales};
 pub use dequantize::{Activations, InputScale, activations, weight};
 pub use error::PrecisionError;
+pub use float16::{Basis, Rounding};
 
 use crate::checkpoint::{Checkpoint, NamedShape};
 use crate::staging::Staging;
@@ -47,6 +49,9 @@ pub struct Recipe {
     /// The largest squared error, relative to the square of the output, that a linear layer alone may have when it is
     /// quantized: those above it stay as they are.
     pub max_error: Option<f64>,
+    /// Whether graphs of a 16-bit precision compute in fp32 and only round to its numbers, for runtimes that cannot compute
+    /// in it.
+    pub emulated: bool,
 }
 
 impl Recipe {
@@ -65,7 +70,16 @@ impl Recipe {
             calibrator: Calibrator::MinMax,
             smooth: true,
             max_error: None,
+            emulated: false,
         }
+    }
+
+    /// # Errors
+    ///
+    /// Something that other precisions or targets have is asked for.
+    pub(crate) fn check(&self, target: Target) -> Result<(), PrecisionError> {
+        let emulates = float16::format(self.precision).is_some() && target == Target::Portable;
+        if self.emulated && !emulates { Err(PrecisionError::Emulated { precision: self.precision }) } else { Ok(()) }
     }
 }
 
@@ -74,11 +88,14 @@ impl Recipe {
 pub struct Quantization {
     /// The matrices that are quantized.
     pub matrices: BTreeMap<String, MatrixForm>,
-    /// Matrices of linear layers that are not, and why.
+    /// Matrices of linear layers that are not, and why; in 16-bit floating point, what of the graphs is in fp32, and why.
     pub kept: BTreeMap<String, String>,
     /// Where the ranges of activations come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranges: Option<RangesUsed>,
+    /// How graphs compute in 16-bit floating point, if they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<Rounding>,
 }
 
 /// The range table that a bundle was quantized with.
@@ -106,6 +123,9 @@ pub(crate) fn apply(
     target: Target,
     staging: &mut Staging,
 ) -> Result<Quantization, PrecisionError> {
+    if let Some(format) = float16::format(recipe.precision) {
+        return float16::apply(recipe, format, checkpoint, tensors, graphs, target, staging);
+    }
     let chosen = choose::choose(recipe, checkpoint, graphs)?;
     let index = Rc::new(store::write(checkpoint, tensors, &chosen, staging)?);
     let forms = chosen.matrices.iter().map(|(name, matrix)| (name.clone(), (matrix.form, matrix.shape))).collect();
@@ -113,7 +133,7 @@ pub(crate) fn apply(
         precision::quantize(graph, target, &forms, &index);
     }
     let matrices = chosen.matrices.into_iter().map(|(name, matrix)| (name, matrix.form)).collect();
-    Ok(Quantization { matrices, kept: chosen.kept, ranges: chosen.ranges })
+    Ok(Quantization { matrices, kept: chosen.kept, ranges: chosen.ranges, rounding: None })
 }
 
 impl Quantization {
@@ -128,7 +148,10 @@ impl Quantization {
                         .into_iter()
                         .map(|(part, dtype, shape)| ((form.part_name(&name, part), shape), Some(dtype))),
                 ),
-                _ => stored.push(((name, shape), None)),
+                _ => {
+                    let rounded = self.rounding.as_ref().filter(|rounding| rounding.tensors.contains(&name));
+                    stored.push(((name, shape), rounded.map(|rounding| rounding.format)));
+                }
             }
         }
         stored

@@ -4,6 +4,7 @@ use super::choose::{Chosen, Matrix};
 use super::{PrecisionError, WEIGHTS_FILE};
 use crate::checkpoint::{Checkpoint, NamedShape, read_index, safetensors_mixed_header};
 use crate::staging::Staging;
+use crate::tensor::Tensor;
 use accordion_calibration::quantize::{
     Bits, INT8_MAX, ScaleSign, quantize_blocks, quantize_float8, quantize_rows_int8,
 };
@@ -11,6 +12,7 @@ use accordion_graphs::dtype::DType;
 use accordion_graphs::fp8;
 use accordion_graphs::precision::{MatrixForm, MatrixPart};
 use accordion_graphs::weights::WeightIndex;
+use half::{bf16, f16};
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Write};
 
@@ -28,6 +30,8 @@ struct Entry {
 enum Source {
     /// The checkpoint's tensor of that name, as it is.
     Checkpoint,
+    /// The checkpoint's tensor of that name, rounded.
+    Rounded,
     /// A part of the matrix called so.
     Part { matrix: String, part: MatrixPart },
 }
@@ -81,6 +85,8 @@ fn entries(checkpoint: &Checkpoint, tensors: &[NamedShape], chosen: &Chosen) -> 
                 shape,
                 source: Source::Part { matrix: name.clone(), part },
             }));
+        } else if let Some(&dtype) = chosen.rounded.get(name) {
+            entries.push(Entry { name: name.clone(), dtype, shape: shape.clone(), source: Source::Rounded });
         } else {
             let dtype = checkpoint.tensor(name).map_err(Box::new)?.dtype();
             entries.push(Entry { name: name.clone(), dtype, shape: shape.clone(), source: Source::Checkpoint });
@@ -89,7 +95,8 @@ fn entries(checkpoint: &Checkpoint, tensors: &[NamedShape], chosen: &Chosen) -> 
     entries.sort_by_key(|entry| match entry.source {
         Source::Part { part: MatrixPart::Entries, .. } => 0,
         Source::Part { .. } => 1,
-        Source::Checkpoint => 2,
+        Source::Rounded => 2,
+        Source::Checkpoint => 3,
     });
     Ok(entries)
 }
@@ -104,6 +111,9 @@ impl Entry {
     ) -> Result<Vec<u8>, PrecisionError> {
         let (name, part) = match &self.source {
             Source::Checkpoint => return Ok(checkpoint.tensor(&self.name).map_err(Box::new)?.bytes().to_vec()),
+            Source::Rounded => {
+                return rounded(&self.name, &checkpoint.tensor(&self.name).map_err(Box::new)?, self.dtype);
+            }
             Source::Part { matrix, part } => (matrix, *part),
         };
         if part != MatrixPart::Entries {
@@ -144,4 +154,43 @@ impl Entry {
 
 fn to_bytes(entries: &[i8]) -> Vec<u8> {
     entries.iter().map(|x| x.cast_unsigned()).collect()
+}
+
+/// The bytes of `tensor`, called `name`, in the 16-bit format `dtype`. What is infinite stays so, but nothing becomes it.
+fn rounded(name: &str, tensor: &Tensor, dtype: DType) -> Result<Vec<u8>, PrecisionError> {
+    if tensor.dtype() == dtype {
+        return Ok(tensor.bytes().to_vec());
+    }
+    let mut bytes = Vec::with_capacity(2 * tensor.len());
+    for value in tensor.to_f32() {
+        let (number, back) = if dtype == DType::F16 {
+            let number = f16::from_f32(value);
+            (number.to_bits(), number.to_f32())
+        } else {
+            let number = bf16::from_f32(value);
+            (number.to_bits(), number.to_f32())
+        };
+        if back.is_infinite() && value.is_finite() {
+            return Err(PrecisionError::Overflow { name: name.to_owned(), value, dtype });
+        }
+        bytes.extend(number.to_le_bytes());
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn rounding_refuses_what_becomes_infinite() {
+        let tensor = |values: &[f32]| Tensor::from_f32([values.len()], values.to_vec()).unwrap();
+        let bytes = rounded("w", &tensor(&[1.0, -65519.0, f32::INFINITY]), DType::F16).unwrap();
+        assert_eq!(bytes, [0x00, 0x3C, 0xFF, 0xFB, 0x00, 0x7C]);
+        let error = rounded("w", &tensor(&[1.0, 65520.0]), DType::F16).unwrap_err().to_string();
+        assert!(error.contains("'w' holds 65520, which fp16"), "{error}");
+        assert_eq!(rounded("w", &tensor(&[65520.0]), DType::Bf16).unwrap(), [0x80, 0x47]);
+        assert!(rounded("w", &tensor(&[f32::MAX]), DType::Bf16).is_err());
+    }
 }

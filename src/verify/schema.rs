@@ -66,6 +66,10 @@ pub struct VerifyReport {
     pub not_comparable: usize,
     /// The first tap in the order of the computation that failed: where to look.
     pub first_failure: Option<String>,
+    /// The first tap in the order of the computation where the tested side has a NaN or an infinity that the other does not:
+    /// where numbers ran out of their format.
+    #[serde(default)]
+    pub first_non_finite: Option<String>,
     /// The tap with the worst verdict and, among those, the largest share of its bound.
     pub worst: Option<String>,
     /// The taps.
@@ -100,6 +104,7 @@ impl VerifyReport {
             counts,
             not_comparable,
             first_failure: taps.iter().find(|tap| tap.verdict == Verdict::Fail).map(|tap| tap.name.clone()),
+            first_non_finite: taps.iter().find(|tap| tap.lost_numbers() > 0).map(|tap| tap.name.clone()),
             worst: worst.map(|tap| tap.name.clone()),
             scopes: Vec::new(),
         };

@@ -68,6 +68,9 @@ fn summary(report: &VerifyReport, paint: &dyn Fn(&str, Verdict) -> String) -> St
     if let Some(first) = &report.first_failure {
         let _ = write!(line, "; the first to fail is {first}");
     }
+    if let Some(first) = &report.first_non_finite {
+        let _ = write!(line, "; the first with a NaN or an infinity is {first}");
+    }
     line
 }
 

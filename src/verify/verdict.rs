@@ -166,6 +166,14 @@ pub struct TapResult {
 }
 
 impl TapResult {
+    /// How many numbers of the actual side are NaN or infinite beyond those of the expected one.
+    pub fn lost_numbers(&self) -> usize {
+        self.difference.values().map_or(0, |values| {
+            let [actual, expected] = [values.actual_non_finite, values.expected_non_finite].map(|n| n.nan + n.inf);
+            actual.saturating_sub(expected)
+        })
+    }
+
     /// A tap that only one side has: a failure, because nothing was proven about it. `absent_from` names the other side.
     pub fn missing(name: &str, shape: &[usize], absent_from: &str) -> Self {
         Self {

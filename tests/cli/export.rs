@@ -6,7 +6,10 @@ use crate::program::{Run, Workspace, accordion, command};
 use crate::sparse;
 use crate::tiny::Tiny;
 use accordion::bundle::{Bundle, Method};
+use accordion::precision::Basis;
+use accordion_calibration::ranges::{Observation, RangeEstimator, SiteLayout};
 use accordion_graphs::architecture::{Architecture, RopeScaling};
+use accordion_graphs::dtype::DType;
 use std::fs;
 
 const SMALL: &[&str] = &["--context", "100", "--max-chunk-len", "32"];
@@ -157,4 +160,58 @@ fn trained_methods_need_a_checkpoint_of_theirs() {
     }
     let run = workspace.export("sharedllm", "bundle", &["--keep", "1.5"]);
     assert!(run.err.contains("a fraction above 0 and up to 1.0"), "{run:?}");
+}
+
+#[test]
+fn half_precision_says_what_stays_in_fp32_and_why() {
+    let workspace = Workspace::new();
+    let portable = |name: &str, more: &[&str]| {
+        workspace.export("plain", name, &[&["--target", "portable"], more].concat()).output();
+        Bundle::open(workspace.path(name)).unwrap()
+    };
+    let bundle = portable("by-rule", &["--precision", "fp16"]);
+    let quantization = bundle.manifest().quantization.clone().unwrap();
+    assert_eq!(quantization.rounding.unwrap().decided_by, Basis::Rules);
+    assert_eq!(quantization.kept["rows.rotary Cos"], "rotary angles are rounded last");
+    let matrix = "model.layers.1.mlp.down_proj.weight";
+    let stored = |bundle: &Bundle| bundle.weights().index().get(matrix).unwrap().dtype;
+    assert_eq!(stored(&bundle), DType::F16);
+    let signature = bundle.signature("decoder").unwrap();
+    assert!(signature.inputs.iter().chain(&signature.outputs).all(|value| value.dtype != DType::F16));
+
+    let channels = bundle.weights().index().get(matrix).unwrap().shape[1];
+    let site = SiteLayout { weights: vec![matrix.to_owned()], channels };
+    let mut estimator = RangeEstimator::new(vec![site], vec!["layers.0.out".to_owned()]).unwrap();
+    estimator.begin_window(&"0".repeat(64), 0).unwrap();
+    let rows = vec![40_000.0; channels];
+    estimator.observe(&[Observation::Rows(0, &rows), Observation::Tap(0, &[1.0, 1e-9])]).unwrap();
+    let table = estimator.finish(bundle.manifest().identity(), "{}".into(), 1, "a test".into()).unwrap();
+    let path = workspace.path("ranges.safetensors");
+    table.save(&path).unwrap();
+    let ranges = path.to_str().unwrap();
+    let bundle = portable("derived", &["--precision", "fp16", "--ranges", ranges]);
+    let quantization = bundle.manifest().quantization.clone().unwrap();
+    assert_eq!(quantization.rounding.unwrap().decided_by, Basis::RulesAndRanges);
+    assert!(quantization.ranges.is_some());
+    let down = &quantization.kept["model.layers.1.mlp.down_proj Gemm"];
+    assert!(down.starts_with("its input reaches 40000,"), "{down}");
+    assert!(quantization.kept["model.layers.0 Add"].contains("50 % of numbers that become zero"));
+    assert_eq!(stored(&bundle), DType::F32);
+    // bf16 reaches as far as fp32.
+    let bundle = portable("bf16", &["--precision", "bf16", "--ranges", ranges]);
+    assert_eq!(stored(&bundle), DType::Bf16);
+}
+
+#[test]
+fn sixteen_bits_are_emulated_for_portable_graphs_alone() {
+    let workspace = Workspace::new();
+    for more in [&["--precision", "bf16"][..], &["--precision", "int8-per-token", "--target", "portable"]] {
+        let error = workspace.export("plain", "bundle", &[more, &["--emulate"]].concat()).error();
+        assert!(error.contains("cannot be emulated"), "{error}");
+    }
+    workspace.export("plain", "emulated", &["--precision", "bf16", "--target", "portable", "--emulate"]).output();
+    workspace.export("plain", "native", &["--precision", "bf16", "--target", "portable"]).output();
+    let run = |name: &str| Run::of(command().arg("verify").arg(workspace.path(name)));
+    let error = run("native").error();
+    assert!(error.contains("does not compute in bf16") && error.contains("--emulate"), "{error}");
 }

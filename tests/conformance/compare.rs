@@ -26,7 +26,23 @@ pub(crate) struct Bound {
 /// The project's bound for single precision.
 pub(crate) const SINGLE: Bound = Bound { absolute: 1e-4, relative: 0.0 };
 
+/// Both types that a comparison is between, the golden's and the implementation's: the one that rounds more.
+pub(crate) fn coarser(a: DType, b: DType) -> DType {
+    [DType::Bf16, DType::F16].into_iter().find(|dtype| [a, b].contains(dtype)).unwrap_or(DType::F32)
+}
+
 impl Bound {
+    /// The project's bound in single precision; in a narrower one that many of its rounding steps at the tensor's largest
+    /// magnitude.
+    pub(crate) fn steps(dtype: DType, steps: f32) -> Self {
+        let narrow = |step: f32| Self { absolute: 0.0, relative: steps * step };
+        match dtype {
+            DType::F16 => narrow(f32::exp2(-11.0)),
+            DType::Bf16 => narrow(f32::exp2(-8.0)),
+            _ => SINGLE,
+        }
+    }
+
     pub(crate) fn of(self, tensor: &[f32]) -> f32 {
         let magnitude = tensor.iter().filter(|v| v.is_finite()).fold(0.0_f32, |m, v| m.max(v.abs()));
         self.absolute + self.relative * magnitude

@@ -43,9 +43,9 @@ fn a_context_without_output_projections_changes_nothing() {
         .map(|(name, dtype, shape, data)| (name.as_str(), TensorView::new(*dtype, shape.clone(), data).unwrap()));
     safetensors::serialize_to_file(views, None, &silenced).unwrap();
 
-    for graphs in Graphs::all() {
+    for graphs in Graphs::single() {
         let folder = tempfile::tempdir().unwrap();
-        let shared = bundle(&case, &silenced, Quirks::Faithful, graphs.target, folder.path()).unwrap();
+        let shared = bundle(&case, &silenced, Quirks::Faithful, graphs.target, &graphs.recipe, folder.path()).unwrap();
         let mut engines = graphs.engines(&shared).unwrap();
         let (ids, running) = (&case.context_ids, &case.running_ids);
         let context = Context { ids, mask: None, running, query_index: running.len() - 1 };
@@ -56,7 +56,7 @@ fn a_context_without_output_projections_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let config = config_json(&case.architecture);
         let plain = checkpoint(folder.path(), &silenced, &[("config.json", config)]).unwrap();
-        let plain = exported(&plain, MethodSettings::Plain, graphs.target).unwrap();
+        let plain = exported(&plain, MethodSettings::Plain, graphs.target, &graphs.recipe).unwrap();
         let mut engines = graphs.engines(&plain).unwrap();
         let mut sequence = Sequence::new(&engines, running.len()).unwrap();
         let without = sequence.forward(&mut engines, running, running.len()).unwrap();
@@ -68,9 +68,10 @@ fn a_context_without_output_projections_changes_nothing() {
 #[test]
 fn entries_of_a_batch_are_contexts_of_their_own() {
     let case = case("q4");
-    for graphs in Graphs::all() {
+    for graphs in Graphs::single() {
         let folder = tempfile::tempdir().unwrap();
-        let bundle = bundle(&case, case.weights_path(), Quirks::Faithful, graphs.target, folder.path()).unwrap();
+        let bundle =
+            bundle(&case, case.weights_path(), Quirks::Faithful, graphs.target, &graphs.recipe, folder.path()).unwrap();
         let mut engines = graphs.engines(&bundle).unwrap();
         let ids = |ids: &[u32]| ids.iter().copied().map(i64::from).collect::<Vec<_>>();
         let contexts = [ids(&case.context_ids), ids(&case.context_ids).into_iter().rev().collect()];
@@ -142,7 +143,7 @@ fn of_equal_halves_the_left_one_is_split() {
     case.context_ids.fill(7);
     for quirks in [Quirks::Faithful, Quirks::Fixed] {
         let expected = Reference.sharedllm(&case, quirks).unwrap();
-        for mut graphs in Graphs::all() {
+        for mut graphs in Graphs::single() {
             let found = graphs.sharedllm(&case, quirks).unwrap();
             let mut ties = 0;
             for w in 0..case.tree_depth - 1 {
@@ -177,7 +178,7 @@ fn other_settings_agree_with_the_reference() {
     for (what, case) in variations() {
         for quirks in [Quirks::Faithful, Quirks::Fixed] {
             let expected = Reference.sharedllm(&case, quirks).unwrap();
-            for mut graphs in Graphs::all() {
+            for mut graphs in Graphs::single() {
                 let found = graphs.sharedllm(&case, quirks).unwrap();
                 let mut result = Comparison::new("");
                 // The released code lists the two nodes of a tree without others apart.

@@ -1,6 +1,6 @@
 //! HOMER's rows: the plan against the nodes that the authors' code ran, then everything that it recorded.
 
-use super::compare::{Bound, Comparison, SINGLE, Tensors, integers};
+use super::compare::{Bound, Comparison, Tensors, coarser, integers};
 use super::implementations;
 use super::table::Table;
 use accordion::goldens::homer::{GoldenNode, HomerCase};
@@ -38,7 +38,7 @@ fn one_case(table: &mut Table, case: &HomerCase) {
         }
         match implementation.homer(case, &plan) {
             Ok(found) => {
-                let comparison = compare(case, &found, &|tensor| implementation.omits(tensor));
+                let comparison = compare(case, &found, implementation.dtype(), &|tensor| implementation.omits(tensor));
                 table.comparison("homer", &case.name, name, &comparison);
             }
             Err(error) => table.not_run("homer", &case.name, name, &error),
@@ -61,15 +61,11 @@ impl Bounds {
     /// from rounded weights differs from the golden by up to 6.6 of the type's rounding steps at the tensor's largest
     /// magnitude (case G); three times that is allowed, and scores are a tie within twice their own noise of 5.7 steps.
     fn of(dtype: DType) -> Self {
-        let narrow = |step: f32| Self {
-            float: Bound { absolute: 0.0, relative: 20.0 * step },
-            tie: Bound { absolute: 0.0, relative: 11.4 * step },
+        let tie = match dtype {
+            DType::F16 | DType::Bf16 => Bound::steps(dtype, 11.4),
+            _ => Bound { absolute: 2e-5, relative: 0.0 },
         };
-        match dtype {
-            DType::F16 => narrow(f32::exp2(-11.0)),
-            DType::Bf16 => narrow(f32::exp2(-8.0)),
-            _ => Self { float: SINGLE, tie: Bound { absolute: 2e-5, relative: 0.0 } },
-        }
+        Self { float: Bound::steps(dtype, 20.0), tie }
     }
 }
 
@@ -106,8 +102,8 @@ fn plan(case: &HomerCase) -> Result<HomerPlan, String> {
 }
 
 /// Compares everything the case holds with what was found.
-fn compare(case: &HomerCase, found: &Tensors, omits: &dyn Fn(&str) -> bool) -> Comparison {
-    let bounds = Bounds::of(case.dtype);
+fn compare(case: &HomerCase, found: &Tensors, dtype: DType, omits: &dyn Fn(&str) -> bool) -> Comparison {
+    let bounds = Bounds::of(coarser(case.dtype, dtype));
     let mut result = Comparison::new(match case.dtype {
         DType::F32 => "",
         _ => ", informative: half precision golden",
@@ -215,7 +211,7 @@ mod tests {
         let case = case(name);
         let mut found = case.expected.clone();
         damage(&mut found);
-        compare(&case, &found, &|_| false).verdict()
+        compare(&case, &found, DType::F32, &|_| false).verdict()
     }
 
     fn change(found: &mut Tensors, name: &str, change: impl FnOnce(&mut Vec<f32>)) {

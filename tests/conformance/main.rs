@@ -17,6 +17,7 @@ mod sharedllm;
 mod table;
 
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
+use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::homer::HomerPlan;
 use accordion_graphs::plan::sharedllm::Quirks;
 use compare::Tensors;
@@ -39,6 +40,11 @@ impl std::error::Error for NotDefined {}
 trait Implementation {
     /// As the table shows it.
     fn name(&self) -> &'static str;
+
+    /// What it computes in.
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
 
     /// Runs the whole case and returns everything it computed, by golden name.
     fn homer(&mut self, case: &HomerCase, plan: &HomerPlan) -> anyhow::Result<Tensors>;

@@ -16,7 +16,7 @@ fn findings(name: &str, graphs: &Graphs, change: impl Fn(&str, Tensor) -> Tensor
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/rcc");
     let case = RccCase::open(&folder.join(format!("{name}.cases.safetensors"))).unwrap();
     let workspace = tempfile::tempdir().unwrap();
-    let bundle = bundle(&case, graphs.target, workspace.path()).unwrap();
+    let bundle = bundle(&case, graphs.target, &graphs.recipe, workspace.path()).unwrap();
     let source = |name: &str| case.weight(name).map(|weight| change(name, weight));
     let reference = Rcc::load(&case.decoder, &case.model, case.settings, source).unwrap();
     let plans = case.runs.iter().map(|run| (run, RccPlan::new(run.lengths(), case.settings).unwrap()));
@@ -33,7 +33,7 @@ fn findings(name: &str, graphs: &Graphs, change: impl Fn(&str, Tensor) -> Tensor
 #[test]
 fn graphs_and_reference_agree_segment_by_segment() {
     for name in ["neox_r32", "qwen2_r8", "mamba_pairs"] {
-        for graphs in [&Graphs::all()[0], &Graphs::all()[5]] {
+        for graphs in [&Graphs::single()[0], &Graphs::single()[5]] {
             let findings = findings(name, graphs, |_, weight| weight);
             assert_eq!(findings.not_comparable, 0);
             for tap in &findings.taps {
@@ -50,7 +50,7 @@ fn graphs_and_reference_agree_segment_by_segment() {
 
 #[test]
 fn the_first_difference_is_where_the_fault_is() {
-    let faulty = findings("qwen2_r8", &Graphs::all()[5], |name, weight| {
+    let faulty = findings("qwen2_r8", &Graphs::single()[5], |name, weight| {
         if !name.ends_with("A_matrix.1.weight") {
             return weight;
         }

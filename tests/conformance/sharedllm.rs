@@ -1,19 +1,36 @@
 //! SharedLLM's rows: the plan against the lengths and positions of the authors' code, then everything that it computed and,
 //! in rows of their own, everything that is known of the repaired variant.
 
-use super::compare::{Comparison, SINGLE, Tensors, integers};
+use super::compare::{Bound, Comparison, Tensors, integers};
 use super::table::Table;
 use super::{Implementation, implementations};
 use accordion::goldens::SharedLlmCase;
 use accordion::tensor::Tensor;
 use accordion::verify::golden::sharedllm::{is_planned, plan};
+use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::sharedllm::Quirks;
 use std::path::Path;
 
-/// Similarities closer than this are a tie: their noise is a tenth of it.
-const SIMILARITY_TIE: f32 = 2e-6;
-/// Logits closer than this are a tie: twice the noise that is seen.
-const LOGIT_TIE: f32 = 2e-5;
+/// What a computation is held to.
+struct Bounds {
+    /// How far a float may be off.
+    float: Bound,
+    /// Similarities closer than this are a tie: in single precision, their noise is a tenth of it.
+    similarity: f32,
+    /// Logits closer than this are a tie: twice the noise that is seen in single precision.
+    logit: Bound,
+}
+
+impl Bounds {
+    /// In half precision, what HOMER's goldens are held to. Similarities are cosines: their largest magnitude is one.
+    fn of(dtype: DType) -> Self {
+        let float = Bound::steps(dtype, 20.0);
+        match dtype {
+            DType::F16 | DType::Bf16 => Self { float, similarity: float.relative, logit: float },
+            _ => Self { float, similarity: 2e-6, logit: Bound { absolute: 2e-5, relative: 0.0 } },
+        }
+    }
+}
 
 /// Every case of `folder`.
 pub(crate) fn cases(table: &mut Table, folder: &Path) {
@@ -75,8 +92,9 @@ fn check_plan(case: &SharedLlmCase) -> Result<String, String> {
 fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation: &dyn Implementation) -> Comparison {
     let expected = case.expected(quirks);
     let mut result = Comparison::new("");
-    let choice = tied_choice(expected, found, quirks);
-    let token = tied_token(expected, found);
+    let bounds = Bounds::of(implementation.dtype());
+    let choice = tied_choice(expected, found, quirks, bounds.similarity);
+    let token = tied_token(expected, found, bounds.logit);
     for (name, expected) in
         expected.iter().filter(|(name, _)| !is_planned(name) && !implementation.omits_sharedllm(case, name))
     {
@@ -84,11 +102,11 @@ fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation
         if after_choice || token.as_ref().is_some_and(|(tied, _)| tied == name) {
             result.skip();
         } else {
-            result.compare(name, expected, found, SINGLE);
+            result.compare(name, expected, found, bounds.float);
         }
     }
     if quirks == Quirks::Fixed {
-        steps_equal_one_call(case, found, &mut result);
+        steps_equal_one_call(case, found, bounds.float, &mut result);
     }
     let findings = choice.into_iter().map(|(_, finding)| finding).chain(token.into_iter().map(|(_, finding)| finding));
     for finding in findings {
@@ -99,7 +117,7 @@ fn compare(case: &SharedLlmCase, quirks: Quirks, found: &Tensors, implementation
 
 /// Without the released code's rotation of single tokens, decoding step by step is what one call over all tokens is. An
 /// implementation may have fed other tokens at once, as the golden did for the released variant; then there is nothing to hold.
-fn steps_equal_one_call(case: &SharedLlmCase, found: &Tensors, result: &mut Comparison) {
+fn steps_equal_one_call(case: &SharedLlmCase, found: &Tensors, bound: Bound, result: &mut Comparison) {
     let same_tokens = [case.running_ids.as_slice(), &case.decode_ids(Quirks::Fixed)].concat();
     let fed = found.get("teacher_forced.input_ids").and_then(integers);
     if fed != Some(same_tokens.into_iter().map(i64::from).collect()) {
@@ -109,12 +127,12 @@ fn steps_equal_one_call(case: &SharedLlmCase, found: &Tensors, result: &mut Comp
     let vocab = case.architecture.vocab_size;
     for (step, row) in at_once.to_f32().chunks_exact(vocab).skip(case.running_ids.len()).enumerate() {
         let row = Tensor::from_f32([1, 1, vocab], row.to_vec()).unwrap();
-        result.compare(&format!("decode.{step}.logits"), &row, found, SINGLE);
+        result.compare(&format!("decode.{step}.logits"), &row, found, bound);
     }
 }
 
 /// The first level at which other halves were chosen than expected, all of them within a tie.
-fn tied_choice(expected: &Tensors, found: &Tensors, quirks: Quirks) -> Option<(usize, String)> {
+fn tied_choice(expected: &Tensors, found: &Tensors, quirks: Quirks, tie: f32) -> Option<(usize, String)> {
     let chosen = |tensors: &Tensors, level| integers(tensors.get(&format!("tree.d{level}.chosen"))?);
     for level in 0.. {
         let (chosen, found) = (chosen(expected, level)?, chosen(found, level)?);
@@ -130,7 +148,7 @@ fn tied_choice(expected: &Tensors, found: &Tensors, quirks: Quirks) -> Option<(u
         }
         let widest = other.iter().map(|&chunk| gap(chunk)).fold(0.0, f32::max);
         let finding = format!("level {level} chose the other half of chunks {other:?}, at most {widest:.2e} apart");
-        return (widest <= SIMILARITY_TIE).then_some((level, finding));
+        return (widest <= tie).then_some((level, finding));
     }
     None
 }
@@ -152,7 +170,7 @@ fn depends_on_choice(name: &str, level: usize) -> bool {
 }
 
 /// The first token that was decided otherwise than expected, with a logit within a tie.
-fn tied_token(expected: &Tensors, found: &Tensors) -> Option<(String, String)> {
+fn tied_token(expected: &Tensors, found: &Tensors, tie: Bound) -> Option<(String, String)> {
     let id = |tensors: &Tensors, name: &str| integers(tensors.get(name)?)?.first().copied();
     for step in 0.. {
         let name = format!("decode.{step}.input_id");
@@ -167,7 +185,7 @@ fn tied_token(expected: &Tensors, found: &Tensors) -> Option<(String, String)> {
         let logit = |id: i64| values.get(row + usize::try_from(id).ok()?).copied();
         let gap = logit(expected_id)? - logit(found_id)?;
         let finding = format!("{name}: {found_id} instead of {expected_id}, {gap:.2e} apart");
-        return (gap.abs() <= LOGIT_TIE).then_some((name, finding));
+        return (gap.abs() <= tie.of(&values)).then_some((name, finding));
     }
     None
 }

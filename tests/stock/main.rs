@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod float16;
+
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export};
 use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json, sharedllm_json};
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};

@@ -24,5 +24,5 @@ pub use selective_scan::SELECTIVE_SCAN;
 pub(crate) use strided_compress::select_rows;
 pub use strided_compress::{STRIDED_COMPRESS, STRIDED_COMPRESS_MEAN};
 pub use swiglu::SWIGLU;
-pub use topk_prune::TOPK_PRUNE;
 pub(crate) use topk_prune::last_row_logits;
+pub use topk_prune::{TOPK_PRUNE, TOPK_PRUNE_16};

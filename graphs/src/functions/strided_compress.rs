@@ -21,8 +21,7 @@ pub const STRIDED_COMPRESS_MEAN: Operator =
 
 fn strided_compress_mean(g: &Scope) {
     let [x, x2] = ["x", "x2"].map(|name| selected_input(g, name));
-    let mean = (x + x2) * g.float(0.5);
-    g.output("y", &mean.linear(&weight(g), None));
+    g.output("y", &x.mean(&x2).linear(&weight(g), None));
 }
 
 fn weight(g: &Scope) -> Value {

@@ -13,9 +13,15 @@ use crate::onnx::{Dim, Operator, Scope, Value};
 ///
 /// Outputs: `keep_idx [B, K]`, `kept_hidden [B, K, D]`, `kept_position_ids [B, K]`, `kept_kv [B, n, 2, G, K, d]`,
 /// `scores [B, L]`, `metric [B, H, L]` (the logits of the last row).
-pub const TOPK_PRUNE: Operator = Operator { name: "TopKPrune", attributes: &["scale"], body: topk_prune };
+pub const TOPK_PRUNE: Operator = Operator { name: NAME, attributes: &ATTRIBUTES, body: |g| topk_prune(g, false) };
 
-fn topk_prune(g: &Scope) {
+/// [`TOPK_PRUNE`] of queries, keys, hidden states and caches in any floating-point type: scores are computed in fp32.
+pub const TOPK_PRUNE_16: Operator = Operator { name: NAME, attributes: &ATTRIBUTES, body: |g| topk_prune(g, true) };
+
+const NAME: &str = "TopKPrune";
+const ATTRIBUTES: [&str; 1] = ["scale"];
+
+fn topk_prune(g: &Scope, cast: bool) {
     let dim = |name: &str| Dim::from(name);
     let [b, h, groups, l, d, n, width] = ["batch", "heads", "kv_heads", "length", "head", "layers", "width"].map(dim);
     let kept = dim("keep");
@@ -28,6 +34,7 @@ fn topk_prune(g: &Scope) {
     let [keep, prefix, suffix] =
         ["keep", "prefix_length", "suffix_length"].map(|name| g.input(name, DType::I64, &[1.into()]));
 
+    let [query, key] = [query, key].map(|x| if cast { x.cast(DType::F32) } else { x });
     let metric = last_row_logits(g, &query, &key, &g.attribute("scale"));
     let distance = positions.last(1) - &positions;
     // Runtimes differ in what a maximum and an order make of NaN: the sum is NaN where a logit is, and zero elsewhere, and

@@ -108,6 +108,12 @@ impl Value {
         self.one("IsNaN", &[], vec![], DType::Bool, self.shape().to_vec())
     }
 
+    /// `(self + other) / 2`, of any type of floating-point numbers.
+    #[must_use]
+    pub fn mean(&self, other: &Value) -> Value {
+        self.binary("Mean", other, self.dtype())
+    }
+
     /// Elementwise maximum.
     #[must_use]
     pub fn maximum(&self, other: &Value) -> Value {

@@ -107,7 +107,7 @@ impl Scope {
     }
 
     /// The value `id` of the graph, for building on in `scope`.
-    fn value(&self, scope: &Scope, id: usize) -> Value {
+    pub(super) fn value(&self, scope: &Scope, id: usize) -> Value {
         let graph = self.graph.borrow();
         let data = &graph.values[id];
         Value::new(scope, id, data.dtype, Rc::clone(&data.shape))
@@ -191,7 +191,7 @@ impl GraphData {
 
     /// Removes casts of tensors that nothing reads any more, the tensors that nothing reads, and the functions that nothing
     /// calls.
-    fn drop_unused_tensors(&mut self) {
+    pub(super) fn drop_unused_tensors(&mut self) {
         let stored: HashSet<usize> = self.linked.values().map(|(id, _)| *id).collect();
         let read = |nodes: &[NodeData]| -> HashSet<usize> {
             nodes.iter().flat_map(|node| node.inputs.iter().copied().flatten()).collect()

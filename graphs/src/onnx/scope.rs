@@ -336,7 +336,7 @@ fn join(path: &str, name: &str) -> String {
 
 impl GraphData {
     /// `name` behind the graph's prefix, or `name_2`, `name_3`, ... if it is taken.
-    fn unique(&mut self, mut name: String) -> String {
+    pub(super) fn unique(&mut self, mut name: String) -> String {
         name.insert_str(0, &self.prefix);
         let count = self.names_used.entry(name.clone()).or_insert(0);
         *count += 1;

@@ -1,8 +1,11 @@
 //! Precision in the graph: what numbers a bundle computes with, and the passes that put them into a graph that was built in
 //! fp32.
 
+mod float16;
 mod quantize;
 
+pub use crate::onnx::Arithmetic;
+pub use float16::{Decision, Keep, float16};
 pub use quantize::quantize;
 
 use crate::dtype::DType;

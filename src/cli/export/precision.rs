@@ -14,7 +14,8 @@ pub(super) struct PrecisionArguments {
     /// Weights that share a scale, where weights are in blocks [default: 32 of weight-int4, else 64]
     #[arg(long, value_name = "N")]
     block: Option<usize>,
-    /// Ranges of activations, from `accordion calibrate ranges`: what int8 and fp8 need and int8-per-token is better with
+    /// Ranges of activations, from `accordion calibrate ranges`: what int8 and fp8 need, and int8-per-token and
+    /// fp16 are better with
     #[arg(long, value_name = "FILE")]
     ranges: Option<PathBuf>,
     /// How clipping values are taken from the ranges: minmax, average, percentile=P, entropy or mse
@@ -28,6 +29,9 @@ pub(super) struct PrecisionArguments {
     /// Measured on the sample of activations in the ranges, with only that layer quantized [default: no limit]
     #[arg(long, value_name = "X", requires = "ranges")]
     max_error: Option<f64>,
+    /// Compute in fp32 and round to fp16 or bf16 wherever the graphs would be in it, for a runtime that has no such numbers
+    #[arg(long)]
+    emulate: bool,
     /// Matrices that stay as they are: those with this word in their names; may be given several times
     #[arg(long = "keep-float", value_name = "WORD")]
     keep: Vec<String>,
@@ -37,6 +41,10 @@ pub(super) struct PrecisionArguments {
 enum PrecisionName {
     /// Single precision throughout; the weights are the checkpoint's own files
     Fp32,
+    /// Half precision, with what would overflow or lose too much in fp32; for target ort-cpu, the weights alone
+    Fp16,
+    /// Brain floats, likewise
+    Bf16,
     /// 8-bit integers in linear layers, activations with one scale per tensor
     Int8,
     /// 8-bit integers in linear layers, activations with a scale per row as they come
@@ -53,6 +61,8 @@ impl PrecisionArguments {
     pub(super) fn recipe(&self) -> Recipe {
         let precision = match self.precision {
             PrecisionName::Fp32 => Precision::Fp32,
+            PrecisionName::Fp16 => Precision::Fp16,
+            PrecisionName::Bf16 => Precision::Bf16,
             PrecisionName::Int8 => Precision::Int8,
             PrecisionName::Fp8 => Precision::Fp8,
             PrecisionName::Int8PerToken => Precision::Int8PerToken,
@@ -67,6 +77,7 @@ impl PrecisionArguments {
             calibrator: self.calibrator,
             smooth: !self.no_smoothing,
             max_error: self.max_error,
+            emulated: self.emulate,
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::checkpoint::config_json;
 use crate::goldens::HomerCase;
 use crate::pipeline::decode::{Continuation, Sequence};
 use crate::pipeline::{self, ContextState, Engines};
+use crate::precision::Recipe;
 use crate::reference::decode::{ContinuationOffset, EndOfText};
 use crate::reference::llama::Llama;
 use crate::reference::rope::Frequencies;
@@ -49,10 +50,10 @@ pub fn plan(case: &HomerCase) -> Result<HomerPlan> {
 /// # Errors
 ///
 /// The case's model cannot be exported, or the folder not be written.
-pub fn bundle(case: &HomerCase, plan: &HomerPlan, target: Target, folder: &Path) -> Result<Bundle> {
+pub fn bundle(case: &HomerCase, plan: &HomerPlan, target: Target, recipe: &Recipe, folder: &Path) -> Result<Bundle> {
     let dir = checkpoint(folder, case.weights_path(), &[("config.json", config_json(&case.architecture))])?;
     let tree_heights = vec![plan.tree_height];
-    exported(&dir, MethodSettings::Homer { settings: case.settings, tree_heights, significance: None }, target)
+    exported(&dir, MethodSettings::Homer { settings: case.settings, tree_heights, significance: None }, target, recipe)
 }
 
 /// Everything that the reference computes of `case`, by golden name.

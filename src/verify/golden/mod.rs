@@ -88,10 +88,13 @@ impl GoldenCase {
     ///
     /// The model cannot be exported, or the folder not be written.
     pub fn bundle(&self, target: Target, folder: &Path) -> Result<Bundle, VerifyError> {
+        let recipe = Recipe::fp32();
         match self {
-            Self::Homer(case, plan) => homer::bundle(case, plan, target, folder),
-            Self::Rcc(case) => rcc::bundle(case, target, folder),
-            Self::SharedLlm(case, quirks) => sharedllm::bundle(case, case.weights_path(), *quirks, target, folder),
+            Self::Homer(case, plan) => homer::bundle(case, plan, target, &recipe, folder),
+            Self::Rcc(case) => rcc::bundle(case, target, &recipe, folder),
+            Self::SharedLlm(case, quirks) => {
+                sharedllm::bundle(case, case.weights_path(), *quirks, target, &recipe, folder)
+            }
         }
     }
 
@@ -165,9 +168,14 @@ fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> VerifyError {
 /// # Errors
 ///
 /// As [`export`].
-pub fn exported(checkpoint: &Path, method: MethodSettings, target: Target) -> Result<Bundle, VerifyError> {
+pub fn exported(
+    checkpoint: &Path,
+    method: MethodSettings,
+    target: Target,
+    recipe: &Recipe,
+) -> Result<Bundle, VerifyError> {
     let out = checkpoint.with_file_name("bundle");
-    let options = ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false };
+    let options = ExportOptions { method, target, weights: WeightStorage::Link, recipe: recipe.clone(), force: false };
     export(&Checkpoint::open(checkpoint).map_err(Box::new)?, &out, &options)?;
     Ok(Bundle::open(out)?)
 }

@@ -10,6 +10,7 @@ use crate::bundle::{Bundle, MethodSettings};
 use crate::checkpoint::{RCC_FILE, architecture_json, rcc_json};
 use crate::goldens::RccCase;
 use crate::pipeline::Engines;
+use crate::precision::Recipe;
 use crate::tensor::Tensor;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
@@ -21,7 +22,7 @@ use std::path::Path;
 /// # Errors
 ///
 /// The model cannot be exported, or the folder not be written.
-pub fn bundle(case: &RccCase, target: Target, folder: &Path) -> Result<Bundle, VerifyError> {
+pub fn bundle(case: &RccCase, target: Target, recipe: &Recipe, folder: &Path) -> Result<Bundle, VerifyError> {
     let dir = folder.join("checkpoint");
     std::fs::create_dir(&dir).map_err(failed(&dir))?;
     let file = dir.join("model.safetensors");
@@ -38,7 +39,7 @@ pub fn bundle(case: &RccCase, target: Target, folder: &Path) -> Result<Bundle, V
     written.map_err(|source| failed(&file)(std::io::Error::other(source)))?;
     let rcc = rcc_json(&case.model.encoder, case.settings);
     describe(&dir, &[("config.json", architecture_json(&case.decoder)), (RCC_FILE, rcc)])?;
-    exported(&dir, MethodSettings::Rcc(case.settings), target)
+    exported(&dir, MethodSettings::Rcc(case.settings), target, recipe)
 }
 
 /// Everything that the reference computes of `case`, by golden name.

@@ -11,6 +11,7 @@ use crate::bundle::{Bundle, MethodSettings};
 use crate::checkpoint::sharedllm_json;
 use crate::goldens::SharedLlmCase;
 use crate::pipeline::Engines;
+use crate::precision::Recipe;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PromptLengths;
@@ -37,12 +38,13 @@ pub fn bundle(
     weights: &Path,
     quirks: Quirks,
     target: Target,
+    recipe: &Recipe,
     folder: &Path,
 ) -> Result<Bundle, VerifyError> {
     let settings = case.settings(quirks);
     let config = sharedllm_json(&case.architecture, &case.model, &settings);
     let dir = checkpoint(folder, weights, &[("config.json", config)])?;
-    exported(&dir, MethodSettings::SharedLlm(settings), target)
+    exported(&dir, MethodSettings::SharedLlm(settings), target, recipe)
 }
 
 /// Everything that the reference computes of one variant of `case`, by golden name.
