@@ -11,7 +11,6 @@
 pub mod case;
 mod error;
 pub mod homer;
-mod npz;
 pub mod plain;
 pub mod rebuild;
 pub mod reproducer;
