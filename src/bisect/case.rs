@@ -8,6 +8,10 @@ use crate::verify::verdict::{Bounds, TapKind, TapResult, judge};
 use accordion_graphs::dtype::DType;
 use accordion_graphs::onnx::tap_outputs;
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+/// What is done with one case after the other. It breaks where nothing more is to be seen.
+pub type Visit<'v> = dyn FnMut(&Case<'_>) -> Result<ControlFlow<()>, BisectError> + 'v;
 
 /// What a graph is given, and what should come out of it.
 pub struct Case<'r> {
@@ -66,7 +70,13 @@ impl Case<'_> {
         let expected = self.expected.get(name)?;
         // The reference has no batch axis.
         let found = found.reshaped(expected.shape()).unwrap_or_else(|_| found.clone());
-        let scores = self.expected.get("prune.scores").filter(|_| TapKind::of(name) == TapKind::Selection);
+        let scores = match TapKind::of(name) {
+            TapKind::Selection => self.expected.get("prune.scores"),
+            TapKind::Choice => {
+                name.strip_suffix("chosen").and_then(|level| self.expected.get(&format!("{level}similarity")))
+            }
+            TapKind::Logits | TapKind::Value => None,
+        };
         Some(judge(name, &found, expected, scores, &bounds(name)))
     }
 }

@@ -7,6 +7,7 @@ use crate::reference::ReferenceError;
 use crate::runtime::EngineError;
 use crate::staging::StagingError;
 use crate::tensor::TensorError;
+use crate::verify::VerifyError;
 use accordion_graphs::onnx::BuildError;
 use accordion_graphs::plan::PlanError;
 use std::path::PathBuf;
@@ -35,6 +36,9 @@ pub enum BisectError {
     /// The graph cannot be built or cut.
     #[error(transparent)]
     Build(#[from] BuildError),
+    /// The sides of a comparison could not be prepared.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// There is no plan for the lengths.
     #[error(transparent)]
     Plan(#[from] PlanError),

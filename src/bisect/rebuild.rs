@@ -55,6 +55,11 @@ impl<'b> Rebuilt<'b> {
         Ok(Self { bundle, graphs, locations })
     }
 
+    /// The bundle.
+    pub fn bundle(&self) -> &'b Bundle {
+        self.bundle
+    }
+
     /// Graph `name`, if it is the one in the bundle.
     ///
     /// # Errors

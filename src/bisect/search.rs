@@ -12,13 +12,14 @@
 //! before them that made them wrong.
 
 use super::BisectError;
-use super::case::Case;
+use super::case::{Case, Visit};
 use crate::runtime::{EngineError, Loader};
 use crate::tensor::Tensor;
 use crate::verify::verdict::{TapKind, TapResult, Verdict};
 use accordion_graphs::onnx::{Part, PartNode, Point};
 use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
+use std::ops::ControlFlow;
 
 /// A point vouches for the nodes it needs if it uses no more of its bounds than this: rounding uses a hundredth.
 const CLEARLY_RIGHT: f64 = 0.1;
@@ -94,12 +95,33 @@ pub struct Found {
     pub expected: Tensor,
 }
 
+/// Looks for the first wrong point of the first wrong one of `cases`, with engines of `loader`. `on_case` hears how many turned
+/// out right. `None` if all did.
+///
+/// # Errors
+///
+/// A case cannot be made, or a graph or a part of it not be loaded or run.
+pub fn first_wrong(
+    loader: &dyn Loader,
+    on_case: &mut dyn FnMut(usize),
+    cases: impl FnOnce(&mut Visit<'_>) -> Result<ControlFlow<()>, BisectError>,
+) -> Result<Option<Found>, BisectError> {
+    let (mut found, mut right) = (None, 0);
+    let _ended = cases(&mut |case| {
+        found = bisect(case, loader)?;
+        right += 1;
+        on_case(right);
+        Ok(if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    })?;
+    Ok(found)
+}
+
 /// Looks for the first wrong point of `case` with engines of `loader`. `None` if every output is right.
 ///
 /// # Errors
 ///
 /// The graph, or a part of it, cannot be loaded or run.
-pub fn bisect(case: &Case<'_>, loader: &dyn Loader) -> Result<Option<Found>, BisectError> {
+fn bisect(case: &Case<'_>, loader: &dyn Loader) -> Result<Option<Found>, BisectError> {
     let points =
         case.graph.scope.points().into_iter().filter(|point| case.expected.contains_key(&point.name)).collect();
     let mut search = Search { case, loader, points, checked: HashMap::new(), runs: 0 };
@@ -152,9 +174,15 @@ impl Search<'_, '_> {
         for (at, value) in places.into_iter().zip(values) {
             self.note(at, &value);
         }
+        // Choices inside a graph decide about its outputs as well.
+        let chooses = |point: &Point| TapKind::of(&point.name) == TapKind::Choice;
+        let choices: Vec<usize> = (0..self.points.len()).filter(|&i| chooses(&self.points[i])).collect();
+        for at in choices {
+            self.check(at)?;
+        }
         let is_tie = |at: &usize| {
-            let selects = TapKind::of(&self.points[*at].name) == TapKind::Selection;
-            selects && self.checked[at].result.verdict == Verdict::Ambiguous
+            let decides = matches!(TapKind::of(&self.points[*at].name), TapKind::Selection | TapKind::Choice);
+            decides && self.checked[at].result.verdict == Verdict::Ambiguous
         };
         if let Some(tie) = self.checked.keys().copied().filter(is_tie).min() {
             self.points.truncate(tie);

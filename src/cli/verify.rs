@@ -5,14 +5,12 @@ mod sides;
 
 use self::input::Chosen;
 use super::Outcome;
-use super::bisect::{Asked, BisectArguments};
+use super::bisect::BisectArguments;
 use super::common::{EngineArguments, parse_width};
 use super::output::Output;
 use super::report::write_aside;
 use accordion::bundle::Bundle;
 use accordion::environment::Machine;
-use accordion::reference::homer::Prompt;
-use accordion::verify::bundle::{Input, Plan};
 use accordion::verify::golden::GoldenCase;
 use accordion::verify::schema::{Subject, VerifyReport};
 use accordion::verify::verdict::Verdict;
@@ -150,9 +148,14 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
                 return sides::record(&bundle, file, arguments, output);
             }
             if arguments.bisect.wanted() {
-                return search(&bundle, arguments, output);
+                let chosen = Chosen::first(&bundle, arguments, output)?;
+                return arguments.bisect.run(&bundle, &chosen.input(), &arguments.engine, output);
             }
-            sides::two_sides(&bundle, arguments, output)?
+            if arguments.cumulative {
+                sides::part_by_part(&bundle, arguments, output)?
+            } else {
+                sides::two_sides(&bundle, arguments, output)?
+            }
         }
         (None, None) => anyhow::bail!("a bundle or --golden is needed"),
     };
@@ -175,26 +178,6 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         );
     }
     Ok(if report.verdict == Verdict::Fail { Outcome::CheckFailed } else { Outcome::Done })
-}
-
-/// Looks for the first wrong tap on what would be compared.
-fn search(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
-    let chosen = Chosen::first(bundle, arguments, output)?;
-    let Input { plan, lengths, ids, .. } = chosen.input();
-    let (prompt, _) = ids.split_at(lengths.total());
-    let run = |asked: &Asked<'_>| arguments.bisect.run(bundle, asked, &arguments.engine, output);
-    match plan {
-        Plan::Plain => run(&Asked::Plain(prompt)),
-        Plan::Homer(plan, bias) => {
-            let (before, suffix) = prompt.split_at(lengths.prefix + lengths.context);
-            let (prefix, context) = before.split_at(lengths.prefix);
-            run(&Asked::Homer(plan, Prompt { prefix, context, suffix }, bias))
-        }
-        Plan::Rcc(_) | Plan::SharedLlm(_) => {
-            let method = bundle.manifest().method.name();
-            anyhow::bail!("--bisect knows plain and homer, and the bundle's method is {method}")
-        }
-    }
 }
 
 type Environment = Vec<(String, String)>;

@@ -62,18 +62,23 @@ impl<'a> Input<'a> {
         Divided { prefix, context, suffix, prompt, teacher }
     }
 
-    fn rcc(&self, plan: &'a RccPlan) -> RccInput<'a> {
+    /// The prompt's token ids, all parts.
+    pub fn prompt(&self) -> &'a [u32] {
+        self.divided().prompt
+    }
+
+    pub(crate) fn rcc(&self, plan: &'a RccPlan) -> RccInput<'a> {
         let Divided { prefix, context, suffix, prompt, teacher } = self.divided();
         RccInput { plan, text: &prompt[..prefix.len() + context.len()], prompt: suffix, teacher }
     }
 
-    fn sharedllm(&self, plan: &'a SharedLlmPlan) -> SharedLlmInput<'a> {
+    pub(crate) fn sharedllm(&self, plan: &'a SharedLlmPlan) -> SharedLlmInput<'a> {
         let Divided { prompt, teacher, .. } = self.divided();
         let (context, running) = prompt.split_at_checked(plan.compressed().end).unwrap_or((prompt, &[]));
         SharedLlmInput { plan, context, running, teacher, width: self.width }
     }
 
-    fn homer<'b>(&self, plan: &'b HomerPlan, bias: &'b [&'b [f32]]) -> HomerInput<'b>
+    pub(crate) fn homer<'b>(&self, plan: &'b HomerPlan, bias: &'b [&'b [f32]]) -> HomerInput<'b>
     where
         'a: 'b,
     {

@@ -115,13 +115,13 @@ pub fn model_order(a: &str, b: &str) -> Ordering {
         .then_with(|| natural(scope_a, scope_b))
         .then_with(|| stage(&rest_a).cmp(&stage(&rest_b)))
         .then_with(|| {
-            // A scope inside a scope: a layer of a segment, a layer of its encoder.
+            // A scope inside a scope: a layer of a segment, or of its encoder.
             let nested = |rest: &str| scope(rest).ends_with(|c: char| c.is_ascii_digit());
-            let both =
-                scope(&rest_a) == scope(&rest_b) && [&rest_a, &rest_b].iter().all(|rest| scope(rest) != rest.as_str());
-            if both || nested(&rest_a) && nested(&rest_b) {
-                let (a, b) = if both { (inner(&rest_a), inner(&rest_b)) } else { (&rest_a[..], &rest_b[..]) };
-                model_order(a, b)
+            let (inner_a, inner_b) = (inner(&rest_a), inner(&rest_b));
+            if nested(&rest_a) && nested(&rest_b) {
+                model_order(&rest_a, &rest_b)
+            } else if scope(&rest_a) == scope(&rest_b) && !inner_a.is_empty() && !inner_b.is_empty() {
+                model_order(inner_a, inner_b)
             } else {
                 natural(&rest_a, &rest_b)
             }

@@ -14,7 +14,7 @@ use crate::pipeline::rcc::read_slots;
 use crate::reference::decode::Continuation;
 use crate::reference::rcc::Rcc;
 use crate::taps::TapSink;
-use crate::tensor::{Tensor, TensorError};
+use crate::tensor::Tensor;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::rcc::RccPlan;
 
@@ -116,34 +116,20 @@ impl TapSink for Within<'_> {
     }
 }
 
-/// The engine's taps, with every map by itself and without an axis of segments, as the reference has them.
+/// The engine's taps, without an axis of segments, as the reference has them.
 struct EngineTaps<'s, 'p>(&'s Shared<'p>);
 
 impl TapSink for EngineTaps<'_, '_> {
     fn wants(&self, name: &str) -> bool {
-        self.0.wants(name)
+        // All maps at once; they are taps one by one too.
+        !name.ends_with(".maps") && self.0.wants(name)
     }
 
     fn record(&mut self, name: &str, value: Tensor) {
-        let recorded = self.one_segment(name, &value);
-        self.0.note(recorded);
-    }
-}
-
-impl EngineTaps<'_, '_> {
-    fn one_segment(&self, name: &str, value: &Tensor) -> Result<(), TensorError> {
-        let [rows, shape @ ..] = value.shape() else {
-            self.0.record(name, value.clone());
-            return Ok(());
+        let one = match value.shape() {
+            [1, shape @ ..] if shape.len() > 1 => value.reshaped(shape),
+            _ => Ok(value.clone()),
         };
-        if name.ends_with(".maps") {
-            for map in 0..*rows {
-                self.0.record(&format!("{name}.{map}"), value.rows(map..map + 1).reshaped(shape)?);
-            }
-        } else {
-            let one = *rows == 1 && shape.len() > 1;
-            self.0.record(name, if one { value.reshaped(shape)? } else { value.clone() });
-        }
-        Ok(())
+        self.0.note(one.map(|one| self.0.record(name, one)));
     }
 }

@@ -232,7 +232,7 @@ impl EngineTaps<'_> {
 
 /// The tap `name`; similarities of all left and then all right halves, `[2 * n]`, as the pairs that are decided between,
 /// `[n, 2]`.
-pub(super) fn decided_between(plan: &SharedLlmPlan, name: &str, value: Tensor) -> Result<Tensor, TensorError> {
+pub(crate) fn decided_between(plan: &SharedLlmPlan, name: &str, value: Tensor) -> Result<Tensor, TensorError> {
     if !is_score(name) {
         return Ok(value);
     }

@@ -1,8 +1,8 @@
 //! The sides that a bundle or a recording can be held against, sample by sample, and recording one.
 
-use super::super::Outcome;
 use super::super::common::runtime;
 use super::super::output::Output;
+use super::super::{Outcome, bisect};
 use super::input::Chosen;
 use super::{Against, Arguments, Environment, Side, detail, machine};
 use accordion::bundle::Bundle;
@@ -99,6 +99,16 @@ pub(super) fn two_sides(bundle: &Bundle, arguments: &Arguments, output: &Output)
     let described = samples.first().map(|(_, chosen)| chosen.described()).unwrap_or_default();
     all.taps.splice(0..0, weights);
     Ok(VerifyReport::of_samples(subject(bundle, &other, described), all, samples.len(), Some(total)))
+}
+
+/// Compares every part of the graphs by itself with the reference.
+pub(super) fn part_by_part(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<VerifyReport> {
+    let chosen = Chosen::first(bundle, arguments, output)?;
+    let (engine, input) = (&arguments.engine, chosen.input());
+    let findings = bisect::part_by_part(bundle, &input, detail(arguments), engine, output)?;
+    let mut subject = subject(bundle, &Other::Reference, chosen.described());
+    subject.expected.push_str(", which every part is given the values of");
+    Ok(VerifyReport::of_samples(subject, findings, 1, None))
 }
 
 /// The other bundle's engines, in the thread that runs them.
