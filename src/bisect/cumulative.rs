@@ -75,9 +75,7 @@ fn run(case: &Case<'_>, step: &mut Step, points: &[&Point]) -> Result<Option<Ten
             let graph = case.graph.name.clone();
             return Err(EngineError::UnknownName { graph, kind: "input", name: read.name.clone() }.into());
         };
-        // The reference lacks the axes of one that every graph begins with.
-        let ones = read.shape.len().saturating_sub(expected.shape().len());
-        Ok::<_, BisectError>(expected.reshaped([&vec![1; ones], expected.shape()].concat())?)
+        Ok::<_, BisectError>(expected.reshaped(shape_in_graph(expected.shape(), read.shape.len()))?)
     };
     let inputs: Vec<(&str, Tensor)> = step
         .part
@@ -87,4 +85,30 @@ fn run(case: &Case<'_>, step: &mut Step, points: &[&Point]) -> Result<Option<Ten
         .collect::<Result<_, BisectError>>()?;
     let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, value)| (*name, value)).collect();
     Ok(step.engine.run(&inputs, &mut [], &[&step.part.wanted])?.pop())
+}
+
+/// The `shape` that the reference has in a graph that has it with `rank` axes: it lacks the batch of one that every graph begins
+/// with, and keeps apart what a graph has as rows one after the other.
+fn shape_in_graph(shape: &[usize], rank: usize) -> Vec<usize> {
+    let Some(over) = shape.len().checked_sub(rank) else {
+        return [&vec![1; rank - shape.len()], shape].concat();
+    };
+    if rank == 0 {
+        return shape.to_vec();
+    }
+    let (front, back) = shape.split_at(over + 1);
+    [&[front.iter().product()], back].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_are_added_or_joined_in_front() {
+        assert_eq!(shape_in_graph(&[3, 4], 3), [1, 3, 4]);
+        assert_eq!(shape_in_graph(&[3, 4], 2), [3, 4]);
+        assert_eq!(shape_in_graph(&[2, 3, 4], 2), [6, 4]);
+        assert_eq!(shape_in_graph(&[5], 1), [5]);
+    }
 }

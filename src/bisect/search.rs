@@ -15,6 +15,7 @@ use super::BisectError;
 use super::case::{Case, Visit};
 use crate::runtime::{EngineError, Loader};
 use crate::tensor::Tensor;
+use crate::verify::judge::is_score;
 use crate::verify::verdict::{TapKind, TapResult, Verdict};
 use accordion_graphs::onnx::{Part, PartNode, Point};
 use serde::Serialize;
@@ -159,31 +160,23 @@ struct Search<'a, 'r> {
 }
 
 impl Search<'_, '_> {
-    /// Judges all outputs in one run. What follows from a near-tie that was decided differently is left out.
+    /// Judges all outputs in one run, and what is decided inside the graph with the scores it is decided by: a wrong score need
+    /// not change what it decides. What follows from a near-tie that was decided differently is left out.
     fn check_outputs(&mut self) -> Result<(), BisectError> {
         let outputs = &self.case.graph.model.signature.outputs;
-        let (places, names): (Vec<usize>, Vec<&str>) = self
-            .points
-            .iter()
-            .enumerate()
-            .filter(|(_, point)| outputs.iter().any(|output| output.name == point.value.name))
-            .map(|(i, point)| (i, point.value.name.as_str()))
-            .unzip();
-        let values = self.case.run(self.case.load(self.loader, None)?.as_mut(), &names)?;
+        let is_output = |point: &Point| outputs.iter().any(|output| output.name == point.value.name);
+        let looked_at = |point: &Point| is_output(point) || decides(point) || is_score(&point.name);
+        let (places, points): (Vec<usize>, Vec<&Point>) =
+            self.points.iter().enumerate().filter(|(_, point)| looked_at(point)).unzip();
+        let names: Vec<&str> = points.iter().map(|point| point.value.name.as_str()).collect();
+        let inside: Vec<&str> =
+            points.iter().filter(|point| !is_output(point)).map(|point| point.value.name.as_str()).collect();
+        let values = self.case.run(self.case.load(self.loader, &inside)?.as_mut(), &names)?;
         self.runs += 1;
         for (at, value) in places.into_iter().zip(values) {
             self.note(at, &value);
         }
-        // Choices inside a graph decide about its outputs as well.
-        let chooses = |point: &Point| TapKind::of(&point.name) == TapKind::Choice;
-        let choices: Vec<usize> = (0..self.points.len()).filter(|&i| chooses(&self.points[i])).collect();
-        for at in choices {
-            self.check(at)?;
-        }
-        let is_tie = |at: &usize| {
-            let decides = matches!(TapKind::of(&self.points[*at].name), TapKind::Selection | TapKind::Choice);
-            decides && self.checked[at].result.verdict == Verdict::Ambiguous
-        };
+        let is_tie = |at: &usize| decides(&self.points[*at]) && self.checked[at].result.verdict == Verdict::Ambiguous;
         if let Some(tie) = self.checked.keys().copied().filter(is_tie).min() {
             self.points.truncate(tie);
             self.checked.retain(|&i, _| i < tie);
@@ -201,7 +194,7 @@ impl Search<'_, '_> {
     fn check(&mut self, at: usize) -> Result<&Checked, BisectError> {
         if !self.checked.contains_key(&at) {
             let name = self.points[at].value.name.clone();
-            let mut engine = self.case.load(self.loader, Some(&name))?;
+            let mut engine = self.case.load(self.loader, &[&name])?;
             let values = self.case.run(engine.as_mut(), &[&name])?;
             self.runs += 1;
             if let Some(value) = values.first() {
@@ -389,6 +382,11 @@ impl Search<'_, '_> {
         let value = &self.case.expected[&self.points[at].name];
         value.reshaped(shape).unwrap_or_else(|_| value.clone())
     }
+}
+
+/// Whether what follows depends on what is chosen here.
+fn decides(point: &Point) -> bool {
+    matches!(TapKind::of(&point.name), TapKind::Selection | TapKind::Choice)
 }
 
 /// The nodes that compute something else than the values `acquitted`.

@@ -5,7 +5,7 @@
 //! them. The graph's keys carry the whole rotation between a key and the query that looks at it.
 
 use super::BisectError;
-use super::case::{Case, Visit};
+use super::case::{Case, PAIRS, Visit};
 use super::decoder::{DecoderCall, ROWS, batched};
 use super::rebuild::Rebuilt;
 use crate::reference::cache::KeyValue;
@@ -156,7 +156,10 @@ fn expected(
         } else if name.starts_with("kv.") {
             expected.insert(name.clone(), layout.kept(value)?);
         } else if !name.contains(".nodes.") && !name.contains(".halves.") {
-            expected.insert(name.clone(), decided_between(plan, name, value.clone())?);
+            if let Some(level) = name.strip_suffix("similarity") {
+                expected.insert(format!("{level}{PAIRS}"), decided_between(plan, name, value.clone())?);
+            }
+            expected.insert(name.clone(), value.clone());
         }
     }
     Ok(expected)
@@ -181,7 +184,7 @@ impl Layout<'_> {
         Ok(Tensor::from_f32([2 * self.plan.chunks, width], rows)?)
     }
 
-    /// The rows of all nodes of all chunks, `[n * rows, width]`, or only those that are kept, where only those go on.
+    /// The rows of all nodes of all chunks, `[n, rows, width]`, or only those that are kept, where only those go on.
     fn of_nodes(&self, tap: &str) -> Result<Tensor, BisectError> {
         let layers = self.layers();
         let layer: usize =
@@ -203,7 +206,7 @@ impl Layout<'_> {
             all.extend(kept.into_iter().filter_map(|row| rows.get(row)).flatten());
         }
         let width = all.len() / count.max(1);
-        Ok(Tensor::from_f32([count, width], all)?)
+        Ok(Tensor::from_f32([self.plan.chunks, count / self.plan.chunks.max(1), width], all)?)
     }
 
     /// Layers of the lower model.

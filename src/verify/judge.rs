@@ -13,8 +13,8 @@ const NOT_IN_GRAPHS: [&str; 5] = [".in_reduction_mask", ".prune.remove_idx", ".c
 const PARTS: [&str; 4] = ["node.", "query.", "tree.", "segments."];
 
 /// Whether the tap called `name` is what the next selection or choice is made by.
-pub(super) fn is_score(name: &str) -> bool {
-    [".prune.scores", ".similarity", ".sim"].iter().any(|part| name.ends_with(part))
+pub(crate) fn is_score(name: &str) -> bool {
+    matches!(name.rsplit('.').next(), Some("similarity" | "sim")) || name.ends_with("prune.scores")
 }
 
 /// How much is compared.
