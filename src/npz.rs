@@ -106,6 +106,9 @@ pub(crate) enum NpzError {
     Tensor(#[from] TensorError),
 }
 
+/// Names and shapes of arrays.
+type Named = Vec<(String, Vec<usize>)>;
+
 /// An archive that is read one array at a time.
 pub(crate) struct Archive(ZipArchive<File>);
 
@@ -120,7 +123,7 @@ struct Header {
 
 impl Archive {
     /// Opens `file`, and returns the names and shapes of its arrays in the order in which they lie there.
-    pub(crate) fn open(file: File) -> Result<(Self, Vec<(String, Vec<usize>)>), (String, NpzError)> {
+    pub(crate) fn open(file: File) -> Result<(Self, Named), (String, NpzError)> {
         let mut archive = ZipArchive::new(file).map_err(|e| (String::new(), e.into()))?;
         let mut arrays = Vec::new();
         for index in 0..archive.len() {

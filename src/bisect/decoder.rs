@@ -103,7 +103,7 @@ pub(super) fn batched(rows: &Array3<f32>) -> Result<Tensor, BisectError> {
 pub(super) fn continue_from(
     rebuilt: &Rebuilt<'_>,
     reference: &dyn Transformer,
-    context: Continuation,
+    context: &Continuation,
     (place, ids): (&str, &[u32]),
     visit: &mut Visit<'_>,
 ) -> Result<ControlFlow<()>, BisectError> {

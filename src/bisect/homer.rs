@@ -67,7 +67,7 @@ pub fn cases(
     }
     let ids = if teacher.is_empty() { context } else { teacher };
     let behind = Continuation::new(&root, ContinuationOffset::AfterLast);
-    continue_from(rebuilt, reference, behind, ("teacher", &ids[..ids.len().min(ROWS)]), visit)
+    continue_from(rebuilt, reference, &behind, ("teacher", &ids[..ids.len().min(ROWS)]), visit)
 }
 
 /// What the graph of `node` is given; `children` are the right one and the left one.

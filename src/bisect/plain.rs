@@ -19,5 +19,5 @@ pub fn cases(
     ids: &[u32],
     visit: &mut Visit<'_>,
 ) -> Result<ControlFlow<()>, BisectError> {
-    continue_from(rebuilt, reference, Continuation::after(reference.empty_cache()), ("", ids), visit)
+    continue_from(rebuilt, reference, &Continuation::after(reference.empty_cache()), ("", ids), visit)
 }

@@ -44,7 +44,7 @@ pub fn cases(
         }
     }
     let ids = &input.prompt[..input.prompt.len().min(ROWS)];
-    continue_from(rebuilt, reference.decoder(), Continuation::after(cache), ("prompt", ids), visit)
+    continue_from(rebuilt, reference.decoder(), &Continuation::after(cache), ("prompt", ids), visit)
 }
 
 /// The encoder on one segment.

@@ -510,7 +510,7 @@ mod tests {
         let mut actual = expected.clone();
         actual[3] += 9.0;
         let found = compare_logits(&f32s(&[2, 60], &actual), &f32s(&[2, 60], &expected)).unwrap().ranks.unwrap();
-        assert!(found.min_overlap < 0.95 && found.mean_overlap > (1.0 + found.min_overlap) / 2.0 - 1e-9);
+        assert!(found.min_overlap < 0.95 && found.mean_overlap > f64::midpoint(1.0, found.min_overlap) - 1e-9);
         assert!(found.max_divergence > 1.0 && (found.mean_divergence - found.max_divergence / 2.0).abs() < 1e-9);
     }
 

@@ -101,7 +101,7 @@ pub fn compare(
         let expected = worker.map_or(Ok(()), |worker| worker.join().unwrap_or(Err(VerifyError::Stopped)));
         match (walked, expected) {
             // The reason lies on the other side.
-            (Err(VerifyError::Stopped), Err(error)) | (Err(error), _) | (Ok(()), Err(error)) => return Err(error),
+            (Err(VerifyError::Stopped) | Ok(()), Err(error)) | (Err(error), _) => return Err(error),
             (Ok(()), Ok(())) => {}
         }
         cost.actual_seconds = began.elapsed().as_secs_f64() - cost.expected_seconds - cost.compare_seconds;

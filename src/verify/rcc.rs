@@ -122,7 +122,7 @@ struct EngineTaps<'s, 'p>(&'s Shared<'p>);
 impl TapSink for EngineTaps<'_, '_> {
     fn wants(&self, name: &str) -> bool {
         // All maps at once; they are taps one by one too.
-        !name.ends_with(".maps") && self.0.wants(name)
+        name.rsplit('.').next() != Some("maps") && self.0.wants(name)
     }
 
     fn record(&mut self, name: &str, value: Tensor) {

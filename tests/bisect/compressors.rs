@@ -92,7 +92,7 @@ fn check(what: &str, plant: &Plant, found: Option<&Found>) {
     // A tensor that is no module of its own is read by nodes of the one around it.
     let around = module.rsplit_once('.').map_or("", |(around, _)| around);
     let named = |name: &str| culprit.modules.iter().any(|known| known == name);
-    let is_parameter = module.ends_with("A_log") || module.ends_with(".D");
+    let is_parameter = matches!(module.rsplit('.').next(), Some("A_log" | "D"));
     assert!(named(&module) || is_parameter && named(around), "{what}: {module} is not named:\n{summary}");
     assert_eq!(culprit.origin, Origin::Nodes, "{what}: {plant:?}\n{summary}");
     assert!(culprit.modules.len() <= 10, "{what}: {plant:?}\n{summary}");
@@ -157,30 +157,27 @@ impl RccLaboratory {
             (1..layers).map(|i| Plant::weight(&format!("{}.{}", model.layer_maps, i - 1), format!("maps.{i}"))),
         );
         for block in 0..blocks {
-            match &model.encoder {
-                Encoder::Mamba(_) => {
-                    let path = format!("{}.backbone.layers.{block}", model.encoder_path);
-                    let tap = |tap: &str| format!("encoder.layers.{block}.{tap}");
-                    for (module, first) in [
-                        ("norm", "conv"),
-                        ("mixer.in_proj", "conv"),
-                        ("mixer.conv1d", "conv"),
-                        ("mixer.x_proj", "dt"),
-                        ("mixer.dt_proj", "dt"),
-                        ("mixer.A_log", "scan"),
-                        ("mixer.D", "scan"),
-                        ("mixer.out_proj", "out"),
-                    ] {
-                        plants.push(Plant::weight(&format!("{path}.{module}"), tap(first)));
-                    }
-                    plants.push(Plant { fault: Fault::Epsilon(format!("{path}.norm")), tap: tap("conv") });
+            if matches!(model.encoder, Encoder::Mamba(_)) {
+                let path = format!("{}.backbone.layers.{block}", model.encoder_path);
+                let tap = |tap: &str| format!("encoder.layers.{block}.{tap}");
+                for (module, first) in [
+                    ("norm", "conv"),
+                    ("mixer.in_proj", "conv"),
+                    ("mixer.conv1d", "conv"),
+                    ("mixer.x_proj", "dt"),
+                    ("mixer.dt_proj", "dt"),
+                    ("mixer.A_log", "scan"),
+                    ("mixer.D", "scan"),
+                    ("mixer.out_proj", "out"),
+                ] {
+                    plants.push(Plant::weight(&format!("{path}.{module}"), tap(first)));
                 }
-                _ => {
-                    let path = format!("{}.model.layers.{block}", model.encoder_path);
-                    let faults = in_llama_layer(&path).into_iter();
-                    let tap = |tap| format!("encoder.layers.{block}.{tap}");
-                    plants.extend(faults.map(|(fault, first)| Plant { fault, tap: tap(first) }));
-                }
+                plants.push(Plant { fault: Fault::Epsilon(format!("{path}.norm")), tap: tap("conv") });
+            } else {
+                let path = format!("{}.model.layers.{block}", model.encoder_path);
+                let faults = in_llama_layer(&path).into_iter();
+                let tap = |tap| format!("encoder.layers.{block}.{tap}");
+                plants.extend(faults.map(|(fault, first)| Plant { fault, tap: tap(first) }));
             }
         }
         if matches!(self.case.decoder, Architecture::Llama(_)) {
@@ -232,11 +229,11 @@ fn none() -> Fault {
 fn nothing_is_found_in_sound_rcc_bundles() {
     for name in ["qwen2_r8", "mamba_pairs", "neox_r32"] {
         let laboratory = RccLaboratory::new(name);
-        for form in 0..FORMS.len() {
+        for (form, (_, fused)) in FORMS.into_iter().enumerate() {
             let found = laboratory.bisect(&none(), form);
             assert!(found.is_none(), "{name} {form}:\n{}", reproducer::summary(&found.unwrap().culprit));
             let rebuilt = Rebuilt::new(&laboratory.bundles[form]).unwrap();
-            let loader = faulty_runtime(&laboratory.bundles[form], &none(), FORMS[form].1, Frequencies::new(1e4, 16));
+            let loader = faulty_runtime(&laboratory.bundles[form], &none(), fused, Frequencies::new(1e4, 16));
             let found = laboratory.with_input(&none(), |reference, input| {
                 cumulative::compare(&loader, Detail::All, &mut |_| {}, |visit| {
                     rcc::cases(&rebuilt, reference, input, visit)
@@ -354,11 +351,11 @@ fn fifty_faults_in_sharedllm_are_found_by_name() {
 fn nothing_is_found_in_sound_sharedllm_bundles() {
     for (quirks, depth) in VARIANTS {
         let laboratory = SharedLaboratory::new(quirks, depth);
-        for form in 0..FORMS.len() {
+        for (form, (_, fused)) in FORMS.into_iter().enumerate() {
             let found = laboratory.bisect(&none(), form);
             assert!(found.is_none(), "{quirks:?} {depth} {form}:\n{}", reproducer::summary(&found.unwrap().culprit));
             let rebuilt = Rebuilt::new(&laboratory.bundles[form]).unwrap();
-            let loader = faulty_runtime(&laboratory.bundles[form], &none(), FORMS[form].1, Frequencies::new(1e4, 16));
+            let loader = faulty_runtime(&laboratory.bundles[form], &none(), fused, Frequencies::new(1e4, 16));
             let found = laboratory.with_input(&none(), |reference, input| {
                 cumulative::compare(&loader, Detail::All, &mut |_| {}, |visit| {
                     sharedllm::cases(&rebuilt, reference, input, visit)

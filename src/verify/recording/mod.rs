@@ -42,8 +42,8 @@ impl Format {
     }
 }
 
-fn problem(path: &Path, problem: impl ToString) -> VerifyError {
-    VerifyError::Recording { path: path.to_owned(), problem: problem.to_string() }
+fn problem(path: &Path, problem: impl Into<String>) -> VerifyError {
+    VerifyError::Recording { path: path.to_owned(), problem: problem.into() }
 }
 
 /// What a sample was asked.

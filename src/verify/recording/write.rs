@@ -28,7 +28,7 @@ pub struct Recorder {
 }
 
 enum Arrays {
-    Npz(npz::Writer<NamedTempFile>),
+    Npz(Box<npz::Writer<NamedTempFile>>),
     /// The header stands before the data, and is known when all of them are: they wait in a file of their own.
     Safetensors {
         target: NamedTempFile,
@@ -55,7 +55,7 @@ impl Recorder {
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let target = builder.tempfile_in(folder).map_err(failed)?;
         let arrays = match format {
-            Format::Npz => Arrays::Npz(npz::Writer::new(target)),
+            Format::Npz => Arrays::Npz(Box::new(npz::Writer::new(target))),
             Format::Safetensors => Arrays::Safetensors {
                 target,
                 data: BufWriter::new(tempfile::tempfile_in(folder).map_err(failed)?),
