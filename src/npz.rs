@@ -61,7 +61,10 @@ fn header(tensor: &Tensor) -> io::Result<Vec<u8>> {
         DType::I32 => "<i4",
         DType::Bool => "|b1",
         DType::U8 => "|u1",
-        DType::Bf16 => return Err(io::Error::other("NumPy has no bf16")),
+        DType::I8 => "|i1",
+        other @ (DType::Bf16 | DType::I4 | DType::F8E4m3) => {
+            return Err(io::Error::other(format!("NumPy has no {other}")));
+        }
     };
     // A tuple of one needs the comma behind it.
     let dims: Vec<String> = tensor.shape().iter().map(|n| format!("{n},")).collect();
@@ -86,7 +89,7 @@ pub(crate) enum NpzError {
     #[error("the header is not that of an .npy file: {0}")]
     Header(&'static str),
     /// Elements that there is no type for here.
-    #[error("its elements are '{0}', expected one of '<f2', '<f4', '<f8', '<i4', '<i8', '|b1' and '|u1'")]
+    #[error("its elements are '{0}', expected one of '<f2', '<f4', '<f8', '<i4', '<i8', '|b1', '|i1' and '|u1'")]
     Elements(String),
     /// Columns first.
     #[error("it is stored in Fortran order; save numpy.ascontiguousarray of it")]
@@ -198,7 +201,7 @@ impl Header {
             "<f8" | "<i8" => 8,
             "<f4" | "<i4" => 4,
             "<f2" => 2,
-            "|b1" | "|u1" => 1,
+            "|b1" | "|u1" | "|i1" => 1,
             other => return Err(NpzError::Elements(other.to_owned())),
         };
         let len = shape.iter().try_fold(size, |n: u64, &dim| n.checked_mul(dim as u64));
@@ -218,6 +221,7 @@ impl Header {
             "<i8" => Tensor::from_i64(shape, each(&bytes, i64::from_le_bytes))?,
             "<i4" => Tensor::from_i32(shape, each(&bytes, i32::from_le_bytes))?,
             "|b1" => Tensor::from_storage(DType::Bool, shape, Arc::new(bytes), 0)?,
+            "|i1" => Tensor::from_storage(DType::I8, shape, Arc::new(each(&bytes, i8::from_le_bytes)), 0)?,
             _ => Tensor::from_storage(DType::U8, shape, Arc::new(bytes), 0)?,
         })
     }

@@ -30,6 +30,18 @@ pub enum BisectError {
         /// What wrote the bundle.
         producer: String,
     },
+    /// The graphs were changed after they were built.
+    #[error(
+        "{}: the graphs compute in {precision}, and only those in fp32 can be taken apart; hold this bundle --against the fp32 \
+         one, or search that",
+        path.display()
+    )]
+    Precision {
+        /// The bundle's description.
+        path: PathBuf,
+        /// What the graphs compute in.
+        precision: String,
+    },
     /// The bundle lacks something or is damaged.
     #[error(transparent)]
     Bundle(#[from] BundleError),

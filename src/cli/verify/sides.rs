@@ -16,6 +16,7 @@ use accordion::verify::weights::finite_weights;
 use accordion::verify::{Findings, VerifyError};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
+use accordion_graphs::precision::Precision;
 use std::path::Path;
 
 /// The other side of a comparison, opened.
@@ -232,9 +233,9 @@ fn graphs_of(bundle: &Bundle) -> String {
 
 /// What the graphs of `bundle` compute in, as far as bounds tell it apart: integers are held to those of the coarsest floats.
 fn precision_of(bundle: &Bundle) -> DType {
-    match bundle.manifest().precision.as_str() {
-        "fp32" => DType::F32,
-        "fp16" => DType::F16,
+    match bundle.manifest().precision {
+        Precision::Fp32 => DType::F32,
+        Precision::Fp16 => DType::F16,
         _ => DType::Bf16,
     }
 }

@@ -98,7 +98,7 @@ impl Recorder {
     fn write(&mut self, name: &str, value: &Tensor) -> Result<(), VerifyError> {
         let name = format!("{}{name}", self.sample);
         let written = match &mut self.arrays {
-            Arrays::Npz(writer) if value.dtype() == DType::Bf16 => {
+            Arrays::Npz(writer) if matches!(value.dtype(), DType::Bf16 | DType::F8E4m3) => {
                 writer.write(&name, &Tensor::from_f32(value.shape(), value.to_f32())?)
             }
             Arrays::Npz(writer) => writer.write(&name, value),
@@ -138,7 +138,10 @@ pub(crate) fn stored_type(dtype: DType) -> Dtype {
         DType::I64 => Dtype::I64,
         DType::I32 => Dtype::I32,
         DType::Bool => Dtype::BOOL,
-        DType::U8 => Dtype::U8,
+        // Two elements to a byte: what a file holds are the bytes.
+        DType::U8 | DType::I4 => Dtype::U8,
+        DType::I8 => Dtype::I8,
+        DType::F8E4m3 => Dtype::F8_E4M3,
     }
 }
 
