@@ -18,7 +18,8 @@ use crate::tensor::Tensor;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::homer::{HomerNode, HomerPlan};
 use ndarray::{Axis, Slice};
-use std::collections::HashSet;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashSet};
 
 /// What both sides are given.
 #[derive(Debug, Clone, Copy)]
@@ -54,15 +55,19 @@ pub fn engine_parts(
     let &HomerInput { plan, prefix, context, suffix, teacher, bias, width } = input;
     let shared = Shared::new(parts);
     let keeps_all = plan.nodes.iter().filter(|n| n.removed() == 0).map(HomerNode::tap_scope).collect();
+    let waiting = Waiting::default();
     let state = {
         let mut done = 0;
         let mut on_node = |node: &HomerNode| {
-            shared.end_part(&node.tap_scope());
+            let scope = node.tap_scope();
+            let taps = waiting.borrow_mut().remove(&scope).unwrap_or_default();
+            taps.into_iter().for_each(|(name, value)| shared.record(&name, value));
+            shared.end_part(&scope);
             done += 1;
             on_progress(done);
         };
         let prompt = pipeline::homer::Prompt { prefix, context, suffix };
-        let mut taps = EngineTaps { shared: &shared, keeps_all };
+        let mut taps = EngineTaps { shared: &shared, keeps_all, waiting: &waiting };
         compress(engines, plan, prompt, bias, width, &mut taps, &mut on_node)?
     };
     let parts = shared.finish()?;
@@ -76,11 +81,15 @@ pub fn engine_parts(
     parts.end_part("teacher")
 }
 
+/// Taps of nodes that ran in one call, until their node is told of: by node, the names and values.
+type Waiting = RefCell<BTreeMap<String, Vec<(String, Tensor)>>>;
+
 /// The engine's taps, but for those of nobody's interest.
 struct EngineTaps<'s, 'p> {
     shared: &'s Shared<'p>,
     /// Scopes of the nodes that drop nothing: the graphs score their tokens all the same.
     keeps_all: HashSet<String>,
+    waiting: &'s Waiting,
 }
 
 impl TapSink for EngineTaps<'_, '_> {
@@ -91,7 +100,12 @@ impl TapSink for EngineTaps<'_, '_> {
     }
 
     fn record(&mut self, name: &str, value: Tensor) {
-        self.shared.record(name, value);
+        let node = scope(name);
+        if node.starts_with("node.") {
+            self.waiting.borrow_mut().entry(node.to_owned()).or_default().push((name.to_owned(), value));
+        } else {
+            self.shared.record(name, value);
+        }
     }
 }
 
