@@ -18,6 +18,7 @@ pub mod eval;
 pub mod fetch;
 pub mod goldens;
 pub mod models;
+pub(crate) mod npz;
 pub mod pipeline;
 pub mod precision;
 pub mod profile;

@@ -1,6 +1,6 @@
 //! Precision of a bundle: which matrices of a model are quantized and how, their numbers, and the file they go into.
 //!
-//! The graphs of a method are built in fp32. [`apply`] decides for every tensor they link to, writes all of them in the new
+//! The graphs of a method are built in fp32. `apply` decides for every tensor they link to, writes all of them in the new
 //! precision into one file, and has the graphs rewritten over it.
 
 mod activations;

@@ -9,7 +9,7 @@ use crate::reference::quantize::{Numbers, Rounding, Weight};
 use crate::tensor::Tensor;
 use accordion_graphs::architecture::Compressor;
 use accordion_graphs::dtype::DType;
-use accordion_graphs::precision::MatrixForm;
+use accordion_graphs::precision::{MatrixForm, Precision};
 use std::collections::BTreeMap;
 
 /// The tensors of `bundle` as the reference takes them, by the names of the checkpoint: of quantized matrices the numbers
@@ -83,9 +83,19 @@ pub fn bounds_of(bundle: &Bundle) -> impl Fn(TapKind) -> Bounds + use<> {
     } else {
         None
     };
+    let dtype = activation_type(bundle);
     move |kind| match (kind, rounded) {
         (TapKind::Value | TapKind::Logits, Some(bounds)) => bounds,
         // Choices are held against their scores as far as these agree.
-        _ => Bounds::new(kind, DType::F32),
+        _ => Bounds::new(kind, dtype),
+    }
+}
+
+/// The numbers that activations of `bundle` are in between operators.
+pub fn activation_type(bundle: &Bundle) -> DType {
+    match bundle.manifest().precision {
+        Precision::Fp16 => DType::F16,
+        Precision::Bf16 => DType::Bf16,
+        _ => DType::F32,
     }
 }
