@@ -220,6 +220,21 @@ std::string parse_errors(nvonnxparser::IParser const& parser) {
     return text.str().empty() ? "no reason given" : text.str();
 }
 
+// There are dedicated kernels for attention in 16 bits only, and for some shapes. The builder refuses all other attention unless it
+// may put it together from several kernels.
+void allow_decomposition(nvinfer1::INetworkDefinition& network) {
+#if defined(TRT_MAJOR_RTX) || NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 14)
+    for (int32_t i = 0; i < network.getNbLayers(); ++i) {
+        nvinfer1::ILayer* const layer = network.getLayer(i);
+        if (layer->getType() == nvinfer1::LayerType::kATTENTION_INPUT) {
+            static_cast<nvinfer1::IAttentionInputLayer*>(layer)->getAttention()->setDecomposable(true);
+        }
+    }
+#else
+    (void)network; // the parser of older versions puts attention together itself
+#endif
+}
+
 } // namespace
 
 struct AccordionTensorRt {
@@ -291,6 +306,7 @@ extern "C" int32_t accordion_tensorrt_build(AccordionTensorRt* tensorrt, Accordi
         if (!parser->parse(request->model, request->model_bytes, request->model_path)) {
             throw Failure(ACCORDION_PARSE, parse_errors(*parser));
         }
+        allow_decomposition(*network);
 
         for (size_t p = 0; p < request->num_profiles; ++p) {
             nvinfer1::IOptimizationProfile* const profile = builder->createOptimizationProfile();

@@ -259,6 +259,7 @@ fn plan_file(graph: &str) -> String {
     format!("{graph}.plan")
 }
 
-fn sha256(bytes: &[u8]) -> String {
+/// The hash that files are recorded by.
+pub fn sha256(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
