@@ -263,3 +263,79 @@ fn plan_file(graph: &str) -> String {
 pub fn sha256(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use accordion_graphs::plan::PromptLengths;
+    use accordion_graphs::plan::sharedllm::ChunkPolicy;
+
+    fn record() -> Record {
+        let lengths = PromptLengths { prefix: 1, context: 100, suffix: 2 };
+        let workload = Workload { lengths, new_tokens: 8, width: 1, policy: ChunkPolicy::FineTuning };
+        Record::new(Flavour::TensorRt, "11.4.0".to_owned(), vec!["NVIDIA H200".to_owned()], workload, false)
+    }
+
+    fn written(goal: &Path) -> Engines {
+        let mut writer = EnginesWriter::create(goal.to_owned(), record(), false).unwrap();
+        fs::write(writer.path("decoder"), b"a plan").unwrap();
+        fs::write(writer.timing_path(), b"timings").unwrap();
+        writer.add("decoder", "a graph's hash".to_owned(), Vec::new()).unwrap();
+        writer.publish().unwrap();
+        Engines::open(goal).unwrap()
+    }
+
+    #[test]
+    fn only_what_was_built_is_loaded_unless_it_is_trusted() {
+        let folder = tempfile::tempdir().unwrap();
+        let goal = folder.path().join("engines/tensorrt-11.4.0");
+        let engines = written(&goal);
+        assert_eq!(engines.plan("decoder", false).unwrap(), b"a plan");
+        assert_eq!(engines.timing_cache(), b"timings");
+        fs::write(goal.join("decoder.plan"), b"another").unwrap();
+        fs::write(goal.join("timing.cache"), b"other timings").unwrap();
+        let error = engines.plan("decoder", false).unwrap_err().to_string();
+        assert!(error.contains("decoder.plan") && error.contains("--trust"), "{error}");
+        assert_eq!(engines.plan("decoder", true).unwrap(), b"another");
+        assert!(engines.timing_cache().is_empty());
+        assert!(engines.plan("head", true).unwrap_err().to_string().contains("no engine of 'head'"));
+    }
+
+    #[test]
+    fn a_build_that_fails_leaves_nothing_and_a_finished_one_is_not_replaced_unasked() {
+        let folder = tempfile::tempdir().unwrap();
+        let goal = folder.path().join("engines");
+        drop(EnginesWriter::create(goal.clone(), record(), false).unwrap());
+        assert!(fs::read_dir(folder.path()).unwrap().next().is_none());
+        written(&goal);
+        let refused = EnginesWriter::create(goal.clone(), record(), false).map(drop).unwrap_err().to_string();
+        assert!(refused.contains("--force"), "{refused}");
+        EnginesWriter::create(goal.clone(), record(), true).unwrap().publish().unwrap();
+        assert!(Engines::open(goal).unwrap().record().engines.is_empty());
+    }
+
+    #[test]
+    fn hostile_records_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let goal = folder.path().join("engines");
+        written(&goal);
+        let path = goal.join(RECORD_FILE);
+        let text = fs::read_to_string(&path).unwrap();
+        for (from, to, expected) in [
+            ("decoder.plan", "../decoder.plan", "must not leave the folder"),
+            ("decoder.plan", "/etc/passwd", "must not leave the folder"),
+            ("timing.cache", "..", "must not leave the folder"),
+            ("accordion.engines/1", "accordion.engines/2", "expected 'accordion.engines/1'"),
+            ("\"tensorrt\"", "\"another\"", "unknown variant"),
+        ] {
+            fs::write(&path, text.replace(from, to)).unwrap();
+            let error = Engines::open(&goal).unwrap_err().to_string();
+            assert!(error.contains(expected), "{from} -> {to}: {error}");
+        }
+        fs::write(&path, "{").unwrap();
+        assert!(Engines::open(&goal).is_err());
+        fs::remove_file(&path).unwrap();
+        assert!(Engines::open(&goal).unwrap_err().to_string().contains(RECORD_FILE));
+    }
+}

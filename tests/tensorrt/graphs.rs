@@ -1,19 +1,16 @@
 //! Every graph of every method through the ONNX parser and the builder of TensorRT-RTX, by `accordion build`.
 
-use super::prepared;
+use super::{goldens, prepared};
 use accordion::bundle::MethodSettings;
 use accordion::checkpoint::{RCC_FILE, architecture_json, config_json, rcc_json};
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
+use accordion::tensorrt::engines::sha256;
 use accordion::verify::golden;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::sharedllm::Quirks;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-
-fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
-}
 
 /// `accordion build` of a bundle with the prepared libraries.
 fn build(bundle: &Path, more: &[&str]) -> Output {
@@ -55,6 +52,67 @@ fn plain_graphs_become_engines() {
     let case = RccCase::open(&goldens().join("rcc/neox_r32.config.json")).unwrap();
     let neox = checkpoint(folder.path(), case.weights_path(), &[("config.json", architecture_json(&case.decoder))]);
     check(&neox, MethodSettings::Plain, &["--context", "200"]);
+}
+
+/// What was built is found again, with its hashes; another plan in its place is refused.
+#[test]
+#[ignore = "needs NVIDIA's libraries: tests/tensorrt/prepare"]
+fn engines_are_recorded_and_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
+    let llama = checkpoint(folder.path(), case.weights_path(), &[("config.json", config_json(&case.architecture))]);
+    let bundle = golden::exported(&llama, MethodSettings::Plain, Target::Portable).unwrap();
+    let said = built(bundle.dir(), &["--context", "200"]);
+    assert_eq!(said["schema"], "accordion.build/1");
+    let engines = PathBuf::from(said["engines"].as_str().unwrap());
+    assert_eq!(engines, bundle.dir().join("engines/tensorrt-rtx-1.7.1"));
+    let [plan, record] = ["decoder.plan", "engines.json"].map(|name| engines.join(name));
+    let recorded: Value = serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
+    assert_eq!(recorded, said["record"]);
+    let decoder = &recorded["engines"]["decoder"];
+    assert_eq!(decoder["sha256"], sha256(&std::fs::read(&plan).unwrap()));
+    assert_eq!(decoder["graph_sha256"], bundle.manifest().graphs["decoder"].sha256);
+    assert_eq!(decoder["profiles"][1]["name"], "step");
+
+    let refused = |more: &[&str], expected: &str| {
+        let output = build(bundle.dir(), more);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.starts_with("error: ") && message.contains(expected), "{message}");
+    };
+    refused(&["--context", "200"], "--force");
+    let checked = build(bundle.dir(), &["--check"]);
+    assert_eq!(checked.status.code(), Some(0), "{}", String::from_utf8_lossy(&checked.stderr));
+    std::fs::write(&plan, "another program").unwrap();
+    refused(&["--check"], "--trust");
+    built(bundle.dir(), &["--context", "200", "--force"]);
+    assert_ne!(std::fs::read(&plan).unwrap(), b"another program");
+}
+
+/// A graph that the parser does not take: the error names the node, nothing is left behind.
+#[test]
+#[ignore = "needs NVIDIA's libraries: tests/tensorrt/prepare"]
+fn a_graph_that_is_refused_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
+    let llama = checkpoint(folder.path(), case.weights_path(), &[("config.json", config_json(&case.architecture))]);
+    let bundle = golden::exported(&llama, MethodSettings::Plain, Target::Portable).unwrap();
+    // An operator that nobody has; of the same length, so that the file stays a model.
+    let [graph, manifest] = ["decoder.onnx", "bundle.json"].map(|name| bundle.dir().join(name));
+    let mut bytes = std::fs::read(&graph).unwrap();
+    let (from, to): (&[u8], &[u8]) = (b"\x22\x0fRotaryEmbedding", b"\x22\x0fRotaryEmbeddinG");
+    let at = bytes.windows(from.len()).position(|part| part == from).unwrap();
+    bytes[at..at + to.len()].copy_from_slice(to);
+    std::fs::write(&graph, &bytes).unwrap();
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let text = text.replace(&bundle.manifest().graphs["decoder"].sha256, &sha256(&bytes));
+    std::fs::write(&manifest, text).unwrap();
+    let output = build(bundle.dir(), &["--context", "200"]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.starts_with("error: graph 'decoder'") && message.contains("RotaryEmbeddinG"), "{message}");
+    let left: Vec<_> = std::fs::read_dir(bundle.dir().join("engines")).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 /// Grouped heads, a rotary scaling, and trees with and without layers in every node.

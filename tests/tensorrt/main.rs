@@ -4,8 +4,14 @@
 
 mod graphs;
 mod plugins;
+mod ranges;
+mod refusals;
 
 use std::path::{Path, PathBuf};
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+}
 
 /// Where `prepare` put things.
 fn prepared(what: &str) -> PathBuf {

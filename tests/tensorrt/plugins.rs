@@ -15,7 +15,15 @@ const SOURCES: [&str; 4] = [
 fn compiler(headers: &Path) -> Command {
     let mut command = Command::new("c++");
     command.current_dir(env!("CARGO_MANIFEST_DIR")).arg("-isystem").arg(headers);
-    command.args(["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-deprecated-declarations", "-Iplugins/tensorrt"]);
+    command.args([
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-deprecated-declarations",
+        "-Iplugins/tensorrt",
+    ]);
     command
 }
 
