@@ -15,6 +15,9 @@ use accordion_graphs::plan::{PlanError, PromptLengths};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+/// Most tokens of each part of a prompt: NVIDIA's dimensions are that long.
+const MAX_TOKENS: usize = (1 << 31) - 1;
+
 /// The longest prompt that engines have to serve, and the one they are tuned for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Workload {
@@ -111,7 +114,7 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
     let Workload { lengths, new_tokens, width, policy } = *workload;
     let one = Extent::fixed(1);
     let up_to = |n: usize| Extent::new(1, n, n);
-    // Rows before the last step, rows read in one go, and the longest sequence of either.
+    // A decoder whose cache has `cache` rows when decoding begins, the last `read` of which it has read itself.
     let decoder = |cache: usize, read: usize, injected: usize| {
         let end = cache.saturating_add(new_tokens);
         // One more where a single row would be left over.
@@ -139,7 +142,7 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
                     [("batch", one), ("sequence", Extent::new(1, 1, settings.target_len))],
                     [],
                 )],
-                _ => vec![tree_node(&plan, name, width)],
+                _ => vec![tree_node(&plan, name, width, manifest.architecture.max_positions())],
             }
         }
         Method::Rcc { settings } => {
@@ -178,8 +181,9 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
 }
 
 /// The profile of a node of HOMER's tree. A node may be as long as a chunk; it is tuned for what the plan gives it, or for
-/// half a chunk if the tree of this plan does not have it.
-fn tree_node(plan: &HomerPlan, name: &str, width: usize) -> Profile {
+/// half a chunk if the tree of this plan does not have it. A significance table may have been made for any length up to
+/// `max_positions`.
+fn tree_node(plan: &HomerPlan, name: &str, width: usize, max_positions: usize) -> Profile {
     let settings = plan.settings;
     let width = width.clamp(1, plan.leaves());
     let chunk = settings.max_chunk_len.max(settings.max_initial_chunk_len.unwrap_or(0));
@@ -197,7 +201,7 @@ fn tree_node(plan: &HomerPlan, name: &str, width: usize) -> Profile {
             ("length", up_to(input)),
             ("left", up_to(left)),
             ("right", up_to(right)),
-            ("distances", Extent::new(1, plan.max_distance() + 1, chunk)),
+            ("distances", Extent::new(1, plan.max_distance() + 1, chunk.max(max_positions))),
         ],
         [("keep", up_to(kept)), ("prefix_length", Extent::new(0, prefix, chunk - 1)), ("suffix_length", up_to(suffix))],
     )
@@ -210,9 +214,16 @@ impl Workload {
     ///
     /// There is none.
     pub fn check(&self, manifest: &Manifest) -> Result<(), TensorRtError> {
+        let out_of_range = |what, found: usize, expected: &str| {
+            Err(PlanError::OutOfRange { what, found: found.to_string(), expected: expected.to_owned() }.into())
+        };
         if self.width == 0 {
-            let expected = "at least 1".to_owned();
-            return Err(PlanError::OutOfRange { what: "width", found: "0".to_owned(), expected }.into());
+            return out_of_range("width", 0, "at least 1");
+        }
+        let PromptLengths { prefix, context, suffix } = self.lengths;
+        let longest = [prefix, context, suffix, self.new_tokens].into_iter().max().unwrap_or_default();
+        if longest > MAX_TOKENS {
+            return out_of_range("prompt length", longest, "at most 2^31 - 1 tokens of each part");
         }
         manifest.graphs.keys().try_for_each(|name| profiles(manifest, name, self).map(drop))
     }

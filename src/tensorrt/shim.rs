@@ -3,7 +3,7 @@
 use super::compile::compiled;
 use super::ranges::{Extent, InputRange};
 use super::toolkit::Toolkit;
-use super::{Flavour, TensorRtError, sys};
+use super::{TensorRtError, sys};
 use crate::fetch::Cache;
 use crate::runtime::dylib::Dylib;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -90,11 +90,6 @@ impl Shim {
         // SAFETY: `opened` is open, and the results are integers.
         unsafe { versions(opened.as_ptr(), &raw mut headers, &raw mut found) };
         Ok(Self { toolkit: toolkit.clone(), library, opened, version: Version(found) })
-    }
-
-    /// Which library it is.
-    pub fn flavour(&self) -> Flavour {
-        self.toolkit.flavour
     }
 
     /// The version of the library.

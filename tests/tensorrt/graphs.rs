@@ -1,13 +1,15 @@
 //! Every graph of every method through the ONNX parser and the builder of TensorRT-RTX, by `accordion build`.
 
 use super::{goldens, prepared};
-use accordion::bundle::MethodSettings;
-use accordion::checkpoint::{RCC_FILE, architecture_json, config_json, rcc_json};
+use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export};
+use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json};
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
+use accordion::precision::Recipe;
 use accordion::tensorrt::engines::sha256;
 use accordion::verify::golden;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::sharedllm::Quirks;
+use accordion_graphs::precision::Precision;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -52,6 +54,27 @@ fn plain_graphs_become_engines() {
     let case = RccCase::open(&goldens().join("rcc/neox_r32.config.json")).unwrap();
     let neox = checkpoint(folder.path(), case.weights_path(), &[("config.json", architecture_json(&case.decoder))]);
     check(&neox, MethodSettings::Plain, &["--context", "200"]);
+}
+
+/// Weights in 8 and 4 bits, and matrix products in 8-bit integers.
+#[test]
+#[ignore = "needs NVIDIA's libraries: tests/tensorrt/prepare"]
+fn quantized_graphs_become_engines() {
+    for precision in [Precision::WeightInt8, Precision::WeightInt4, Precision::Int8PerToken] {
+        let folder = tempfile::tempdir().unwrap();
+        let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
+        let llama = checkpoint(folder.path(), case.weights_path(), &[("config.json", config_json(&case.architecture))]);
+        let bundle = folder.path().join("bundle");
+        let options = ExportOptions {
+            method: MethodSettings::Plain,
+            target: Target::Portable,
+            weights: WeightStorage::Link,
+            recipe: Recipe::of(precision),
+            force: false,
+        };
+        export(&Checkpoint::open(llama).unwrap(), &bundle, &options).unwrap();
+        built(&bundle, &["--context", "200"]);
+    }
 }
 
 /// What was built is found again, with its hashes; another plan in its place is refused.

@@ -77,6 +77,9 @@ fn a_workload_without_a_plan_is_refused() {
     let mut long = workload;
     long.lengths.suffix = 10_000;
     assert!(long.check(bundle.manifest()).unwrap_err().to_string().contains("prefix + suffix"));
+    let mut endless = workload;
+    endless.lengths.context = usize::MAX;
+    assert!(endless.check(bundle.manifest()).unwrap_err().to_string().contains("prompt length"));
     let idle = Workload { width: 0, ..workload };
     assert!(idle.check(bundle.manifest()).unwrap_err().to_string().contains("width"));
     assert!(Path::new(bundle.dir()).join("engines").metadata().is_err());

@@ -139,8 +139,11 @@ impl Child<'_> {
             // NVIDIA's code may print lines of its own.
             match serde_json::from_str(&line?) {
                 Ok(Event::Progress { phase, step, steps }) => self.show(&bar, &phase, step, steps),
-                Ok(Event::Warning { message }) if !verbose => drop(message),
-                Ok(Event::Warning { message }) => bar.suspend(|| output.warning(format!("{}: {message}", self.graph))),
+                Ok(Event::Warning { message }) => {
+                    if verbose {
+                        bar.suspend(|| output.warning(format!("{}: {message}", self.graph)));
+                    }
+                }
                 Ok(event) => last = Some(event),
                 Err(_) => {}
             }
