@@ -94,7 +94,7 @@ enum Runtime {
     /// TensorRT 10 or 11: builds on the GPU that it is for
     #[value(name = "tensorrt")]
     TensorRt,
-    /// TensorRT-RTX 1: builds anywhere, for GeForce RTX and its relatives
+    /// TensorRT-RTX 1: builds anywhere, for graphics cards
     #[value(name = "tensorrt-rtx")]
     TensorRtRtx,
 }
@@ -170,14 +170,14 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     options.workload.check(bundle.manifest())?;
     let toolkit = Toolkit::find(flavour, &arguments.root)?;
     if let Some(graph) = &arguments.in_process.graph {
-        return arguments.in_process.run(graph, &bundle, &toolkit, &options);
+        return Ok(arguments.in_process.run(graph, &bundle, &toolkit, &options));
     }
     let version = Shim::open(&toolkit)?.version().to_string();
     let goal = Engines::dir(&bundle, flavour, &version);
     if arguments.check {
         return arguments.check_engines(&bundle, &goal, output);
     }
-    arguments.build(&bundle, goal, version, &options, output)
+    arguments.build(&bundle, &goal, version, &options, output)
 }
 
 impl Arguments {
@@ -199,7 +199,7 @@ impl Arguments {
     fn build(
         &self,
         bundle: &Bundle,
-        goal: PathBuf,
+        goal: &Path,
         version: String,
         options: &BuildOptions,
         output: &Output,
@@ -217,8 +217,8 @@ impl Arguments {
             let library = std::fs::read(path).with_context(|| path.display().to_string())?;
             record.plugins_sha256 = Some(sha256(&library));
         }
-        let measured = Engines::open(&goal).map(|engines| engines.timing_cache()).unwrap_or_default();
-        let mut writer = EnginesWriter::create(goal.clone(), record, self.force)?;
+        let measured = Engines::open(goal).map(|engines| engines.timing_cache()).unwrap_or_default();
+        let mut writer = EnginesWriter::create(goal.to_owned(), record, self.force)?;
         if !measured.is_empty() {
             std::fs::write(writer.timing_path(), measured)?;
         }
@@ -228,7 +228,7 @@ impl Arguments {
             writer.add(name, entry.sha256.clone(), profiles)?;
         }
         let record = writer.publish()?;
-        Summary::show(bundle, &goal, &record, Some(start.elapsed().as_secs_f64()), output)?;
+        Summary::show(bundle, goal, &record, Some(start.elapsed().as_secs_f64()), output)?;
         Ok(Outcome::Done)
     }
 

@@ -214,13 +214,10 @@ impl CProfile {
                 });
                 let [Some(min), Some(opt), Some(max)] = numbers else { return None };
                 let numbers = [min, opt, max];
-                let [min, opt, max] = numbers.each_ref().map(|list| list.as_ptr());
+                let [min, opt, max] = numbers.each_ref().map(Vec::as_ptr);
                 let range = sys::Range { name: name.as_ptr(), count: extents.len() as i32, min, opt, max };
-                if is_value {
-                    profile.values.push(range)
-                } else {
-                    profile.shapes.push(range)
-                }
+                let ranges = if is_value { &mut profile.values } else { &mut profile.shapes };
+                ranges.push(range);
                 profile.numbers.push(numbers);
             }
             profile.names.push(name);

@@ -17,7 +17,7 @@ pub enum Flavour {
     /// `TensorRT`: for data-centre devices; builds on the device it is for, and knows plugins.
     #[serde(rename = "tensorrt")]
     TensorRt,
-    /// `TensorRT-RTX`: for GeForce RTX and its relatives; builds anywhere, and has no plugins.
+    /// `TensorRT-RTX`: for graphics cards; builds anywhere, and has no plugins.
     #[serde(rename = "tensorrt-rtx")]
     TensorRtRtx,
 }

@@ -72,19 +72,13 @@ impl Observer for Teller {
 
 impl InProcess {
     /// Builds or loads the engine of `graph` in this process.
-    pub(super) fn run(
-        &self,
-        graph: &str,
-        bundle: &Bundle,
-        toolkit: &Toolkit,
-        options: &BuildOptions,
-    ) -> anyhow::Result<Outcome> {
+    pub(super) fn run(&self, graph: &str, bundle: &Bundle, toolkit: &Toolkit, options: &BuildOptions) -> Outcome {
         let event = match self.engine(graph, bundle, toolkit, options) {
             Ok(profiles) => Event::Done { profiles },
             Err(error) => Event::Failed { message: format!("{error:#}") },
         };
         Teller::tell(&event);
-        Ok(Outcome::Done)
+        Outcome::Done
     }
 
     fn engine(
