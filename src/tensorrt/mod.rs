@@ -1,6 +1,6 @@
 //! `TensorRT` and `TensorRT-RTX`: from a bundle's graphs to engines, which NVIDIA calls plans.
 //!
-//! NVIDIA's builder and parser are C++ and come from packages of their own. A [shim](shim) in C is compiled on the user's
+//! NVIDIA's builder and parser are C++ and come from packages of their own. A [`shim`] in C is compiled on the user's
 //! machine, once per flavour and version, with the headers that belong to the library ([`toolkit`]); nothing is linked. Every
 //! graph gets optimization profiles from the plan of the method ([`ranges`]), and what is built is kept in the bundle with
 //! its hash ([`engines`]), because a plan is executable content.
