@@ -29,4 +29,5 @@ pub mod staging;
 pub mod synthetic;
 pub mod taps;
 pub mod tensor;
+pub mod tensorrt;
 pub mod verify;

@@ -3,6 +3,7 @@
 //! Exit codes are a contract: 0 done, 1 a check said no, 2 it could not be done (usage, input, environment).
 
 mod bisect;
+mod build;
 mod calibrate;
 mod common;
 mod compress;
@@ -73,6 +74,7 @@ enum Command {
     Convert(convert::Arguments),
     Inspect(inspect::Arguments),
     Export(export::Arguments),
+    Build(Box<build::Arguments>),
     Calibrate(calibrate::Arguments),
     Verify(verify::Arguments),
     Profile(profile::Arguments),
@@ -107,6 +109,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Convert(arguments) => convert::run(&arguments, &output),
         Command::Inspect(arguments) => inspect::run(&arguments, &output),
         Command::Export(arguments) => export::run(&arguments, &output),
+        Command::Build(arguments) => build::run(&arguments, &output),
         Command::Calibrate(arguments) => calibrate::run(&arguments, &output),
         Command::Verify(arguments) => verify::run(&arguments, &output),
         Command::Profile(arguments) => profile::run(&arguments, &output),

@@ -209,12 +209,12 @@ impl GraphData {
         }
     }
 
-    /// The graph of a node: its constants are initializers, and it links to no weights.
+    /// The graph of a node: it links to no weights, and its constants are nodes, because NVIDIA's parser misreads
+    /// initializers there.
     pub(super) fn to_proto(&self) -> GraphProto {
         GraphProto {
             name: self.name.clone(),
-            node: self.operator_nodes().collect(),
-            initializer: self.constants.iter().map(|(id, c)| c.to_proto(&self.values[*id].name)).collect(),
+            node: self.constant_nodes().chain(self.operator_nodes()).collect(),
             input: self.inputs.iter().map(|&id| self.value_info_proto(id)).collect(),
             output: self.outputs.iter().map(|&id| self.value_info_proto(id)).collect(),
             ..GraphProto::default()
