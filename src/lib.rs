@@ -13,6 +13,7 @@ pub mod bisect;
 pub mod bundle;
 pub mod checkpoint;
 pub mod convert;
+pub mod cuda;
 pub mod environment;
 pub mod eval;
 pub mod fetch;

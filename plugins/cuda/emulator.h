@@ -147,11 +147,12 @@ inline void run_block(uint32_t threads) {
   }
 }
 
+inline std::mutex running;
+
 // Runs a kernel, block by block. One at a time.
 template <class Body>
 void run(dim3 grid, uint32_t threads, const Body &kernel) {
-  static std::mutex one;
-  const std::lock_guard<std::mutex> lock(one);
+  const std::lock_guard<std::mutex> lock(running);
   if (threads % WARP != 0 || threads > MOST_THREADS) fail("a block has whole warps and at most 1024 threads");
   body = [](const void *data) { (*static_cast<const Body *>(data))(); };
   body_data = &kernel;
@@ -199,7 +200,7 @@ inline float half_to_float(uint16_t bits) {
 
 inline uint16_t float_to_half(float value) {
   if (value != value) return 0x7fff;
-  const uint16_t sign = uint16_t(__builtin_signbit(value) << 15);
+  const uint16_t sign = __builtin_signbit(value) ? 0x8000 : 0;
   const float size = __builtin_fabsf(value);
   if (size >= 65520.0f) return sign | 0x7c00;
   // One unit of the last place of a half of this size; below 2^-14 they are all alike.

@@ -14,8 +14,6 @@ constexpr int BATCH = 4;
 // Bytes of a tile: two batches of vectors of 16 bytes for every thread.
 constexpr int64_t TILE_BYTES = 2 * BATCH * 16 * ROW_THREADS;
 
-constexpr int64_t MOST_BLOCKS = 0x7fffffff;
-
 // Whole rows that make up a tile; a row longer than a tile is a tile.
 __host__ __device__ __forceinline__ int64_t tile_rows(int64_t row_bytes) {
   return row_bytes <= 0 || row_bytes >= TILE_BYTES ? 1 : TILE_BYTES / row_bytes;

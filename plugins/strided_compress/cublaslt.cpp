@@ -7,6 +7,7 @@
 #include <new>
 
 #include "accordion_kernels.h"
+#include "shapes.h"
 
 namespace {
 
@@ -114,12 +115,6 @@ size_t mean_bytes(const AccordionStridedRows &rows) {
   return (bytes + 255) / 256 * 256;
 }
 
-// What accordion_strided_rows says of the rows, when nothing is left for it to do.
-const char *rows_refusal(AccordionStridedRows rows) {
-  rows.segments = rows.segments > 0 ? 0 : rows.segments;
-  return accordion_strided_rows(&rows, nullptr);
-}
-
 }  // namespace
 
 struct AccordionCublasLt {
@@ -179,7 +174,7 @@ extern "C" const char *accordion_cublaslt_open(const char *library, AccordionCub
 extern "C" void accordion_cublaslt_close(AccordionCublasLt *cublaslt) { delete cublaslt; }
 
 extern "C" size_t accordion_strided_compress_workspace(const AccordionStridedCompress *call) {
-  if (rows_refusal(call->rows)) return 0;
+  if (accordion::shape_refusal(call->rows)) return 0;
   return mean_bytes(call->rows) + WORKSPACE_BYTES;
 }
 
@@ -187,12 +182,12 @@ extern "C" const char *accordion_strided_compress(AccordionCublasLt *cublaslt, c
                                                   void *stream) {
   if (!cublaslt) return "StridedCompress: cuBLASLt is not open";
   AccordionStridedRows rows = call->rows;
-  if (const char *refused = rows_refusal(rows)) return refused;
-  if (call->out_width < 0 || call->out_width > 0x7fffffff) return "StridedCompress: a length is negative or at least 2^31";
+  if (const char *refused = accordion::shape_refusal(rows)) return refused;
+  if (!accordion::is_length(call->out_width)) return "StridedCompress: a length is negative or at least 2^31";
   const int64_t n = kept_rows(rows), k = rows.width, size = int64_t(element_bytes(rows.type));
   if (n == 0 || call->out_width == 0) return nullptr;
   if (k == 0) return "StridedCompress: a row of x has no elements";
-  if (n > 0x7fffffff) return "StridedCompress: at least 2^31 rows";
+  if (!accordion::is_length(n)) return "StridedCompress: at least 2^31 rows";
   if (!rows.x || !rows.y || !call->weight) return "StridedCompress: x, y or weight is null";
   const size_t reserved = mean_bytes(rows);
   if (call->workspace_bytes < reserved || (call->workspace_bytes > 0 && !call->workspace))

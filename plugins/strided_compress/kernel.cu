@@ -4,7 +4,7 @@
 
 namespace accordion {
 
-// What is launched: y [rows, width], whose row k is row `ratio` k + `offset` of x, or of the mean of x and x2.
+// Rows of y; row k is row `ratio` k + `offset` of x, or of the mean of x and x2.
 __host__ __device__ __forceinline__ int64_t kept_rows(const AccordionStridedRows &call) {
   return call.segments * (call.window / call.ratio);
 }
@@ -69,31 +69,16 @@ __global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS)
 
 #ifndef __CUDACC_RTC__
 #include "launch.h"
-
-namespace accordion {
-
-static const char *refusal(const AccordionStridedRows &c) {
-  const Lengths fit;
-  if (!fit(c.segments) || !fit(c.window) || !fit(c.width)) return "StridedCompress: a length is negative or at least 2^31";
-  if (!known_type(c.type)) return "StridedCompress: unknown element type";
-  if (!fit(c.ratio) || c.ratio == 0 || c.window % c.ratio != 0) return "StridedCompress: ratio does not divide the window";
-  if (c.offset < 0 || c.offset >= c.ratio) return "StridedCompress: offset must be at least 0 and below ratio";
-  if (!(Product(c.segments) * c.window * c.width * 4).fits)
-    return "StridedCompress: a tensor has more bytes than 63 bits can count";
-  if (tile_count(kept_rows(c), c.width * element_bytes(c.type)) > MOST_BLOCKS)
-    return "StridedCompress: more than 2^31 - 1 tiles to copy";
-  if (c.segments > 0 && c.window > 0 && c.width > 0 && (!c.x || !c.y)) return "StridedCompress: x or y is null";
-  return nullptr;
-}
-
-}  // namespace accordion
+#include "shapes.h"
 
 extern "C" const char *accordion_strided_rows(const AccordionStridedRows *given, void *stream) {
   using namespace accordion;
   const AccordionStridedRows &call = *given;
-  if (const char *refused = refusal(call)) return refused;
+  if (const char *refused = shape_refusal(call)) return refused;
   const int64_t tiles = tile_count(kept_rows(call), call.width * element_bytes(call.type));
   if (tiles == 0) return nullptr;
+  if (!call.x || !call.y) return "StridedCompress: x or y is null";
+  if (tiles > MOST_BLOCKS) return "StridedCompress: more than 2^31 - 1 tiles to copy";
   auto *kernel = !call.x2                       ? accordion_strided_select
                  : call.type == ACCORDION_F32   ? accordion_strided_mean_f32
                  : call.type == ACCORDION_F16   ? accordion_strided_mean_f16

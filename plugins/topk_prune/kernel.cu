@@ -262,15 +262,14 @@ static int64_t gather_tiles(const AccordionTopKPrune &call) {
 }
 
 static const char *refusal(const AccordionTopKPrune &c) {
-  const Lengths fit;
-  if (!fit(c.batch) || !fit(c.heads) || !fit(c.kv_heads) || !fit(c.head_dim) || !fit(c.length) || !fit(c.hidden_size) ||
-      !fit(c.layers) || !fit(c.keep) || !fit(c.bias_length))
+  if (!is_length(c.batch) || !is_length(c.heads) || !is_length(c.kv_heads) || !is_length(c.head_dim) || !is_length(c.length) || !is_length(c.hidden_size) ||
+      !is_length(c.layers) || !is_length(c.keep) || !is_length(c.bias_length))
     return "TopKPrune: a length is negative or at least 2^31";
   if (c.heads == 0 || c.kv_heads == 0 || c.head_dim == 0 || c.heads % c.kv_heads != 0)
     return "TopKPrune: heads must be a positive multiple of kv_heads, and head_dim positive";
   if (!known_type(c.type) || !known_type(c.hidden_type)) return "TopKPrune: unknown element type";
   if (c.keep > c.length) return "TopKPrune: keep is larger than length";
-  if ((!c.prefix_length_at && !fit(c.prefix_length)) || (!c.suffix_length_at && !fit(c.suffix_length)))
+  if ((!c.prefix_length_at && !is_length(c.prefix_length)) || (!c.suffix_length_at && !is_length(c.suffix_length)))
     return "TopKPrune: prefix_length or suffix_length is negative or at least 2^31";
   const int64_t affixes = (c.prefix_length_at ? 0 : c.prefix_length) + (c.suffix_length_at ? 0 : c.suffix_length);
   if (affixes > c.keep) return "TopKPrune: keep is smaller than prefix_length + suffix_length";
