@@ -24,6 +24,7 @@ pub mod profile;
 pub mod reference;
 pub mod report;
 pub mod runtime;
+pub mod selftest;
 pub mod staging;
 pub mod synthetic;
 pub mod taps;

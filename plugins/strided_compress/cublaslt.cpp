@@ -15,8 +15,11 @@ namespace {
 constexpr int CUBLAS_COMPUTE_32F = 68, CUBLAS_OP_T = 1;
 constexpr int CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14;
 constexpr int MATMUL_DESC_TRANSA = 3;
-constexpr int MATMUL_PREF_MAX_WORKSPACE_BYTES = 1;
+constexpr int MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, MATMUL_PREF_REDUCTION_SCHEME_MASK = 3;
 constexpr int MATMUL_PREF_MIN_ALIGNMENT_BYTES[4] = {5, 6, 7, 8};  // of A, B, C, D
+
+// Sums that are split must not be rounded to half precision before they are added.
+constexpr uint32_t REDUCTION_IN_COMPUTE_TYPE = 2;
 
 struct Algorithm {
   uint64_t data[8];
@@ -142,7 +145,9 @@ struct AccordionCublasLt {
                 library.layout_create(&d_layout.handle, data, uint64_t(m), uint64_t(n), m) == 0 &&
                 library.preference_create(&preference.handle) == 0 &&
                 library.preference_set(preference.handle, MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes,
-                                       sizeof(workspace_bytes)) == 0;
+                                       sizeof(workspace_bytes)) == 0 &&
+                library.preference_set(preference.handle, MATMUL_PREF_REDUCTION_SCHEME_MASK, &REDUCTION_IN_COMPUTE_TYPE,
+                                       sizeof(uint32_t)) == 0;
     for (int i = 0; made && i < 4; i++)
       made = library.preference_set(preference.handle, MATMUL_PREF_MIN_ALIGNMENT_BYTES[i], &alignments[i], sizeof(uint32_t)) == 0;
     if (!made) return "StridedCompress: cuBLASLt refuses the description of the product";

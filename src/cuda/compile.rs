@@ -147,7 +147,8 @@ fn compiler_version() -> Result<(i32, i32), CudaError> {
 fn entry(source: Source, architecture: Architecture, compiler: (i32, i32)) -> PathBuf {
     let mut digest = Sha256::new();
     let texts = HEADERS.iter().map(|(_, text)| *text).chain([source.text()]);
-    for text in texts.map(str::to_owned).chain(options(architecture)).chain([format!("{}.{}", compiler.0, compiler.1)]) {
+    for text in texts.map(str::to_owned).chain(options(architecture)).chain([format!("{}.{}", compiler.0, compiler.1)])
+    {
         digest.update(text.len().to_le_bytes());
         digest.update(text);
     }

@@ -5,7 +5,7 @@ use super::compile::Architecture;
 use super::error::{CudaError, Doing as _};
 use super::libraries::require;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr as _, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr as _, DriverError, sys};
 use std::ffi::CStr;
 use std::sync::Arc;
 
@@ -129,7 +129,8 @@ impl Device {
     pub fn open(ordinal: usize) -> Result<Device, CudaError> {
         let missing = |reason: String| CudaError::Driver { reason };
         require("cuda", "NVIDIA driver", FUNCTIONS).map_err(missing)?;
-        let count = CudaContext::device_count().map_err(|e| missing(format!("the NVIDIA driver does not start: {e}")))?;
+        let count =
+            CudaContext::device_count().map_err(|e| missing(format!("the NVIDIA driver does not start: {e}")))?;
         if ordinal >= usize::try_from(count).unwrap_or_default() {
             return Err(missing(format!("there is no GPU {ordinal}: the NVIDIA driver has {count}")));
         }
@@ -147,7 +148,8 @@ impl Device {
     /// The driver does not say.
     pub fn facts(&self) -> Result<DeviceFacts, CudaError> {
         let facts = || {
-            let attribute = |attribute: Attribute| self.context.attribute(attribute).map(|value| f64::from(value.max(0)));
+            let attribute =
+                |attribute: Attribute| self.context.attribute(attribute).map(|value| f64::from(value.max(0)));
             let (free_bytes, memory_bytes) = self.context.mem_get_info()?;
             let (major, minor) = self.context.compute_capability()?;
             let khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
@@ -265,7 +267,7 @@ impl Device {
         // Ended in any case: nothing else could be done on the stream.
         let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).doing("end a capture");
         done?;
-        let nothing = || CudaError::Driver { reason: "a capture recorded nothing".to_owned() };
-        graph?.map(Graph).ok_or_else(nothing)
+        let nothing = || DriverError(sys::CUresult::CUDA_ERROR_ILLEGAL_STATE);
+        graph?.map(Graph).ok_or_else(nothing).doing("record work as a CUDA graph")
     }
 }

@@ -121,7 +121,9 @@ impl Kernels {
 impl Kernel {
     fn source(self) -> Source {
         match self {
-            Kernel::ScoreF32 | Kernel::ScoreF16 | Kernel::ScoreBf16 | Kernel::Select | Kernel::Gather => Source::TopKPrune,
+            Kernel::ScoreF32 | Kernel::ScoreF16 | Kernel::ScoreBf16 | Kernel::Select | Kernel::Gather => {
+                Source::TopKPrune
+            }
             Kernel::StridedSelect | Kernel::StridedMeanF32 | Kernel::StridedMeanF16 | Kernel::StridedMeanBf16 => {
                 Source::StridedCompress
             }

@@ -27,6 +27,9 @@ const FUNCTIONS: &[&CStr] = &[
 /// As in `cublas_api.h`.
 const CUBLAS_OP_T: i32 = 1;
 
+/// As in `cublasLt.h`. Sums that are split must not be rounded to half precision before they are added.
+const REDUCTION_IN_COMPUTE_TYPE: u32 = 2;
+
 /// What the product may use besides its operands, in bytes.
 const WORKSPACE_BYTES: usize = 32 << 20;
 
@@ -128,7 +131,12 @@ impl CublasLt {
     }
 
     /// cuBLAS is column-major: what it sees is `y^T = w a^T`.
-    unsafe fn multiply(&self, product: &Product, workspace: Address, workspace_bytes: usize) -> Result<(), CublasError> {
+    unsafe fn multiply(
+        &self,
+        product: &Product,
+        workspace: Address,
+        workspace_bytes: usize,
+    ) -> Result<(), CublasError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         let Product { n, m, k, w, a, a_stride, y, element } = *product;
         let data = match element {
@@ -152,6 +160,7 @@ impl CublasLt {
             unsafe { result::set_matmul_pref_attribute(preference.0, attribute, at, size) }
         };
         set(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes)?;
+        set(Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &REDUCTION_IN_COMPUTE_TYPE)?;
         let bytes = element.bytes() as i64;
         set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment(w, k * bytes))?;
         set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment(a, a_stride * bytes))?;

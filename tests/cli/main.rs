@@ -15,6 +15,7 @@ mod profile;
 mod program;
 mod report;
 mod run;
+mod selftest;
 mod sharedllm;
 mod sparse;
 mod tiny;

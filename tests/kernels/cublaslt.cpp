@@ -93,8 +93,9 @@ int cublasLtMatmulPreferenceCreate(void **preference) {
 }
 
 int cublasLtMatmulPreferenceSetAttribute(void *, int attribute, const void *, size_t size) {
-  const bool workspace = attribute == 1 && size == 8, alignment = attribute >= 5 && attribute <= 8 && size == 4;
-  return workspace || alignment ? 0 : NOT_SUPPORTED;
+  const bool workspace = attribute == 1 && size == 8, mask = attribute == 3 && size == 4;
+  const bool alignment = attribute >= 5 && attribute <= 8 && size == 4;
+  return workspace || mask || alignment ? 0 : NOT_SUPPORTED;
 }
 
 int cublasLtMatmulPreferenceDestroy(void *preference) {

@@ -1,6 +1,8 @@
 //! Compiles the kernels with the C++ compiler and loads them.
 
-use accordion::cuda::{StridedCompress, StridedRows, TopKPrune};
+use crate::guarded::Guarded;
+use accordion::cuda::{Address, Refusal, StridedCompress, StridedRows, TopKPrune};
+use accordion::selftest::Host;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,8 +26,9 @@ fn source(name: &str) -> PathBuf {
 }
 
 /// Builds a shared library from C++ sources, under a name that is this process's own.
-fn compile(name: &str, sources: &[&str]) -> PathBuf {
-    let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", std::process::id()));
+pub(crate) fn compile(name: &str, sources: &[&str]) -> PathBuf {
+    let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}/{name}", std::process::id()));
+    std::fs::create_dir_all(library.parent().unwrap()).unwrap();
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     let output = Command::new(&compiler)
         .args(["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"])
@@ -135,5 +138,51 @@ impl Library {
             (self.cublaslt_close)(cublaslt);
         }
         Ok(())
+    }
+}
+
+/// Runs kernels by the emulator, on memory that ends where the process may not go.
+pub(crate) struct Emulator;
+
+/// Why the emulator did not run something.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Refused(String);
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        Refused(refusal.to_string())
+    }
+}
+
+impl Host for Emulator {
+    type Memory = Guarded;
+    type Error = Refused;
+
+    fn upload(&self, bytes: &[u8]) -> Result<Guarded, Refused> {
+        Ok(Guarded::of(bytes))
+    }
+
+    fn address(memory: &Guarded) -> Address {
+        memory.address()
+    }
+
+    fn download(&self, memory: &Guarded) -> Result<Vec<u8>, Refused> {
+        Ok(memory.read())
+    }
+
+    unsafe fn topk_prune(&self, call: &TopKPrune) -> Result<(), Refused> {
+        assert!(call.launches().is_ok_and(|launches| launches.len() <= 3));
+        // SAFETY: the caller's promise, as below.
+        unsafe { kernels().topk_prune(call) }.map_err(Refused)
+    }
+
+    unsafe fn strided_rows(&self, call: &StridedRows) -> Result<(), Refused> {
+        unsafe { kernels().strided_rows(call) }.map_err(Refused)
+    }
+
+    unsafe fn strided_compress(&self, call: &StridedCompress) -> Result<bool, Refused> {
+        assert_eq!(kernels().strided_compress_workspace(call), call.workspace_bytes);
+        unsafe { kernels().strided_compress(call) }.map_err(Refused)?;
+        Ok(true)
     }
 }

@@ -11,3 +11,4 @@ mod compress;
 mod guarded;
 mod library;
 mod prune;
+mod selftest;
