@@ -47,7 +47,14 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         None => Origin::Compiler(Cache::from_environment()?.folder().join("kernels")),
     };
     let options = Options { device: gpu.device, kernels, times: !gpu.no_times };
-    let report = run_selftest(&options, &mut |step| output.remark(step))?;
+    let bar = output.bar("opening the GPU", 0);
+    let report = run_selftest(&options, &mut |step| {
+        bar.set_length(step.of as u64);
+        bar.set_position(step.done as u64);
+        bar.set_message(step.what.to_owned());
+    });
+    bar.finish_and_clear();
+    let report = report?;
     output.result(&report, || in_words(&report))?;
     Ok(if report.passed { Outcome::Done } else { Outcome::CheckFailed })
 }

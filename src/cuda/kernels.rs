@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Where compiled kernels come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// A folder with `topk_prune.sm_90.cubin` and the like, made by `plugins/cuda/build.sh`.
+    /// A folder with `topk_prune.sm_90.cubin`, `topk_prune.compute_80.ptx` and the like, made by `plugins/cuda/build.sh`.
     Folder(PathBuf),
     /// NVRTC, which leaves what it made in this folder.
     Compiler(PathBuf),
@@ -29,12 +29,22 @@ unsafe impl DeviceRepr for TopKPrune {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for StridedRows {}
 
-/// Code for the device from a folder: its own, else that of the same generation with the highest number below.
+/// Code for the device from a folder: its own, else that of the same generation with the highest number below, else what the
+/// driver itself compiles.
 fn prebuilt(folder: &Path, source: Source, architecture: Architecture) -> Result<Vec<u8>, CudaError> {
     let path = |minor| folder.join(format!("{}.{}.cubin", source.name(), Architecture { minor, ..architecture }));
-    let found = (0..=architecture.minor).rev().map(path).find(|path| path.is_file());
-    let path = found.unwrap_or_else(|| path(architecture.minor));
-    std::fs::read(&path).map_err(|source| CudaError::Io { path, source })
+    let read = |path: PathBuf| std::fs::read(&path).map_err(|source| CudaError::Io { path, source });
+    if let Some(path) = (0..=architecture.minor).rev().map(path).find(|path| path.is_file()) {
+        return read(path);
+    }
+    let intermediate = folder.join(format!("{}.compute_80.ptx", source.name()));
+    if architecture.major < 8 || !intermediate.is_file() {
+        return read(path(architecture.minor));
+    }
+    let mut text = read(intermediate)?;
+    // The driver takes a string.
+    text.push(0);
+    Ok(text)
 }
 
 impl Kernels {
@@ -148,5 +158,10 @@ mod tests {
         }
         let error = code(10, 0).unwrap_err().to_string();
         assert!(error.contains("topk_prune.sm_100.cubin"), "{error}");
+
+        std::fs::write(folder.path().join("topk_prune.compute_80.ptx"), ".version 9.0").unwrap();
+        assert_eq!(code(10, 0).unwrap(), b".version 9.0\0");
+        assert_eq!(code(9, 0).unwrap(), b"topk_prune.sm_90.cubin");
+        assert!(code(7, 5).is_err());
     }
 }

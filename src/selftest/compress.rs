@@ -110,7 +110,7 @@ impl Case {
         let starts = (0..self.segments * self.groups).map(|k| (k * self.ratio + self.offset) * self.width);
         let kept: Vec<f32> = starts
             .flat_map(|start| start..start + self.width)
-            .map(|at| if self.mean { (x[at] + x2[at]) / 2.0 } else { x[at] })
+            .map(|at| if self.mean { f32::midpoint(x[at], x2[at]) } else { x[at] })
             .collect();
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).fold(0.0, |sum, (a, b)| sum + a * b);
         let product: Vec<f32> = kept

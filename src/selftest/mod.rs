@@ -48,15 +48,27 @@ pub enum SelftestError {
     },
 }
 
+/// How far it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress<'a> {
+    /// What is tried now.
+    pub what: &'a str,
+    /// Steps done.
+    pub done: usize,
+    /// Steps in all.
+    pub of: usize,
+}
+
 /// Tries everything. `on_step` hears what comes next.
 ///
 /// # Errors
 ///
 /// There is no driver, device or code for it, or the device fails. A kernel that computes something else is no error but a
 /// check that has not passed.
-pub fn run(options: &Options, on_step: &mut dyn FnMut(&str)) -> Result<Report, SelftestError> {
+pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<Report, SelftestError> {
     let unix_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    on_step("opening the device");
+    let (pruned, compressed) = (prune::cases(), compress::cases());
+    let of = pruned.len() + compressed.len() + 1;
     let device = Device::open(options.device)?;
     let facts = device.facts()?;
     let kernels = Kernels::load(&device, &options.kernels)?;
@@ -68,15 +80,15 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(&str)) -> Result<Report, S
     let gpu = Gpu { device, kernels, cublaslt };
 
     let mut checks = Vec::new();
-    for (case, tried) in prune::cases() {
-        on_step(&format!("TopKPrune: {case}"));
+    for (case, tried) in pruned {
+        on_step(Progress { what: &case, done: checks.len(), of });
         let tensors = tried.tensors();
         let expected = tried.expected(&tensors).map_err(|source| SelftestError::Case { case: case.clone(), source })?;
         let difference = tried.on(&gpu, &tensors)?.difference(&expected);
         checks.push(Check::of("TopKPrune", case, difference));
     }
-    for (case, tried) in compress::cases() {
-        on_step(&format!("StridedCompress: {case}"));
+    for (case, tried) in compressed {
+        on_step(Progress { what: &case, done: checks.len(), of });
         let tensors = tried.tensors();
         let difference = tried.on(&gpu, &tensors)?.difference(&tried.expected(&tensors));
         checks.push(Check::of("StridedCompress", case, difference));
@@ -84,7 +96,7 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(&str)) -> Result<Report, S
 
     let (mut copy_bandwidth, mut times) = (None, Vec::new());
     if options.times {
-        on_step("times");
+        on_step(Progress { what: "times", done: of - 1, of });
         let meter = times::Meter::new(&gpu, &facts)?;
         copy_bandwidth = Some(meter.copy_bandwidth);
         times = meter.all(&mut missing)?;

@@ -11,24 +11,33 @@ use std::sync::OnceLock;
 /// What a function says: null, or a message.
 type Message = *const c_char;
 
+type Stream = *mut c_void;
+type TopKPruneFn = unsafe extern "C" fn(*const TopKPrune, Stream) -> Message;
+type StridedRowsFn = unsafe extern "C" fn(*const StridedRows, Stream) -> Message;
+type StridedCompressFn = unsafe extern "C" fn(*mut c_void, *const StridedCompress, Stream) -> Message;
+type WorkspaceFn = unsafe extern "C" fn(*const StridedCompress) -> usize;
+type OpenFn = unsafe extern "C" fn(*const c_char, *mut *mut c_void) -> Message;
+type CloseFn = unsafe extern "C" fn(*mut c_void);
+
 /// The C interface, `plugins/cuda/accordion_kernels.h`.
 pub(crate) struct Library {
-    topk_prune: unsafe extern "C" fn(*const TopKPrune, *mut c_void) -> Message,
-    strided_rows: unsafe extern "C" fn(*const StridedRows, *mut c_void) -> Message,
-    strided_compress: unsafe extern "C" fn(*mut c_void, *const StridedCompress, *mut c_void) -> Message,
-    strided_compress_workspace: unsafe extern "C" fn(*const StridedCompress) -> usize,
-    cublaslt_open: unsafe extern "C" fn(*const c_char, *mut *mut c_void) -> Message,
-    cublaslt_close: unsafe extern "C" fn(*mut c_void),
+    topk_prune: TopKPruneFn,
+    strided_rows: StridedRowsFn,
+    strided_compress: StridedCompressFn,
+    strided_compress_workspace: WorkspaceFn,
+    cublaslt_open: OpenFn,
+    cublaslt_close: CloseFn,
 }
 
 fn source(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// Builds a shared library from C++ sources, under a name that is this process's own.
+/// Builds a shared library from C++ sources, in a folder of its own: aside and renamed, because another process may use it.
 pub(crate) fn compile(name: &str, sources: &[&str]) -> PathBuf {
-    let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}/{name}", std::process::id()));
-    std::fs::create_dir_all(library.parent().unwrap()).unwrap();
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels-{name}"));
+    std::fs::create_dir_all(&folder).unwrap();
+    let library = tempfile::NamedTempFile::new_in(&folder).unwrap().into_temp_path();
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     let output = Command::new(&compiler)
         .args(["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"])
@@ -38,12 +47,14 @@ pub(crate) fn compile(name: &str, sources: &[&str]) -> PathBuf {
         .arg(source("plugins/strided_compress"))
         .args(sources.iter().map(|name| source(name)))
         .arg("-o")
-        .arg(&library)
+        .arg::<&Path>(&library)
         .arg("-ldl")
         .output()
         .unwrap_or_else(|error| panic!("{}: {error}", compiler.display()));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    library
+    let path = folder.join(name);
+    library.persist(&path).unwrap();
+    path
 }
 
 fn open(path: &Path) -> *mut c_void {
@@ -62,22 +73,22 @@ pub(crate) fn kernels() -> &'static Library {
             .map(|s| format!("plugins/{s}"));
         let path = compile("libaccordion_kernels.so", &sources.each_ref().map(String::as_str));
         let handle = open(&path);
-        std::fs::remove_file(path).unwrap();
         macro_rules! symbol {
-            ($name:literal) => {{
-                // SAFETY: the handle is open, and the type is the declaration's.
+            ($name:literal, $function:ty) => {{
+                // SAFETY: the handle is open.
                 let symbol = unsafe { libc::dlsym(handle, $name.as_ptr()) };
                 assert!(!symbol.is_null(), "{:?}", $name);
-                unsafe { std::mem::transmute(symbol) }
+                // SAFETY: the type is the declaration's.
+                unsafe { std::mem::transmute::<*mut c_void, $function>(symbol) }
             }};
         }
         Library {
-            topk_prune: symbol!(c"accordion_topk_prune"),
-            strided_rows: symbol!(c"accordion_strided_rows"),
-            strided_compress: symbol!(c"accordion_strided_compress"),
-            strided_compress_workspace: symbol!(c"accordion_strided_compress_workspace"),
-            cublaslt_open: symbol!(c"accordion_cublaslt_open"),
-            cublaslt_close: symbol!(c"accordion_cublaslt_close"),
+            topk_prune: symbol!(c"accordion_topk_prune", TopKPruneFn),
+            strided_rows: symbol!(c"accordion_strided_rows", StridedRowsFn),
+            strided_compress: symbol!(c"accordion_strided_compress", StridedCompressFn),
+            strided_compress_workspace: symbol!(c"accordion_strided_compress_workspace", WorkspaceFn),
+            cublaslt_open: symbol!(c"accordion_cublaslt_open", OpenFn),
+            cublaslt_close: symbol!(c"accordion_cublaslt_close", CloseFn),
         }
     })
 }
@@ -101,6 +112,7 @@ impl Library {
     ///
     /// The pointers are those of tensors with the call's lengths.
     pub(crate) unsafe fn topk_prune(&self, call: &TopKPrune) -> Result<(), String> {
+        // SAFETY: the caller's promise.
         result(unsafe { (self.topk_prune)(call, std::ptr::null_mut()) })
     }
 
@@ -108,6 +120,7 @@ impl Library {
     ///
     /// As for `topk_prune`.
     pub(crate) unsafe fn strided_rows(&self, call: &StridedRows) -> Result<(), String> {
+        // SAFETY: the caller's promise.
         result(unsafe { (self.strided_rows)(call, std::ptr::null_mut()) })
     }
 
@@ -117,6 +130,7 @@ impl Library {
     pub(crate) unsafe fn strided_compress(&self, call: &StridedCompress) -> Result<(), String> {
         let path = CString::new(cublaslt().to_str().unwrap()).unwrap();
         let mut cublaslt = std::ptr::null_mut();
+        // SAFETY: the caller's promise; what is opened is closed.
         unsafe {
             result((self.cublaslt_open)(path.as_ptr(), &raw mut cublaslt))?;
             let done = result((self.strided_compress)(cublaslt, call, std::ptr::null_mut()));
@@ -172,16 +186,18 @@ impl Host for Emulator {
 
     unsafe fn topk_prune(&self, call: &TopKPrune) -> Result<(), Refused> {
         assert!(call.launches().is_ok_and(|launches| launches.len() <= 3));
-        // SAFETY: the caller's promise, as below.
+        // SAFETY: the caller's promise.
         unsafe { kernels().topk_prune(call) }.map_err(Refused)
     }
 
     unsafe fn strided_rows(&self, call: &StridedRows) -> Result<(), Refused> {
+        // SAFETY: the caller's promise.
         unsafe { kernels().strided_rows(call) }.map_err(Refused)
     }
 
     unsafe fn strided_compress(&self, call: &StridedCompress) -> Result<bool, Refused> {
         assert_eq!(kernels().strided_compress_workspace(call), call.workspace_bytes);
+        // SAFETY: the caller's promise.
         unsafe { kernels().strided_compress(call) }.map_err(Refused)?;
         Ok(true)
     }
