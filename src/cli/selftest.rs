@@ -6,8 +6,10 @@ use super::text::{bytes, table};
 use accordion::cuda::Origin;
 use accordion::fetch::Cache;
 use accordion::selftest::{Options, Report, run as run_selftest};
+use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use std::path::PathBuf;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 
 /// Try the kernels on this machine's hardware
 #[derive(Debug, Args)]
@@ -36,6 +38,9 @@ struct Gpu {
     /// Compare results only
     #[arg(long)]
     no_times: bool,
+    /// Write the results as JSON to a file, too
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
 }
 
 /// Runs the command.
@@ -55,8 +60,21 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     });
     bar.finish_and_clear();
     let report = report?;
+    if let Some(path) = &gpu.output {
+        write(path, &report).with_context(|| path.display().to_string())?;
+    }
     output.result(&report, || in_words(&report))?;
     Ok(if report.passed { Outcome::Done } else { Outcome::CheckFailed })
+}
+
+/// Aside and renamed: nothing is left half-written.
+fn write(path: &Path, report: &Report) -> anyhow::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut aside = tempfile::NamedTempFile::new_in(folder)?;
+    serde_json::to_writer_pretty(&mut aside, report)?;
+    writeln!(aside)?;
+    aside.persist(path)?;
+    Ok(())
 }
 
 fn in_words(report: &Report) -> String {

@@ -135,6 +135,10 @@ impl Compressed {
     }
 }
 
+/// A case of small lengths.
+pub(super) const SMALL: Case =
+    Case { segments: 2, groups: 3, ratio: 4, offset: 3, width: 16, out_width: 8, element: Element::F16, mean: true };
+
 /// What a GPU is tried with: a name and a case each.
 pub(super) fn cases() -> Vec<(String, Case)> {
     let mut cases = Vec::new();

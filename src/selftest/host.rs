@@ -101,3 +101,47 @@ impl Host for Gpu {
         Ok(true)
     }
 }
+
+/// A GPU whose work is recorded as a CUDA graph, and done by launching that.
+#[derive(Debug)]
+pub(super) struct Recorded<'a>(pub(super) &'a Gpu);
+
+impl Host for Recorded<'_> {
+    type Memory = crate::cuda::Buffer;
+    type Error = CudaError;
+
+    fn upload(&self, bytes: &[u8]) -> Result<Self::Memory, CudaError> {
+        self.0.upload(bytes)
+    }
+
+    fn address(memory: &Self::Memory) -> Address {
+        memory.address()
+    }
+
+    fn download(&self, memory: &Self::Memory) -> Result<Vec<u8>, CudaError> {
+        self.0.download(memory)
+    }
+
+    unsafe fn topk_prune(&self, call: &TopKPrune) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise, as below.
+        self.0.device.capture(|| unsafe { self.0.topk_prune(call) })?.launch()?;
+        // The graph must not go before it is done, here and below.
+        self.0.device.wait()
+    }
+
+    unsafe fn strided_rows(&self, call: &StridedRows) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        self.0.device.capture(|| unsafe { self.0.strided_rows(call) })?.launch()?;
+        self.0.device.wait()
+    }
+
+    unsafe fn strided_compress(&self, call: &StridedCompress) -> Result<bool, CudaError> {
+        if self.0.cublaslt.is_none() {
+            return Ok(false);
+        }
+        // SAFETY: as above.
+        self.0.device.capture(|| unsafe { self.0.strided_compress(call) }.map(|_| ()))?.launch()?;
+        self.0.device.wait()?;
+        Ok(true)
+    }
+}

@@ -17,7 +17,7 @@ pub use schema::{Check, Report, SCHEMA, Time};
 use crate::cuda::{CublasLt, CudaError, Device, Kernels, Origin};
 use crate::environment::Nvidia;
 use accordion_plugins::topk_prune::PruneError;
-use host::Gpu;
+use host::{Gpu, Recorded};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What to try.
@@ -84,8 +84,7 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<R
         on_step(Progress { what: &case, done: checks.len(), of });
         let tensors = tried.tensors();
         let expected = tried.expected(&tensors).map_err(|source| SelftestError::Case { case: case.clone(), source })?;
-        let difference = tried.on(&gpu, &tensors)?.difference(&expected);
-        checks.push(Check::of("TopKPrune", case, difference));
+        checks.push(Check::of("TopKPrune", case, tried.on(&gpu, &tensors)?.difference(&expected)));
     }
     for (case, tried) in compressed {
         on_step(Progress { what: &case, done: checks.len(), of });
@@ -93,7 +92,7 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<R
         let difference = tried.on(&gpu, &tensors)?.difference(&tried.expected(&tensors));
         checks.push(Check::of("StridedCompress", case, difference));
     }
-
+    checks.extend(recorded(&gpu)?);
     let (mut copy_bandwidth, mut times) = (None, Vec::new());
     if options.times {
         on_step(Progress { what: "times", done: of - 1, of });
@@ -122,6 +121,17 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<R
         times,
         missing,
     })
+}
+
+/// One case of each operator, recorded as a CUDA graph.
+fn recorded(gpu: &Gpu) -> Result<[Check; 2], SelftestError> {
+    let case = || "recorded as a CUDA graph".to_owned();
+    let tensors = prune::SMALL.tensors();
+    let expected = prune::SMALL.expected(&tensors).map_err(|source| SelftestError::Case { case: case(), source })?;
+    let pruned = prune::SMALL.on(&Recorded(gpu), &tensors)?.difference(&expected);
+    let tensors = compress::SMALL.tensors();
+    let compressed = compress::SMALL.on(&Recorded(gpu), &tensors)?.difference(&compress::SMALL.expected(&tensors));
+    Ok([Check::of("TopKPrune", case(), pruned), Check::of("StridedCompress", case(), compressed)])
 }
 
 impl Check {

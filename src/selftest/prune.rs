@@ -11,7 +11,7 @@ use rand_chacha::rand_core::{RngCore as _, SeedableRng as _};
 /// What numbers the queries and keys are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Numbers {
-    /// -2 to 2: sums are exact and often equal, and there are zeros of both signs.
+    /// -2 to 2: sums are exact and often equal.
     Integers,
     /// The same, and now and then an infinity or NaN among the keys.
     Wild,
@@ -30,6 +30,8 @@ pub struct Case {
     pub hidden_element: Element,
     /// Its numbers.
     pub numbers: Numbers,
+    /// Factor of the logits: by a power of two they stay exact, and a negative one makes zeros of both signs.
+    pub scale: f32,
     /// Whether the affix lengths are read from memory.
     pub affixes_at: bool,
     /// Whether the logits are wanted.
@@ -71,9 +73,6 @@ pub struct Pruned {
     /// `[B, n, 2, G, K, d]`.
     pub kept_kv: Vec<u8>,
 }
-
-/// Factor of the logits: a power of two, so that they stay exact.
-const SCALE: f32 = 0.5;
 
 impl Case {
     /// Bytes of the tensors that are gathered, before and after: the hidden states and the cache.
@@ -162,7 +161,7 @@ impl Case {
             prefix_length: affix(prefix),
             suffix_length: affix(suffix),
             bias_length: tensors.bias.len() as i64,
-            scale: SCALE,
+            scale: self.scale,
             element: self.element,
             hidden_element: self.hidden_element,
         };
@@ -197,7 +196,7 @@ impl Case {
                 position_ids: &tensors.position_ids,
                 hidden: &[],
                 kv: &[],
-                scale: SCALE,
+                scale: self.scale,
             },
             Outputs {
                 keep_idx: &mut keep_idx,
@@ -262,6 +261,7 @@ pub const SMALL: Case = Case {
     element: Element::F32,
     hidden_element: Element::F32,
     numbers: Numbers::Integers,
+    scale: 0.5,
     affixes_at: false,
     metric: true,
     seed: 1,
@@ -293,6 +293,7 @@ pub(super) fn cases() -> Vec<(String, Case)> {
         add("none stays", of(Lengths { keep: 0, prefix: 0, suffix: 0, ..SMALL.lengths }));
         add("one token", of(lengths(1, 1, 1, 64, 1, 8, 1, 1)));
         add("equal scores", Case { numbers: Numbers::Equal, ..of(lengths(2, 4, 4, 64, 3000, 64, 1, 1111)) });
+        add("zeros of both signs", Case { scale: -0.5, ..of(lengths(2, 4, 2, 4, 500, 8, 1, 250)) });
         add("NaN and infinities", Case { numbers: Numbers::Wild, ..of(lengths(2, 4, 4, 16, 2000, 64, 1, 1950)) });
         add("affixes on the device", Case { affixes_at: true, metric: false, ..SMALL });
         add("odd lengths", of(lengths(3, 6, 2, 65, 777, 333, 2, 401)));

@@ -29,13 +29,14 @@ fn any_case() -> impl Strategy<Value = Case> {
         element(),
         element(),
         prop::sample::select(vec![Numbers::Integers, Numbers::Integers, Numbers::Wild, Numbers::Equal]),
-        any::<(bool, bool, u64)>(),
+        any::<(bool, bool, bool, u64)>(),
         // Affixes alone, everything, or something in between.
         (0.0..1.0_f64, 0.0..1.0_f64, 0.0..=1.0_f64, 0_usize..4),
     );
     (shape, rest).prop_map(|(shape, rest)| {
         let (batch, kv_heads, group, head_dim, length, hidden, layers) = shape;
-        let (element, hidden_element, numbers, (affixes_at, metric, seed), (prefix, suffix, keep, extreme)) = rest;
+        let (element, hidden_element, numbers, (affixes_at, metric, negative, seed), (prefix, suffix, keep, extreme)) =
+            rest;
         let length = if batch == 64 { length.min(100) } else { length };
         let prefix = (prefix * prefix * length as f64) as usize;
         let suffix = (suffix * suffix * (length - prefix) as f64) as usize;
@@ -43,7 +44,8 @@ fn any_case() -> impl Strategy<Value = Case> {
         let keep = [prefix + suffix, length, between, between][extreme];
         let heads = kv_heads * group;
         let lengths = Lengths { batch, heads, kv_heads, head_dim, length, hidden, layers, keep, prefix, suffix };
-        Case { lengths, element, hidden_element, numbers, affixes_at, metric, seed }
+        let scale = if negative { -0.5 } else { 0.5 };
+        Case { lengths, element, hidden_element, numbers, scale, affixes_at, metric, seed }
     })
 }
 

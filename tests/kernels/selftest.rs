@@ -37,17 +37,23 @@ fn report(output: &Output) -> Value {
 #[test]
 #[ignore = "needs a C++ compiler"]
 fn a_device_passes_and_is_timed() {
-    let output = selftest(&[driver(), cublaslt()], kernels().path(), &["--json"]).output().unwrap();
+    let folder = kernels();
+    let file = folder.path().join("result.json");
+    let more = ["--json", "--output", file.to_str().unwrap()];
+    let output = selftest(&[driver(), cublaslt()], folder.path(), &more).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(std::fs::read(&file).unwrap().trim_ascii(), output.stdout.trim_ascii());
     let report = report(&output);
     assert_eq!((&report["schema"], &report["passed"]), (&"accordion.selftest-gpu/1".into(), &true.into()));
     assert_eq!(report["device"]["name"], "Emulator, no GPU");
     let checks = report["checks"].as_array().unwrap();
-    assert!(checks.len() > 60 && checks.iter().all(|check| check["passed"] == true));
+    assert!(checks.len() > 65 && checks.iter().all(|check| check["passed"] == true));
     // What does not fit into the memory is said.
     let missing = report["missing"].to_string();
     assert!(missing.contains("7B") && !missing.contains("products"), "{missing}");
     assert!(report["copy_bandwidth"].as_f64().unwrap() > 0.0);
+    let times = report["times"].as_array().unwrap();
+    assert!(times.iter().any(|time| time["name"] == "TopKPrune, as a CUDA graph"), "{times:?}");
 }
 
 #[test]
