@@ -25,20 +25,23 @@ __host__ __device__ __forceinline__ int64_t tile_count(int64_t rows, int64_t row
   return row_bytes == 0 ? 0 : (rows + height - 1) / height;
 }
 
-// Writes `rows` rows of `row_vectors` vectors, one after the other. `load(row, column)` says what. All threads of the block come
+// Writes `rows` rows of `row_vectors` vectors, one after the other. `locate(row, column)` says where what belongs there is, and
+// `load` what it is: apart, so that what the places depend on is not waited for once for every vector. All threads of the block come
 // here together, or none.
-template <class V, class Load>
-__device__ __forceinline__ void write_tile(V *to, uint32_t rows, uint32_t row_vectors, Load load) {
+template <class V, class Locate, class Load>
+__device__ __forceinline__ void write_tile(V *to, uint32_t rows, uint32_t row_vectors, Locate locate, Load load) {
   const uint32_t total = rows * row_vectors;
   // A thread's place moves on by a constant number of rows and columns: no division for each vector.
   const uint32_t row_step = ROW_THREADS / row_vectors, column_step = ROW_THREADS % row_vectors;
   uint32_t row = threadIdx.x / row_vectors, column = threadIdx.x % row_vectors;
 #pragma unroll 1
   for (uint32_t first = threadIdx.x; first < total; first += BATCH * ROW_THREADS) {
+    int64_t places[BATCH];
     V batch[BATCH];
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
-      if (first + i * ROW_THREADS < total) batch[i] = load(row, column);
+      // Past the end, the last row once more, which is not written.
+      places[i] = locate(row < rows ? row : rows - 1, column);
       row += row_step;
       column += column_step;
       if (column >= row_vectors) {
@@ -46,6 +49,8 @@ __device__ __forceinline__ void write_tile(V *to, uint32_t rows, uint32_t row_ve
         row++;
       }
     }
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) batch[i] = load(places[i]);
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
       if (first + i * ROW_THREADS < total) store_once(to + first + i * ROW_THREADS, batch[i]);
@@ -58,10 +63,11 @@ template <class V, class SourceRow>
 __device__ __forceinline__ void copy_tile_in(const char *from, char *to, int64_t row_bytes, int64_t tile, int64_t rows,
                                              SourceRow source_row) {
   const int64_t first = tile * tile_rows(row_bytes);
-  const uint32_t height = uint32_t(smaller(tile_rows(row_bytes), rows - first));
-  write_tile((V *)(to + first * row_bytes), height, uint32_t(row_bytes / sizeof(V)), [=](uint32_t row, uint32_t column) {
-    return load_once((const V *)(from + source_row(first + row) * row_bytes) + column);
-  });
+  const uint32_t height = uint32_t(smaller(tile_rows(row_bytes), rows - first)), row_vectors = uint32_t(row_bytes / sizeof(V));
+  write_tile(
+      (V *)(to + first * row_bytes), height, row_vectors,
+      [=](uint32_t row, uint32_t column) { return source_row(first + row) * row_vectors + column; },
+      [=](int64_t place) { return load_once((const V *)from + place); });
 }
 
 // The same with the widest vectors that fit.

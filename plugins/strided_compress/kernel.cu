@@ -16,18 +16,20 @@ __device__ __forceinline__ void mean_tile_in(const AccordionStridedRows &call, i
   const int64_t vectors = row_bytes / int64_t(sizeof(V)), ratio = call.ratio, offset = call.offset;
   const V *a = (const V *)call.x, *b = (const V *)call.x2;
   const uint32_t height = uint32_t(smaller(tile_rows(row_bytes), rows - first));
-  write_tile((V *)call.y + first * vectors, height, uint32_t(vectors), [=](uint32_t row, uint32_t column) {
-    const int64_t at = ((first + row) * ratio + offset) * vectors + column;
-    Vector one, other;
-    one.vector = load_once(a + at);
-    other.vector = load_once(b + at);
+  write_tile(
+      (V *)call.y + first * vectors, height, uint32_t(vectors),
+      [=](uint32_t row, uint32_t column) { return ((first + row) * ratio + offset) * vectors + column; },
+      [=](int64_t place) {
+        Vector one, other;
+        one.vector = load_once(a + place);
+        other.vector = load_once(b + place);
 #pragma unroll
-    for (int e = 0; e < Vector::COUNT; e++) {
-      // Rounded between the two, as two operators would.
-      one.bits[e] = E::encode(__fmul_rn(0.5f, E::decode(one.bits[e]) + E::decode(other.bits[e])));
-    }
-    return one.vector;
-  });
+        for (int e = 0; e < Vector::COUNT; e++) {
+          // Rounded between the two, as two operators would.
+          one.bits[e] = E::encode(__fmul_rn(0.5f, E::decode(one.bits[e]) + E::decode(other.bits[e])));
+        }
+        return one.vector;
+      });
 }
 
 template <class E>
