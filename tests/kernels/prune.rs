@@ -82,6 +82,15 @@ fn long_sequences_too() {
     }
 }
 
+/// Zeros of both signs among the scores at the cut: a negative scale makes the negative ones, a bias the others.
+#[test]
+#[ignore = "needs a C++ compiler"]
+fn both_zeros_are_equal() {
+    let lengths = Lengths { batch: 16, heads: 1, kv_heads: 1, head_dim: 1, length: 500, keep: 150, ..SMALL.lengths };
+    let case = Case { lengths, scale: -0.5, ..SMALL };
+    check(&case);
+}
+
 /// Rows longer than a tile, and rows of which many make one.
 #[test]
 #[ignore = "needs a C++ compiler"]
