@@ -14,6 +14,7 @@ use accordion::checkpoint::Checkpoint;
 use accordion::environment::{peak_resident_bytes, reset_peak_resident};
 use accordion::fetch::Cache;
 use accordion::models;
+use accordion::precision::Recipe;
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::homer::HomerSettings;
@@ -60,6 +61,7 @@ fn measure(folder: &Path, root: &Path) -> Outcome<()> {
             method: MethodSettings::Homer { settings: SETTINGS, tree_heights, significance: None },
             target: Target::OrtCpu,
             weights: WeightStorage::Link,
+            recipe: Recipe::fp32(),
             force: false,
         };
         let exported = export(&checkpoint, &place.path().join(run.to_string()), &options)?;

@@ -20,6 +20,7 @@ pub mod fetch;
 pub mod goldens;
 pub mod models;
 pub mod pipeline;
+pub mod precision;
 pub mod profile;
 pub mod reference;
 pub mod report;

@@ -149,6 +149,13 @@ impl Staging {
         self.write_with(name, |file| file.write_all(bytes))
     }
 
+    /// Gives the file `name` the time of the last change of `from`, so that the same command gives the same folder.
+    pub(crate) fn date_like(&self, name: &str, from: &Path) -> Result<(), StagingError> {
+        let modified = fs::metadata(from).and_then(|meta| meta.modified()).map_err(io_error(from))?;
+        let file = File::options().write(true).open(self.path(name));
+        file.and_then(|file| file.set_modified(modified)).map_err(io_error(&self.goal.join(name)))
+    }
+
     /// Writes a new JSON file.
     pub(crate) fn write_json(&mut self, name: &str, value: &Value) -> Result<(), StagingError> {
         self.write(name, format!("{value:#}\n").as_bytes())

@@ -2,6 +2,7 @@
 //! cheap to clone.
 
 use accordion_graphs::dtype::DType;
+use accordion_graphs::fp8;
 use half::{bf16, f16};
 use std::fmt;
 use std::ops::Range;
@@ -24,7 +25,7 @@ macro_rules! vector_storage {
         }
     )*};
 }
-vector_storage!(u8, f32, f16, bf16, i64, i32);
+vector_storage!(u8, i8, f32, f16, bf16, i64, i32);
 
 /// A dense row-major tensor on the host. Clones share the memory.
 #[derive(Clone)]
@@ -65,10 +66,6 @@ pub enum TensorError {
     },
 }
 
-fn byte_count(dtype: DType, shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(dtype.size(), |n, &dim| n.checked_mul(dim))
-}
-
 macro_rules! typed_view {
     ($view:ident, $from:ident, $element:ty, $dtype:ident) => {
         #[doc = concat!("The elements of a `", stringify!($element), "` tensor.\n\n# Errors\n\nThe tensor has another type.")]
@@ -103,7 +100,7 @@ impl Tensor {
     ) -> Result<Self, TensorError> {
         let shape = shape.into();
         let available = storage.bytes().len().saturating_sub(offset);
-        let fits = byte_count(dtype, &shape).is_some_and(|needed| needed <= available);
+        let fits = dtype.bytes_of_shape(&shape).is_some_and(|needed| needed <= available);
         if !fits {
             return Err(TensorError::TooShort { dtype, shape, available });
         }
@@ -139,11 +136,11 @@ impl Tensor {
 
     /// The raw little-endian bytes.
     pub fn bytes(&self) -> &[u8] {
-        let len = byte_count(self.dtype, &self.shape).unwrap_or(0);
+        let len = self.dtype.bytes_of_shape(&self.shape).unwrap_or(0);
         &self.storage.bytes()[self.offset..self.offset + len]
     }
 
-    /// Rows `range` of the first dimension, sharing the memory.
+    /// Rows `range` of the first dimension, sharing the memory. A row must begin at a byte of its own.
     ///
     /// # Panics
     ///
@@ -173,7 +170,7 @@ impl Tensor {
     /// The shape asks for more elements than there are.
     pub fn reshaped(&self, shape: impl Into<Vec<usize>>) -> Result<Self, TensorError> {
         let shape = shape.into();
-        match byte_count(self.dtype, &shape) {
+        match self.dtype.bytes_of_shape(&shape) {
             Some(n) if n == self.bytes().len() => Ok(Self { shape, ..self.clone() }),
             _ => Err(TensorError::TooShort { dtype: self.dtype, shape, available: self.bytes().len() }),
         }
@@ -192,6 +189,13 @@ impl Tensor {
             DType::I64 => each(bytes, |b| i64::from_le_bytes(b) as f32),
             DType::I32 => each(bytes, |b| i32::from_le_bytes(b) as f32),
             DType::Bool | DType::U8 => each(bytes, |[b]| f32::from(b)),
+            DType::I8 => each(bytes, |b| f32::from(i8::from_le_bytes(b))),
+            DType::I4 => {
+                // Shifted up and down again, so that the sign is the upper bit's.
+                let pairs = bytes.iter().flat_map(|&b| [((b << 4) as i8) >> 4, (b as i8) >> 4]);
+                pairs.take(self.len()).map(f32::from).collect()
+            }
+            DType::F8E4m3 => each(bytes, |[b]| fp8::to_f32(b)),
         }
     }
 }

@@ -10,6 +10,7 @@ use accordion::fetch::{Cache, Fetched, asset};
 use accordion::pipeline::Engines;
 use accordion::pipeline::decode::Sequence;
 use accordion::pipeline::sharedllm::{Context, inject};
+use accordion::precision::Recipe;
 use accordion::reference::llama::Llama;
 use accordion::reference::sharedllm::{Prompt, RunningText, SharedLlm, compress};
 use accordion::reference::to_tensor;
@@ -72,7 +73,8 @@ impl Subject {
 
     fn bundle_of(&self, checkpoint: &Checkpoint, name: &str, method: MethodSettings, target: Target) -> Bundle {
         let out: PathBuf = self.folder.path().join(name);
-        let options = ExportOptions { method, target, weights: WeightStorage::Link, force: false };
+        let options =
+            ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false };
         export(checkpoint, &out, &options).unwrap();
         Bundle::open(out).unwrap()
     }

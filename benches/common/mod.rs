@@ -8,6 +8,7 @@ use accordion::fetch::{Cache, asset};
 use accordion::pipeline::compress::Compression;
 use accordion::pipeline::prompt::PromptIds;
 use accordion::pipeline::{Engines, plain};
+use accordion::precision::Recipe;
 use accordion::profile::ceilings::Ceilings;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
@@ -103,6 +104,7 @@ pub(crate) fn exported(checkpoint: &Path, out: &Path, method: &MethodSettings) -
             method: method.clone(),
             target: Target::OrtCpu,
             weights: WeightStorage::Link,
+            recipe: Recipe::fp32(),
             force: out.exists(),
         };
         Ok(export(&Checkpoint::open(checkpoint)?, out, &options)?)

@@ -11,7 +11,7 @@ pub struct WeightRef {
     pub file: usize,
     /// Byte offset of the first element from the start of the file.
     pub offset: u64,
-    /// Number of bytes; always `product(shape) * dtype.size()`.
+    /// Number of bytes; always [`DType::bytes_of_shape`] of the two below.
     pub len: u64,
     /// Dimensions, outermost first. Linear weights are `[out, in]`, as Hugging Face stores them.
     pub shape: Vec<usize>,

@@ -35,7 +35,10 @@ fn header(tensor: &Tensor) -> io::Result<Vec<u8>> {
         DType::I32 => "<i4",
         DType::Bool => "|b1",
         DType::U8 => "|u1",
-        DType::Bf16 => return Err(io::Error::other("NumPy has no bf16")),
+        DType::I8 => "|i1",
+        other @ (DType::Bf16 | DType::I4 | DType::F8E4m3) => {
+            return Err(io::Error::other(format!("NumPy has no {other}")));
+        }
     };
     // A tuple of one needs the comma behind it.
     let dims: Vec<String> = tensor.shape().iter().map(|n| format!("{n},")).collect();

@@ -70,7 +70,10 @@ fn stored_type(dtype: DType) -> Dtype {
         DType::I64 => Dtype::I64,
         DType::I32 => Dtype::I32,
         DType::Bool => Dtype::BOOL,
-        DType::U8 => Dtype::U8,
+        // Two elements to a byte: what the file holds are the bytes.
+        DType::U8 | DType::I4 => Dtype::U8,
+        DType::I8 => Dtype::I8,
+        DType::F8E4m3 => Dtype::F8_E4M3,
     }
 }
 

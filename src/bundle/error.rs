@@ -1,6 +1,7 @@
 //! What can be wrong with a bundle.
 
 use crate::checkpoint::CheckpointError;
+use crate::precision::PrecisionError;
 use crate::staging::StagingError;
 use accordion_calibration::significance::{MismatchError, TableError};
 use accordion_graphs::onnx::BuildError;
@@ -70,6 +71,9 @@ pub enum BundleError {
     /// The checkpoint is at fault.
     #[error(transparent)]
     Checkpoint(#[from] Box<CheckpointError>),
+    /// The precision does not fit the model.
+    #[error(transparent)]
+    Precision(#[from] PrecisionError),
     /// The settings do not fit the model.
     #[error(transparent)]
     Plan(#[from] PlanError),

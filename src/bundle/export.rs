@@ -1,8 +1,9 @@
 //! Writing a bundle: graphs are built, weights are linked, and the folder appears at once or not at all.
 
-use super::manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile, sha256};
+use super::manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile, file_sha256, sha256};
 use super::{BundleError, MANIFEST_FILE, SIGNIFICANCE_FILE, WeightStorage};
 use crate::checkpoint::{ALIASES, Checkpoint, SIDE_FILES};
+use crate::precision::{self, Recipe, WEIGHTS_FILE};
 use crate::staging::{Kind, Staging};
 use accordion_calibration::significance::{SignificanceTable, TableError};
 use accordion_graphs::architecture::{Architecture, Compressor, RopeScaling};
@@ -12,6 +13,7 @@ use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 use accordion_graphs::plan::rcc::RccSettings;
 use accordion_graphs::plan::sharedllm::SharedLlmSettings;
 use accordion_graphs::plan::{PlanError, PromptLengths};
+use accordion_graphs::precision::Precision;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -92,8 +94,10 @@ pub struct ExportOptions {
     pub method: MethodSettings,
     /// What runtime the graphs are for.
     pub target: Target,
-    /// How the weights are stored.
+    /// How the weights are stored, where the precision leaves them as they are.
     pub weights: WeightStorage,
+    /// What precision the graphs compute in.
+    pub recipe: Recipe,
     /// Replace a bundle that is already there.
     pub force: bool,
 }
@@ -126,25 +130,19 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
         return Err(BundleError::invalid(checkpoint.dir(), problem));
     }
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
-    let locations = locations(checkpoint)?;
     let (method, graphs) = options.method.graphs(checkpoint, &source)?;
     let mut manifest = Manifest::new(method, options.target, checkpoint);
+    let locations = if options.recipe.precision == Precision::Fp32 {
+        link_weights(checkpoint, options.weights, &mut staging, &mut manifest)?
+    } else {
+        rewrite_weights(checkpoint, &options.recipe, &graphs, &mut staging, &mut manifest)?
+    };
     for (name, graph) in graphs {
         let model = graph.finish(&locations)?;
         let file = format!("{name}.onnx");
         staging.write(&file, &model.bytes)?;
         let entry = GraphEntry { file, sha256: sha256(&model.bytes), signature: model.signature };
         manifest.graphs.insert(name, entry);
-    }
-    for (from, location) in checkpoint.weights().files().iter().zip(&locations) {
-        let sha256 = staging.place(from, location, options.weights)?;
-        let mut described = WeightFile::describe(&staging.path(location), location.clone())?;
-        described.sha256 = sha256;
-        manifest.weights.push(described);
-    }
-    if !checkpoint.weights().aliases().is_empty() {
-        let sha256 = staging.place(&checkpoint.dir().join(ALIASES), ALIASES, WeightStorage::Copy)?.unwrap_or_default();
-        manifest.aliases = Some(FileEntry { file: ALIASES.to_owned(), sha256 });
     }
     for file in SIDE_FILES {
         let from = checkpoint.dir().join(file);
@@ -160,6 +158,45 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
     let (bytes_written, link_failure) = (staging.bytes_written(), staging.link_failure().map(str::to_owned));
     staging.publish()?;
     Ok(Exported { manifest, bytes_written, link_failure })
+}
+
+/// Puts the checkpoint's weight files into the bundle. Returns their names there.
+fn link_weights(
+    checkpoint: &Checkpoint,
+    storage: WeightStorage,
+    staging: &mut Staging,
+    manifest: &mut Manifest,
+) -> Result<Vec<String>, BundleError> {
+    let locations = locations(checkpoint)?;
+    for (from, location) in checkpoint.weights().files().iter().zip(&locations) {
+        let sha256 = staging.place(from, location, storage)?;
+        let mut described = WeightFile::describe(&staging.path(location), location.clone())?;
+        described.sha256 = sha256;
+        manifest.weights.push(described);
+    }
+    if !checkpoint.weights().aliases().is_empty() {
+        let sha256 = staging.place(&checkpoint.dir().join(ALIASES), ALIASES, WeightStorage::Copy)?.unwrap_or_default();
+        manifest.aliases = Some(FileEntry { file: ALIASES.to_owned(), sha256 });
+    }
+    Ok(locations)
+}
+
+/// Writes the weights in another precision, and has the graphs compute in it. Returns the names of the files in the bundle.
+fn rewrite_weights(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    graphs: &methods::Graphs,
+    staging: &mut Staging,
+    manifest: &mut Manifest,
+) -> Result<Vec<String>, BundleError> {
+    let applied = precision::apply(recipe, checkpoint, &manifest.required_tensors(), graphs, manifest.target, staging)?;
+    manifest.precision = recipe.precision;
+    manifest.quantization = Some(applied);
+    let path = staging.path(WEIGHTS_FILE);
+    let mut described = WeightFile::describe(&path, WEIGHTS_FILE.to_owned())?;
+    described.sha256 = Some(file_sha256(&path)?);
+    manifest.weights.push(described);
+    Ok(vec![WEIGHTS_FILE.to_owned()])
 }
 
 /// Puts a significance table into the bundle, if it is the model's and long enough for every leaf the settings allow.

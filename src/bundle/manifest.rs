@@ -5,13 +5,16 @@ use crate::checkpoint::{
     Checkpoint, Disagreement, NamedShape, architecture_json, decoder_tensors, disagreement, encoder_from_json,
     encoder_json, from_config_json, identity_of, rcc_tensors, sharedllm_tensors,
 };
+use crate::precision::Quantization;
 use accordion_calibration::significance::ModelIdentity;
 use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
+use accordion_graphs::dtype::DType;
 use accordion_graphs::onnx::GraphSignature;
 use accordion_graphs::plan::homer::HomerSettings;
 use accordion_graphs::plan::rcc::RccSettings;
 use accordion_graphs::plan::sharedllm::SharedLlmSettings;
+use accordion_graphs::precision::Precision;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -78,8 +81,11 @@ pub struct Manifest {
     pub method: Method,
     /// What runtime the graphs are written for.
     pub target: Target,
-    /// Element type of weights and activations in the graphs.
-    pub precision: String,
+    /// What numbers the graphs compute with.
+    pub precision: Precision,
+    /// How the tensors differ from the checkpoint's, where they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
     /// The decoder.
     pub architecture: Architecture,
     /// What the checkpoint holds besides the decoder.
@@ -144,7 +150,8 @@ impl Manifest {
             producer: format!("accordion {}", env!("CARGO_PKG_VERSION")),
             method,
             target,
-            precision: "fp32".to_owned(),
+            precision: Precision::Fp32,
+            quantization: None,
             architecture: checkpoint.architecture().clone(),
             compressor: checkpoint.compressor().cloned(),
             fingerprint: checkpoint.fingerprint(),
@@ -233,7 +240,16 @@ impl Manifest {
         checked.map_err(|problem| BundleError::invalid(path, problem.to_string()))
     }
 
-    /// Every tensor that the bundle's graphs may need, with its shape.
+    /// Every tensor of the bundle's weight files that its graphs may need, with its type where that is not the checkpoint's.
+    pub(super) fn stored_tensors(&self) -> Vec<(NamedShape, Option<DType>)> {
+        let tensors = self.required_tensors();
+        match &self.quantization {
+            Some(quantization) => quantization.stored(tensors),
+            None => tensors.into_iter().map(|tensor| (tensor, None)).collect(),
+        }
+    }
+
+    /// Every tensor of the model that the bundle's graphs may need, with its shape.
     pub(super) fn required_tensors(&self) -> Vec<NamedShape> {
         let mut tensors = decoder_tensors(&self.architecture);
         match (&self.method, &self.compressor, &self.architecture) {
@@ -329,7 +345,7 @@ impl WeightFile {
 }
 
 /// SHA-256 of a file of any length.
-fn file_sha256(path: &Path) -> Result<String, BundleError> {
+pub(super) fn file_sha256(path: &Path) -> Result<String, BundleError> {
     let (mut file, _) = open_file(path)?;
     let mut digest = Sha256::new();
     std::io::copy(&mut file, &mut digest).map_err(BundleError::io(path))?;

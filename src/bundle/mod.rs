@@ -10,7 +10,9 @@ pub use manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile};
 
 pub use crate::staging::Placement as WeightStorage;
 
-use crate::checkpoint::{WeightMaps, add_aliases, check_tensors, read_index};
+use crate::checkpoint::{CheckpointError, WeightMaps, add_aliases, check_parts, check_tensors, read_index};
+use crate::precision;
+use crate::tensor::Tensor;
 use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::architecture::{Architecture, Llama};
 use accordion_graphs::onnx::GraphSignature;
@@ -50,7 +52,11 @@ impl Bundle {
         if let Some(entry) = &manifest.aliases {
             add_aliases(&entry.check(&dir)?, &mut index).map_err(Box::new)?;
         }
-        check_tensors(manifest.required_tensors(), &index, &dir, MANIFEST_FILE).map_err(Box::new)?;
+        let (quantized, float) =
+            manifest.stored_tensors().into_iter().partition::<Vec<_>, _>(|(_, dtype)| dtype.is_some());
+        check_tensors(float.into_iter().map(|(tensor, _)| tensor), &index, &dir, MANIFEST_FILE).map_err(Box::new)?;
+        let parts = quantized.into_iter().filter_map(|(tensor, dtype)| Some((tensor, dtype?)));
+        check_parts(parts, &index, &dir, MANIFEST_FILE).map_err(Box::new)?;
         let weights = WeightMaps::open(index).map_err(Box::new)?;
         Ok(Self { dir, manifest, weights })
     }
@@ -82,6 +88,18 @@ impl Bundle {
                 &self.dir.join(MANIFEST_FILE),
                 format!("architecture {other:?} is not supported"),
             )),
+        }
+    }
+
+    /// The tensor `name` of the model: of a matrix that is quantized, what its integers stand for.
+    ///
+    /// # Errors
+    ///
+    /// There is no such tensor.
+    pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
+        match &self.manifest.quantization {
+            Some(quantization) => precision::weight(&self.weights, quantization, name),
+            None => self.weights.tensor(name),
         }
     }
 

@@ -166,8 +166,8 @@ pub enum CheckpointError {
         /// A tensor.
         second: String,
     },
-    /// A weight that is not a floating-point number.
-    #[error("tensor {name} in {} is {found}, expected fp32, fp16 or bf16", path.display())]
+    /// A weight of another type than it must have.
+    #[error("tensor {name} in {} is {found}, expected {expected}", path.display())]
     WeightType {
         /// The file.
         path: PathBuf,
@@ -175,6 +175,8 @@ pub enum CheckpointError {
         name: String,
         /// Its element type.
         found: DType,
+        /// What it may be.
+        expected: String,
     },
     /// A weight index that does not fit the file it points into.
     #[error(

@@ -56,7 +56,7 @@ impl WeightMaps {
         for (name, weight) in index.iter() {
             let available = mapped.get(weight.file).map_or(0, |file| file.bytes().len() as u64);
             let inside = weight.offset.checked_add(weight.len).is_some_and(|end| end <= available);
-            let needed = weight.shape.iter().try_fold(weight.dtype.size(), |n, &dim| n.checked_mul(dim));
+            let needed = weight.dtype.bytes_of_shape(&weight.shape);
             if !inside || needed.map(|n| n as u64) != Some(weight.len) {
                 return Err(CheckpointError::OutsideFile {
                     path: index.file_of(weight).map(Into::into).unwrap_or_default(),

@@ -32,11 +32,14 @@ pub(crate) use identity::identity_of;
 pub use identity::{model_identity, rope_text};
 pub use llama2c::import_llama2c;
 pub use maps::WeightMaps;
+pub(crate) use required::check_parts;
 pub(crate) use required::encoder_tensors;
 pub use required::{NamedShape, check_tensors, decoder_tensors, rcc_tensors, required_tensors, sharedllm_tensors};
 pub use rope::parse_rope_scaling;
 pub use safetensors::read_index;
-pub(crate) use safetensors::{INDEX, SINGLE, header as safetensors_header, index_json};
+pub(crate) use safetensors::{
+    INDEX, SINGLE, header as safetensors_header, index_json, mixed_header as safetensors_mixed_header,
+};
 pub use tokenizer::{TextStream, Tokenizer};
 pub(crate) use trained::{Disagreement, disagreement, parse_last_p};
 pub use trained::{RCC_FILE, rcc_json, sharedllm_json};

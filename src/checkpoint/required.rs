@@ -162,6 +162,32 @@ fn linear(path: &str, shape: [usize; 2], bias: bool) -> impl Iterator<Item = Nam
     std::iter::once((format!("{path}.weight"), shape.to_vec())).chain(bias)
 }
 
+/// Checks that `weights` has every `expected` part of a quantized matrix, in its shape and type.
+///
+/// # Errors
+///
+/// As [`check_tensors`].
+pub(crate) fn check_parts(
+    expected: impl IntoIterator<Item = (NamedShape, DType)>,
+    weights: &WeightIndex,
+    dir: &Path,
+    description: &'static str,
+) -> Result<(), CheckpointError> {
+    for ((name, expected), dtype) in expected {
+        let Some(weight) = weights.get(&name) else {
+            return Err(CheckpointError::MissingTensor { path: dir.to_owned(), name });
+        };
+        let path = weights.file_of(weight).unwrap_or(dir).to_owned();
+        if weight.shape != expected {
+            return Err(CheckpointError::Shape { path, name, found: weight.shape.clone(), expected, description });
+        }
+        if weight.dtype != dtype {
+            return Err(CheckpointError::WeightType { path, name, found: weight.dtype, expected: dtype.to_string() });
+        }
+    }
+    Ok(())
+}
+
 /// Checks that `weights` has every `expected` tensor, in its shape and as floating-point numbers. Tensors beyond those
 /// (rotary buffers of old checkpoints) are left alone.
 ///
@@ -184,7 +210,12 @@ pub fn check_tensors(
             return Err(CheckpointError::Shape { path, name, found: weight.shape.clone(), expected, description });
         }
         if !matches!(weight.dtype, DType::F32 | DType::F16 | DType::Bf16) {
-            return Err(CheckpointError::WeightType { path, name, found: weight.dtype });
+            return Err(CheckpointError::WeightType {
+                path,
+                name,
+                found: weight.dtype,
+                expected: "fp32, fp16 or bf16".to_owned(),
+            });
         }
     }
     Ok(())

@@ -171,6 +171,9 @@ fn parse_header(header: &[u8], data_len: u64, file: usize) -> Result<BTreeMap<St
         let (Some(expected), Some(dims)) = (expected, dims) else {
             return Err(HeaderError::ShapeOverflow { name, shape });
         };
+        let Some((dtype, dims)) = unpacked(&name, dtype, dims) else {
+            return Err(HeaderError::ShapeOverflow { name, shape });
+        };
         if begin < previous_end {
             return Err(HeaderError::Overlap { name, begin, previous_end });
         }
@@ -192,7 +195,21 @@ fn parse_header(header: &[u8], data_len: u64, file: usize) -> Result<BTreeMap<St
     Ok(entries)
 }
 
-const DTYPES: [(&str, DType); 7] = [
+/// What the name of a tensor ends in whose bytes hold two 4-bit integers each: the format has no type for them.
+pub(crate) const INT4_SUFFIX: &str = ".int4";
+
+/// Element type and shape that a tensor stands for, if they can be told.
+fn unpacked(name: &str, dtype: DType, mut dims: Vec<usize>) -> Option<(DType, Vec<usize>)> {
+    match dims.last_mut() {
+        Some(last) if dtype == DType::U8 && name.ends_with(INT4_SUFFIX) => {
+            *last = last.checked_mul(2)?;
+            Some((DType::I4, dims))
+        }
+        _ => Some((dtype, dims)),
+    }
+}
+
+const DTYPES: [(&str, DType); 9] = [
     ("F32", DType::F32),
     ("F16", DType::F16),
     ("BF16", DType::Bf16),
@@ -200,24 +217,36 @@ const DTYPES: [(&str, DType); 7] = [
     ("I32", DType::I32),
     ("BOOL", DType::Bool),
     ("U8", DType::U8),
+    ("I8", DType::I8),
+    ("F8_E4M3", DType::F8E4m3),
 ];
 
 fn dtype_of(name: &str) -> Option<DType> {
     DTYPES.iter().find(|(known, _)| *known == name).map(|(_, dtype)| *dtype)
 }
 
-/// The header of a file with those tensors in that order, padded so that the data begin at a multiple of 64 bytes: what
-/// every processor's vectors load best. The sizes are those of a checked architecture and do not overflow.
+/// As [`mixed_header`], for tensors of one type.
 pub(crate) fn header(dtype: DType, tensors: impl IntoIterator<Item = (String, Vec<usize>)>) -> Vec<u8> {
+    mixed_header(tensors.into_iter().map(|(name, shape)| (name, dtype, shape)))
+}
+
+/// The header of a file with those tensors in that order, padded so that the data begin at a multiple of 64 bytes: what
+/// every processor's vectors load best. The sizes are those of a checked architecture and do not overflow. The last dimension
+/// of 4-bit tensors is even, and their names end in [`INT4_SUFFIX`].
+pub(crate) fn mixed_header(tensors: impl IntoIterator<Item = (String, DType, Vec<usize>)>) -> Vec<u8> {
     const ALIGNMENT: usize = 64;
     const LENGTH: usize = LENGTH_BYTES as usize;
     let name_of = |dtype| DTYPES.iter().find(|(_, known)| *known == dtype).map(|(name, _)| *name);
     let mut entries = Map::new();
     entries.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
     let mut begin = 0;
-    for (name, shape) in tensors {
-        let end = begin + shape.iter().product::<usize>() as u64 * dtype.size() as u64;
-        entries.insert(name, json!({ "dtype": name_of(dtype), "shape": shape, "data_offsets": [begin, end] }));
+    for (name, dtype, mut shape) in tensors {
+        let end = begin + dtype.bytes_of_shape(&shape).unwrap_or(0) as u64;
+        let stored = if dtype == DType::I4 { DType::U8 } else { dtype };
+        if let (DType::I4, Some(last)) = (dtype, shape.last_mut()) {
+            *last /= 2;
+        }
+        entries.insert(name, json!({ "dtype": name_of(stored), "shape": shape, "data_offsets": [begin, end] }));
         begin = end;
     }
     let mut json = Value::Object(entries).to_string().into_bytes();

@@ -1,5 +1,7 @@
 //! `accordion export`.
 
+mod precision;
+
 use super::common::HomerArguments;
 use super::output::Output;
 use super::text::{bytes, grouped};
@@ -12,6 +14,7 @@ use accordion_graphs::plan::rcc::RccSettings;
 use accordion_graphs::plan::sharedllm::{Keep, Quirks, SharedLlmSettings};
 use anyhow::bail;
 use clap::{Args, Subcommand, ValueEnum};
+use precision::PrecisionArguments;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -115,6 +118,8 @@ struct CommonArguments {
     /// How the weights get into the bundle
     #[arg(long, value_enum, default_value_t = Weights::Link)]
     weights: Weights,
+    #[command(flatten)]
+    precision: PrecisionArguments,
     /// Rotary scaling instead of the checkpoint's: none, linear=F, dynamic=F[:N] or yarn=F[:N]
     ///
     /// F stretches the range of positions, N is the trained length [default: the checkpoint's]. The base of the
@@ -175,8 +180,13 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         Method::Rcc(rcc) => rcc.settings(&checkpoint)?,
         Method::SharedLlm(shared) => shared.settings(&checkpoint)?,
     };
-    let options =
-        ExportOptions { method, target: common.target.into(), weights: common.weights.into(), force: common.force };
+    let options = ExportOptions {
+        method,
+        target: common.target.into(),
+        weights: common.weights.into(),
+        recipe: common.precision.recipe(),
+        force: common.force,
+    };
     let exported = bundle::export(&checkpoint, &common.out, &options)?;
     let summary = Summary::of(&exported, common, start.elapsed().as_secs_f64());
     if let Some(problem) = summary.link_failure {

@@ -182,7 +182,7 @@ impl Origin {
             producer: format!("accordion {}", env!("CARGO_PKG_VERSION")),
             model: manifest.identity(),
             method,
-            precision: manifest.precision.clone(),
+            precision: manifest.precision.to_string(),
             context_sha256: format!("{:x}", Sha256::digest(text)),
             lengths,
         }
@@ -198,7 +198,7 @@ impl Origin {
         let pairs = [
             ("the model", self.model.fingerprint.clone(), model.fingerprint),
             ("the rotary embedding", self.model.rope.clone(), model.rope),
-            ("the precision", self.precision.clone(), manifest.precision.clone()),
+            ("the precision", self.precision.clone(), manifest.precision.to_string()),
             ("the method", self.method.in_words(), method.in_words()),
         ];
         match pairs.into_iter().find(|(_, found, expected)| found != expected) {

@@ -153,6 +153,9 @@ fn element_type(value: &ValueType) -> Option<DType> {
         E::Int32 => DType::I32,
         E::Bool => DType::Bool,
         E::Uint8 => DType::U8,
+        E::Int8 => DType::I8,
+        E::Int4 => DType::I4,
+        E::Float8E4M3FN => DType::F8E4m3,
         _ => return None,
     })
 }
@@ -167,6 +170,9 @@ fn onnx_type(dtype: DType) -> sys::ONNXTensorElementDataType {
         DType::I32 => T::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
         DType::Bool => T::ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL,
         DType::U8 => T::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+        DType::I8 => T::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8,
+        DType::I4 => T::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
+        DType::F8E4m3 => T::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN,
     }
 }
 
@@ -268,7 +274,7 @@ impl OrtEngine {
         let mut data = null_mut();
         // SAFETY: the value is a tensor; the call only reads where its memory is.
         check(unsafe { (ort::api().GetTensorMutableData)(value.ptr().cast_mut(), &raw mut data) }).map_err(failed)?;
-        let len = shape.iter().product::<usize>() * dtype.size();
+        let len = dtype.bytes_of_shape(&shape).ok_or_else(|| failed(format!("output '{name}' has shape {shape:?}")))?;
         // An empty tensor may come without memory.
         let data = NonNull::new(data.cast::<u8>()).unwrap_or(NonNull::<i64>::dangling().cast());
         let storage = OrtStorage { _value: value, _session: self.session.inner(), data, len };

@@ -2,6 +2,7 @@
 
 use crate::tensor::Tensor;
 use accordion_graphs::dtype::DType;
+use accordion_graphs::fp8;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
@@ -119,7 +120,8 @@ fn float_decoder(dtype: DType) -> Option<Decoder<f64>> {
         DType::F32 => |bytes, out| decode(bytes, out, |b| f64::from(f32::from_le_bytes(b))),
         DType::F16 => |bytes, out| decode(bytes, out, |b| f16::from_le_bytes(b).to_f64()),
         DType::Bf16 => |bytes, out| decode(bytes, out, |b| bf16::from_le_bytes(b).to_f64()),
-        DType::I64 | DType::I32 | DType::Bool | DType::U8 => return None,
+        DType::F8E4m3 => |bytes, out| decode(bytes, out, |[b]| f64::from(fp8::to_f32(b))),
+        DType::I64 | DType::I32 | DType::Bool | DType::U8 | DType::I8 | DType::I4 => return None,
     })
 }
 
@@ -128,7 +130,8 @@ fn integer_decoder(dtype: DType) -> Option<Decoder<i64>> {
         DType::I64 => |bytes, out| out.extend(bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b))),
         DType::I32 => |bytes, out| out.extend(bytes.as_chunks().0.iter().map(|&b| i64::from(i32::from_le_bytes(b)))),
         DType::Bool | DType::U8 => |bytes, out| out.extend(bytes.iter().map(|&b| i64::from(b))),
-        DType::F32 | DType::F16 | DType::Bf16 => return None,
+        DType::I8 => |bytes, out| out.extend(bytes.iter().map(|&b| i64::from(i8::from_le_bytes([b])))),
+        DType::F32 | DType::F16 | DType::Bf16 | DType::F8E4m3 | DType::I4 => return None,
     })
 }
 

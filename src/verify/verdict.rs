@@ -85,7 +85,7 @@ impl Bounds {
         match dtype {
             DType::F16 => Self { abs: 5e-3, rel: 1e-2, norm_rel: 4e-2, min_cosine: 0.999, min_top_k: 0.6 },
             DType::Bf16 => Self { abs: 4e-2, rel: 5e-2, norm_rel: 0.12, min_cosine: 0.99, min_top_k: 0.6 },
-            DType::F32 | DType::I64 | DType::I32 | DType::Bool | DType::U8 => {
+            DType::F32 | DType::I64 | DType::I32 | DType::Bool | DType::U8 | DType::I8 | DType::I4 | DType::F8E4m3 => {
                 let rel = match kind {
                     TapKind::Value => 1e-3,
                     // They sum over the full hidden width right after a normalisation.

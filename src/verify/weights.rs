@@ -75,7 +75,8 @@ fn non_finite(tensor: &Tensor) -> (NonFinite, Option<usize>) {
         DType::F32 => scan::<4>(tensor.bytes(), 0x7F80_0000, 0x007F_FFFF),
         DType::F16 => scan::<2>(tensor.bytes(), 0x7C00, 0x03FF),
         DType::Bf16 => scan::<2>(tensor.bytes(), 0x7F80, 0x007F),
-        DType::I64 | DType::I32 | DType::Bool | DType::U8 => (NonFinite::default(), None),
+        DType::F8E4m3 => scan::<1>(tensor.bytes(), 0x7F, 0x7F),
+        DType::I64 | DType::I32 | DType::Bool | DType::U8 | DType::I8 | DType::I4 => (NonFinite::default(), None),
     }
 }
 

@@ -10,6 +10,7 @@ use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, ex
 use accordion::checkpoint::Checkpoint;
 use accordion::pipeline::decode::Sequence;
 use accordion::pipeline::{Engines, homer, plain};
+use accordion::precision::Recipe;
 use accordion::reference::llama::Llama as Reference;
 use accordion::reference::{self, decode};
 use accordion::runtime::locate::{LoadOptions, load};
@@ -105,7 +106,12 @@ const SETTINGS: HomerSettings =
 
 fn bundle(checkpoint: &Checkpoint, out: &std::path::Path, target: Target) -> Bundle {
     let method = MethodSettings::Homer { settings: SETTINGS, tree_heights: vec![2], significance: None };
-    export(checkpoint, out, &ExportOptions { method, target, weights: WeightStorage::Link, force: false }).unwrap();
+    export(
+        checkpoint,
+        out,
+        &ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false },
+    )
+    .unwrap();
     Bundle::open(out).unwrap()
 }
 
@@ -171,8 +177,13 @@ fn a_head_width_that_the_runtime_cannot_take_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("checkpoint");
     write_checkpoint(&dir, &Llama { head_dim: 12, ..base() }, &Storage { dtype: DType::F32, shards: 1 }, 7);
-    let options =
-        |target| ExportOptions { method: MethodSettings::Plain, target, weights: WeightStorage::Link, force: false };
+    let options = |target| ExportOptions {
+        method: MethodSettings::Plain,
+        target,
+        weights: WeightStorage::Link,
+        recipe: Recipe::fp32(),
+        force: false,
+    };
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let out = folder.path().join("bundle");
     let error = export(&checkpoint, &out, &options(Target::OrtCpu)).map(|_| ()).unwrap_err().to_string();

@@ -7,6 +7,7 @@ use accordion::bundle::{
     Bundle, BundleError, ExportOptions, Exported, MANIFEST_FILE, MethodSettings, WeightStorage, export, tree_heights,
 };
 use accordion::checkpoint::{Checkpoint, model_identity};
+use accordion::precision::Recipe;
 use accordion_calibration::significance::{ModelIdentity, Provenance, SignificanceEstimator, Smoothing};
 use accordion_graphs::architecture::RopeScaling;
 use accordion_graphs::blocks::Target;
@@ -94,7 +95,7 @@ fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 fn homer(significance: Option<PathBuf>) -> ExportOptions {
     let tree_heights = tree_heights(6, SETTINGS, 100).unwrap();
     let method = MethodSettings::Homer { settings: SETTINGS, tree_heights, significance };
-    ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: false }
+    ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false }
 }
 
 fn assert_names(message: &str, words: &[&str]) {

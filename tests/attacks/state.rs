@@ -7,6 +7,7 @@ use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, ex
 use accordion::checkpoint::Checkpoint;
 use accordion::pipeline::ContextState;
 use accordion::pipeline::state_file::{METADATA_KEY, Origin, SavedState, StateMethod};
+use accordion::precision::Recipe;
 use accordion::tensor::Tensor;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::PromptLengths;
@@ -34,6 +35,7 @@ impl Victim {
             method: MethodSettings::Plain,
             target: Target::OrtCpu,
             weights: WeightStorage::Link,
+            recipe: Recipe::fp32(),
             force: false,
         };
         export(&Checkpoint::open(checkpoint).unwrap(), &out, &options).unwrap();

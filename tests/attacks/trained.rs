@@ -291,6 +291,7 @@ fn a_bundle_that_lies_about_its_compressor_is_refused() {
             method: MethodSettings::Plain,
             target: Target::Portable,
             weights: WeightStorage::Link,
+            recipe: accordion::precision::Recipe::fp32(),
             force: false,
         };
         export(&Checkpoint::open(folder.path()).unwrap(), &out, &options).unwrap();

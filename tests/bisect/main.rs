@@ -13,6 +13,7 @@ use accordion::bisect::search::{Found, Origin};
 use accordion::bisect::{BisectError, reproducer};
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
 use accordion::checkpoint::Checkpoint;
+use accordion::precision::Recipe;
 use accordion::reference::homer::Prompt;
 use accordion::reference::llama::Llama as Reference;
 use accordion::runtime::locate::{LoadOptions, load};
@@ -86,7 +87,13 @@ impl Laboratory {
             MethodSettings::Plain
         };
         let out = self.folder.path().join(name);
-        let options = ExportOptions { method, target: form.target, weights: WeightStorage::Link, force: false };
+        let options = ExportOptions {
+            method,
+            target: form.target,
+            weights: WeightStorage::Link,
+            recipe: Recipe::fp32(),
+            force: false,
+        };
         export(&Checkpoint::open(dir).unwrap(), &out, &options).unwrap();
         Bundle::open(out).unwrap()
     }

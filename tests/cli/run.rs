@@ -3,6 +3,7 @@
 use super::tiny::{LONG, SETTINGS, SHORT, Tiny};
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
 use accordion::checkpoint::Checkpoint;
+use accordion::precision::Recipe;
 use accordion_graphs::blocks::Target;
 use serde_json::{Deserializer, Value};
 
@@ -230,7 +231,13 @@ fn a_table_is_taken_from_the_flag_then_from_the_bundle() {
     let checkpoint = Checkpoint::open(tiny.checkpoint()).unwrap();
     let tree_heights = tree_heights(5, settings, LONG.len()).unwrap();
     let method = MethodSettings::Homer { settings, tree_heights, significance: Some(tiny.path("table.safetensors")) };
-    let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: true };
+    let options = ExportOptions {
+        method,
+        target: Target::OrtCpu,
+        weights: WeightStorage::Link,
+        recipe: Recipe::fp32(),
+        force: true,
+    };
     export(&checkpoint, &tiny.path("homer"), &options).unwrap();
     assert_eq!(run(&[]), flag);
 

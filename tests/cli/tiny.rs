@@ -3,6 +3,7 @@
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
 use accordion::checkpoint::{Checkpoint, RCC_FILE, config_json, rcc_json};
 use accordion::goldens::{HomerCase, RccCase};
+use accordion::precision::Recipe;
 use accordion_graphs::architecture::{Architecture, Llama};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::homer::HomerSettings;
@@ -57,7 +58,13 @@ impl Tiny {
             ("plain", MethodSettings::Plain),
         ];
         for (name, method) in methods {
-            let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Link, force: false };
+            let options = ExportOptions {
+                method,
+                target: Target::OrtCpu,
+                weights: WeightStorage::Link,
+                recipe: Recipe::fp32(),
+                force: false,
+            };
             export(&checkpoint, &tiny.path(name), &options).unwrap();
         }
         std::fs::write(tiny.path("long.txt"), LONG).unwrap();

@@ -3,6 +3,7 @@
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export, tree_heights};
 use accordion::checkpoint::{Checkpoint, config_json};
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
+use accordion::precision::Recipe;
 use accordion::verify::golden::{rcc, sharedllm};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::sharedllm::Quirks;
@@ -41,7 +42,13 @@ fn checkpoint(folder: &Path) -> PathBuf {
 
 fn bundle(folder: &Path, checkpoint: &Path, method: MethodSettings) -> PathBuf {
     let out = folder.join("bundle");
-    let options = ExportOptions { method, target: Target::OrtCpu, weights: WeightStorage::Copy, force: false };
+    let options = ExportOptions {
+        method,
+        target: Target::OrtCpu,
+        weights: WeightStorage::Copy,
+        recipe: Recipe::fp32(),
+        force: false,
+    };
     export(&Checkpoint::open(checkpoint).unwrap(), &out, &options).unwrap();
     out
 }

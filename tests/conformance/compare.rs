@@ -155,6 +155,6 @@ pub(crate) fn integers(tensor: &Tensor) -> Option<Vec<i64>> {
         DType::I64 => tensor.as_i64().ok().map(<[i64]>::to_vec),
         DType::I32 => tensor.as_i32().ok().map(|values| values.iter().copied().map(i64::from).collect()),
         DType::Bool | DType::U8 => Some(tensor.bytes().iter().copied().map(i64::from).collect()),
-        DType::F32 | DType::F16 | DType::Bf16 => None,
+        DType::F32 | DType::F16 | DType::Bf16 | DType::F8E4m3 | DType::I8 | DType::I4 => None,
     }
 }

@@ -8,6 +8,7 @@ use accordion::goldens::HomerCase;
 use accordion::pipeline::Engines;
 use accordion::pipeline::compress::{Compression, Homer, Significance};
 use accordion::pipeline::prompt::PromptIds;
+use accordion::precision::Recipe;
 use accordion::profile::ceilings::Ceilings;
 use accordion::profile::measure::{Effort, Runner, Step, measure, random_tokens};
 use accordion::profile::roofline::Demand;
@@ -31,7 +32,7 @@ fn bundle(case: &HomerCase, folder: &Path, target: Target) -> Bundle {
     let plan = HomerPlan::new(case.architecture.num_layers, case.lengths(), case.settings).unwrap();
     let method =
         MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height], significance: None };
-    let options = ExportOptions { method, target, weights: WeightStorage::Link, force: false };
+    let options = ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false };
     export(&Checkpoint::open(&checkpoint).unwrap(), &folder.join("bundle"), &options).unwrap();
     Bundle::open(folder.join("bundle")).unwrap()
 }

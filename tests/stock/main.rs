@@ -5,6 +5,7 @@
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export};
 use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json};
 use accordion::goldens::{HomerCase, RccCase};
+use accordion::precision::Recipe;
 use accordion_graphs::blocks::Target;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,7 +20,13 @@ fn check(what: &str, dir: &Path, method: &MethodSettings) {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let bundles = [Target::Portable, Target::OrtCpu].map(|target| {
         let out = dir.with_file_name(format!("{target:?}"));
-        let options = ExportOptions { method: method.clone(), target, weights: WeightStorage::Link, force: false };
+        let options = ExportOptions {
+            method: method.clone(),
+            target,
+            weights: WeightStorage::Link,
+            recipe: Recipe::fp32(),
+            force: false,
+        };
         export(&checkpoint, &out, &options).unwrap();
         out
     });

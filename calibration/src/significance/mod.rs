@@ -12,10 +12,12 @@ mod file;
 mod smoothing;
 mod table;
 
+pub use crate::file::{TableError, TableProblem};
+pub use crate::identity::ModelIdentity;
 pub use estimator::{EstimateError, SignificanceEstimator};
-pub use file::{FORMAT, METADATA_KEY, TableError, TableProblem};
+pub use file::{FORMAT, METADATA_KEY};
 pub use smoothing::Smoothing;
-pub use table::{MismatchError, ModelIdentity, Provenance, SignificanceTable};
+pub use table::{MismatchError, Provenance, SignificanceTable};
 
 /// Most entries (layers times distances) a table may have: 128 layers of half a million distances.
 pub const MAX_ENTRIES: usize = 1 << 26;

@@ -1,16 +1,8 @@
 //! The significance table: what it says and what it may be used for.
 
 use super::Smoothing;
+use crate::identity::ModelIdentity;
 use serde::{Deserialize, Serialize};
-
-/// The model whose scores a table expects.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ModelIdentity {
-    /// Fingerprint of the checkpoint.
-    pub fingerprint: String,
-    /// Rotary embedding in effect, base and scaling, in a canonical spelling: it is compared as text.
-    pub rope: String,
-}
 
 /// Where a table comes from: what it takes to make it again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -132,18 +124,13 @@ impl SignificanceTable {
     ///
     /// It was made for another checkpoint or another rotary embedding.
     pub fn check_matches(&self, model: &ModelIdentity) -> Result<(), MismatchError> {
-        let made_for = &self.provenance.model;
-        let pairs = [
-            ("the model", &made_for.fingerprint, &model.fingerprint),
-            ("the rotary embedding", &made_for.rope, &model.rope),
-        ];
-        match pairs.into_iter().find(|(_, found, expected)| found != expected) {
+        match self.provenance.model.difference(model) {
             None => Ok(()),
             Some((what, found, expected)) => Err(MismatchError::Model {
                 table: self.name.clone(),
                 what,
-                found: found.clone(),
-                expected: expected.clone(),
+                found: found.to_owned(),
+                expected: expected.to_owned(),
             }),
         }
     }

@@ -6,6 +6,7 @@
 mod attention;
 mod linear;
 mod merge_cache;
+mod quantized;
 mod selective_scan;
 mod strided_compress;
 mod swiglu;
@@ -15,6 +16,10 @@ pub use attention::{CACHED_ATTENTION, CAUSAL_ATTENTION};
 pub use linear::{LINEAR, LINEAR_BIAS};
 pub use merge_cache::MERGE_CACHE;
 pub(crate) use merge_cache::merge_rows;
+pub use quantized::{
+    LINEAR_BLOCK_4, LINEAR_BLOCK_8, LINEAR_INT8, LINEAR_INT8_PER_TOKEN, linear_block, linear_int8,
+    linear_int8_per_token,
+};
 pub use selective_scan::SELECTIVE_SCAN;
 pub(crate) use strided_compress::select_rows;
 pub use strided_compress::{STRIDED_COMPRESS, STRIDED_COMPRESS_MEAN};

@@ -162,6 +162,37 @@ impl Value {
         self.one("Cast", &[], vec![("to", to)], dtype, self.shape().to_vec())
     }
 
+    /// `round(self / scale)` to the nearest number of `dtype`, symmetrically about 0, ties to even, beyond its range the
+    /// largest. `scale` has no dimensions.
+    #[must_use]
+    pub fn quantize(&self, scale: &Value, dtype: DType) -> Value {
+        let zero = self.scope.zero(dtype);
+        self.one("QuantizeLinear", &[scale, &zero], vec![], dtype, self.shape().to_vec())
+    }
+
+    /// `self * scale`, `scale` without dimensions or, with `axis`, one number per entry of that axis; with `block` as well,
+    /// one per `block` entries of it and per entry of every other axis.
+    #[must_use]
+    pub fn dequantize(&self, scale: &Value, axis: Option<usize>, block: Option<Attribute>) -> Value {
+        let rank = if block.is_some() { self.shape().len() } else { usize::from(axis.is_some()) };
+        let mut attributes: Vec<_> = axis.map(|axis| ("axis", axis.into())).into_iter().collect();
+        attributes.extend(block.map(|block| ("block_size", block)));
+        scale.expect_rank("DequantizeLinear", rank);
+        self.one("DequantizeLinear", &[scale], attributes, DType::F32, self.shape().to_vec())
+    }
+
+    /// Absolute value.
+    #[must_use]
+    pub fn abs(&self) -> Value {
+        self.elementwise("Abs")
+    }
+
+    /// The nearest whole number, ties to even.
+    #[must_use]
+    pub fn round(&self) -> Value {
+        self.elementwise("Round")
+    }
+
     /// `self [rows, in] x weight [out, in]^T (+ bias [out])`: a linear layer over a weight as Hugging Face stores it.
     #[must_use]
     pub fn linear(&self, weight: &Value, bias: Option<&Value>) -> Value {

@@ -68,6 +68,8 @@ pub(super) enum Constant {
     I64 { values: Vec<i64>, scalar: bool },
     /// One-dimensional, or a scalar.
     F32 { values: Vec<f32>, scalar: bool },
+    /// The zero of a type of one byte an element, a scalar: the zero point of numbers quantized symmetrically.
+    Zero(DType),
 }
 
 impl Scope {
@@ -117,6 +119,11 @@ impl Scope {
         Self { graph: Rc::clone(&self.graph), path: self.join(name).into(), tap_path }
     }
 
+    /// The scope at `path` from the root.
+    pub(super) fn at(&self, path: &str) -> Self {
+        Self { graph: Rc::clone(&self.graph), path: path.into(), tap_path: path.into() }
+    }
+
     /// Dotted path of the scope; empty for the root.
     pub fn path(&self) -> &str {
         &self.path
@@ -163,6 +170,12 @@ impl Scope {
 
     /// The checkpoint tensor `name` of this scope, which must have `shape`. Tensors stored in 16 bits are cast to fp32.
     pub fn weight(&self, name: &str, shape: &[usize]) -> Value {
+        let stored = self.stored_weight(name, shape);
+        if stored.dtype() == DType::F32 { stored } else { stored.cast(DType::F32) }
+    }
+
+    /// The checkpoint tensor `name` of this scope, which must have `shape`, in the type that it is stored in.
+    pub(super) fn stored_weight(&self, name: &str, shape: &[usize]) -> Value {
         let full = self.join(name);
         let dims: Vec<Dim> = shape.iter().map(|&n| n.into()).collect();
         let known = self.graph.borrow().linked.get(&full).cloned();
@@ -182,8 +195,7 @@ impl Scope {
             self.graph.borrow_mut().linked.insert(full, (value.id, weight));
             (value.id, dtype)
         };
-        let stored = Value { scope: self.clone(), id, dtype, shape: dims.into() };
-        if dtype == DType::F32 { stored } else { stored.cast(DType::F32) }
+        Value { scope: self.clone(), id, dtype, shape: dims.into() }
     }
 
     /// A one-dimensional integer constant.
@@ -206,10 +218,16 @@ impl Scope {
         self.constant(Constant::F32 { values: vec![value], scalar: true })
     }
 
+    /// The zero of `dtype`, of one byte an element, without dimensions.
+    pub(super) fn zero(&self, dtype: DType) -> Value {
+        self.constant(Constant::Zero(dtype))
+    }
+
     fn constant(&self, constant: Constant) -> Value {
         let (dtype, shape) = match &constant {
             Constant::I64 { values, scalar } => (DType::I64, if *scalar { vec![] } else { vec![values.len().into()] }),
             Constant::F32 { values, scalar } => (DType::F32, if *scalar { vec![] } else { vec![values.len().into()] }),
+            Constant::Zero(dtype) => (*dtype, vec![]),
         };
         let known = self.graph.borrow().constants.iter().find(|(_, c)| *c == constant).map(|(id, _)| *id);
         if let Some(id) = known {
@@ -323,6 +341,10 @@ impl GraphData {
 }
 
 impl Value {
+    pub(super) fn new(scope: &Scope, id: usize, dtype: DType, shape: Rc<[Dim]>) -> Self {
+        Self { scope: scope.clone(), id, dtype, shape }
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype

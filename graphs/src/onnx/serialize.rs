@@ -39,6 +39,9 @@ pub struct GraphSignature {
     /// Tap name -> the value in the graph. A first dimension `batch` is a batch axis; where it is a product, the rows of
     /// all batch entries follow each other.
     pub taps: BTreeMap<String, ValueInfo>,
+    /// Matrix of the checkpoint -> the values whose rows linear layers multiply by it; older bundles do not say.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub linears: BTreeMap<String, Vec<String>>,
     /// Number of nodes.
     pub nodes: usize,
     /// What these nodes are, by module in the order of the graph; older bundles do not say.
@@ -68,6 +71,9 @@ pub(super) fn data_type(dtype: DType) -> i32 {
         DType::I32 => DataType::INT32,
         DType::Bool => DataType::BOOL,
         DType::U8 => DataType::UINT8,
+        DType::I8 => DataType::INT8,
+        DType::I4 => DataType::INT4,
+        DType::F8E4m3 => DataType::FLOAT8E4M3FN,
     }) as i32
 }
 
@@ -174,6 +180,7 @@ impl GraphData {
             outputs: self.outputs.iter().map(info).collect(),
             weights: self.linked.keys().cloned().collect(),
             taps: self.taps.iter().map(|(tap, id)| (tap.clone(), info(id))).collect(),
+            linears: self.linear_inputs(),
             nodes: self.nodes.len(),
             modules: modules(&self.nodes),
             functions: self
@@ -262,6 +269,7 @@ impl Constant {
             Self::F32 { values, scalar } => {
                 (DType::F32, values.len(), *scalar, values.iter().flat_map(|v| v.to_le_bytes()).collect())
             }
+            Self::Zero(dtype) => (*dtype, 1, true, vec![0]),
         };
         TensorProto {
             name: name.to_owned(),

@@ -111,7 +111,7 @@ pub(super) fn describe(bundle: &Bundle) -> anyhow::Result<Description<'_>> {
         producer: &manifest.producer,
         method: &manifest.method,
         target: manifest.target,
-        precision: &manifest.precision,
+        precision: manifest.precision.name(),
         architecture: &manifest.architecture,
         compressor: manifest.compressor.as_ref(),
         fingerprint: &manifest.fingerprint,

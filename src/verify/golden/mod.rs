@@ -14,6 +14,7 @@ use crate::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export
 use crate::checkpoint::Checkpoint;
 use crate::goldens::{HomerCase, RccCase, SharedLlmCase};
 use crate::pipeline::Engines;
+use crate::precision::Recipe;
 use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
@@ -166,7 +167,7 @@ fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> VerifyError {
 /// As [`export`].
 pub fn exported(checkpoint: &Path, method: MethodSettings, target: Target) -> Result<Bundle, VerifyError> {
     let out = checkpoint.with_file_name("bundle");
-    let options = ExportOptions { method, target, weights: WeightStorage::Link, force: false };
+    let options = ExportOptions { method, target, weights: WeightStorage::Link, recipe: Recipe::fp32(), force: false };
     export(&Checkpoint::open(checkpoint).map_err(Box::new)?, &out, &options)?;
     Ok(Bundle::open(out)?)
 }

@@ -1,0 +1,134 @@
+//! Precision of a bundle: which matrices of a model are quantized and how, their numbers, and the file they go into.
+//!
+//! The graphs of a method are built in fp32. [`apply`] decides for every tensor they link to, writes all of them in the new
+//! precision into one file, and has the graphs rewritten over it.
+
+mod activations;
+mod choose;
+mod dequantize;
+mod error;
+mod store;
+
+pub use dequantize::{Activations, InputScale, activations, weight};
+pub use error::PrecisionError;
+
+use crate::checkpoint::{Checkpoint, NamedShape};
+use crate::staging::Staging;
+use accordion_calibration::ranges::Calibrator;
+use accordion_graphs::blocks::Target;
+use accordion_graphs::dtype::DType;
+use accordion_graphs::methods::Graphs;
+use accordion_graphs::precision::{self, MatrixForm, Precision};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+/// Name of the tensors' file in a bundle whose precision is not the checkpoint's.
+pub(crate) const WEIGHTS_FILE: &str = "weights.safetensors";
+
+/// What precision to export in.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// The precision.
+    pub precision: Precision,
+    /// Entries of a weight row that share a scale, where weights are in blocks; `None` for what suits the precision.
+    pub block: Option<usize>,
+    /// Matrices that stay as they are: those whose names contain one of these words.
+    pub keep: Vec<String>,
+    /// File of the ranges of activations.
+    pub ranges: Option<PathBuf>,
+    /// How clipping values are taken from ranges.
+    pub calibrator: Calibrator,
+    /// Whether activations are smoothed where that makes the error smaller.
+    pub smooth: bool,
+    /// The largest squared error, relative to the square of the output, that a linear layer alone may have when it is
+    /// quantized: those above it stay as they are.
+    pub max_error: Option<f64>,
+}
+
+impl Recipe {
+    /// The weights as the checkpoint has them.
+    pub fn fp32() -> Self {
+        Self::of(Precision::Fp32)
+    }
+
+    /// A precision with what suits it best, without ranges.
+    pub fn of(precision: Precision) -> Self {
+        Self {
+            precision,
+            block: None,
+            keep: Vec::new(),
+            ranges: None,
+            calibrator: Calibrator::MinMax,
+            smooth: true,
+            max_error: None,
+        }
+    }
+}
+
+/// How the tensors of a bundle differ from the checkpoint's.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Quantization {
+    /// The matrices that are quantized.
+    pub matrices: BTreeMap<String, MatrixForm>,
+    /// Matrices of linear layers that are not, and why.
+    pub kept: BTreeMap<String, String>,
+    /// Where the ranges of activations come from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranges: Option<RangesUsed>,
+}
+
+/// The range table that a bundle was quantized with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RangesUsed {
+    /// SHA-256 of the file.
+    pub sha256: String,
+    /// How clipping values were taken from it.
+    pub calibrator: String,
+    /// Windows of text it has seen.
+    pub windows: usize,
+}
+
+/// Puts `graphs` into the precision of `recipe`: `tensors` are all that the bundle needs, and go into [`WEIGHTS_FILE`] of
+/// `staging`.
+///
+/// # Errors
+///
+/// The recipe does not fit the model, or the file cannot be written.
+pub(crate) fn apply(
+    recipe: &Recipe,
+    checkpoint: &Checkpoint,
+    tensors: &[NamedShape],
+    graphs: &Graphs,
+    target: Target,
+    staging: &mut Staging,
+) -> Result<Quantization, PrecisionError> {
+    let chosen = choose::choose(recipe, checkpoint, graphs)?;
+    let index = Rc::new(store::write(checkpoint, tensors, &chosen, staging)?);
+    let forms = chosen.matrices.iter().map(|(name, matrix)| (name.clone(), (matrix.form, matrix.shape))).collect();
+    for graph in graphs.values() {
+        precision::quantize(graph, target, &forms, &index);
+    }
+    let matrices = chosen.matrices.into_iter().map(|(name, matrix)| (name, matrix.form)).collect();
+    Ok(Quantization { matrices, kept: chosen.kept, ranges: chosen.ranges })
+}
+
+impl Quantization {
+    /// The tensors that a bundle in this precision has in place of `tensors`, with their types where these are other than the
+    /// checkpoint's.
+    pub(crate) fn stored(&self, tensors: Vec<NamedShape>) -> Vec<(NamedShape, Option<DType>)> {
+        let mut stored = Vec::with_capacity(tensors.len());
+        for (name, shape) in tensors {
+            match (self.matrices.get(&name), &shape[..]) {
+                (Some(form), &[out, inner]) => stored.extend(
+                    form.parts([out, inner])
+                        .into_iter()
+                        .map(|(part, dtype, shape)| ((form.part_name(&name, part), shape), Some(dtype))),
+                ),
+                _ => stored.push(((name, shape), None)),
+            }
+        }
+        stored
+    }
+}
