@@ -1,9 +1,9 @@
 // Runs kernels on the CPU, so that the very sources that a GPU gets can be tested where there is none.
 //
-// The threads of a block are fibers. Barriers, votes and shuffles are where they take turns; between them they run in an order that
-// is shuffled every time, so that a barrier that is missing shows. As on a GPU, a vector must lie at a multiple of its size. Stricter
-// than a GPU, a barrier that some threads of the block never reach, or a vote or shuffle that not all lanes of the warp take part
-// in, ends the process.
+// The threads of a block are fibers. Barriers, votes and shuffles are where they take turns; between them they run in an order
+// that is shuffled every time, so that a barrier that is missing shows. As on a GPU, a vector must lie at a multiple of its size.
+// Stricter than a GPU, a barrier that some threads of the block never reach, or a vote or shuffle that not all lanes of the warp
+// take part in, ends the process.
 #ifndef ACCORDION_EMULATOR_H
 #define ACCORDION_EMULATOR_H
 
@@ -84,7 +84,8 @@ inline void fiber_main() {
 
 inline char *stacks() {
   static char *memory = [] {
-    void *mapped = mmap(nullptr, MOST_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *mapped = mmap(nullptr, MOST_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (mapped == MAP_FAILED) fail("no memory for stacks");
     return static_cast<char *>(mapped);
   }();
@@ -195,7 +196,8 @@ inline float half_to_float(uint16_t bits) {
   const float sign = bits >> 15 ? -1.0f : 1.0f;
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   if (exponent == 31) return fraction ? unpack<float>(0x7fc00000u) : sign * __builtin_inff();
-  return exponent == 0 ? sign * __builtin_ldexpf(float(fraction), -24) : sign * __builtin_ldexpf(float(1024 + fraction), exponent - 25);
+  if (exponent == 0) return sign * __builtin_ldexpf(float(fraction), -24);
+  return sign * __builtin_ldexpf(float(1024 + fraction), exponent - 25);
 }
 
 inline uint16_t float_to_half(float value) {

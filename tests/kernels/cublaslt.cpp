@@ -1,8 +1,11 @@
 // The part of cuBLASLt's interface that StridedCompress uses, computed on the CPU from its own description: column-major matrices
 // with a leading dimension, the first one transposed if the description says so.
 
+#include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include <functional>
 
 #include "emulator.h"
 
@@ -43,6 +46,14 @@ void write(const Layout &layout, void *at, uint64_t row, uint64_t column, float 
   } else {
     static_cast<uint16_t *>(at)[index] = layout.type == F16 ? emulator::float_to_half(value) : emulator::float_to_bfloat(value);
   }
+}
+
+// Whether the emulated driver is recording, and takes the work to do it later, as a stream does.
+bool record(const std::function<void()> &work) {
+  void *driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
+  if (!driver) return false;
+  const auto take = reinterpret_cast<bool (*)(const std::function<void()> *)>(dlsym(driver, "emulated_driver_record"));
+  return take && take(&work);
 }
 
 }  // namespace
@@ -103,7 +114,8 @@ int cublasLtMatmulPreferenceDestroy(void *preference) {
   return 0;
 }
 
-int cublasLtMatmulAlgoGetHeuristic(void *, void *, void *, void *, void *, void *, void *, int wanted, Heuristic *best, int *found) {
+int cublasLtMatmulAlgoGetHeuristic(void *, void *, void *, void *, void *, void *, void *, int wanted, Heuristic *best,
+                                   int *found) {
   if (wanted < 1) return NOT_SUPPORTED;
   *best = Heuristic();
   *found = 1;
@@ -112,18 +124,23 @@ int cublasLtMatmulAlgoGetHeuristic(void *, void *, void *, void *, void *, void 
 
 int cublasLtMatmul(void *, void *desc, const float *alpha, const void *a, void *a_layout, const void *b, void *b_layout,
                    const float *beta, const void *, void *, void *d, void *d_layout, const void *, void *, size_t, void *) {
-  const Layout &la = *static_cast<Layout *>(a_layout), &lb = *static_cast<Layout *>(b_layout), &ld = *static_cast<Layout *>(d_layout);
+  // Copies: descriptions may go before work that is recorded is done.
+  const Layout la = *static_cast<Layout *>(a_layout), lb = *static_cast<Layout *>(b_layout), ld = *static_cast<Layout *>(d_layout);
   const bool transpose = static_cast<Desc *>(desc)->transpose_a;
   const uint64_t m = transpose ? la.columns : la.rows, k = transpose ? la.rows : la.columns;
+  const float factor = *alpha;
   if (*beta != 0 || lb.rows != k || ld.rows != m || ld.columns != lb.columns || la.type != lb.type || la.type != ld.type)
     return NOT_SUPPORTED;
-  for (uint64_t j = 0; j < ld.columns; j++) {
-    for (uint64_t i = 0; i < m; i++) {
-      float sum = 0;
-      for (uint64_t c = 0; c < k; c++) sum += (transpose ? read(la, a, c, i) : read(la, a, i, c)) * read(lb, b, c, j);
-      write(ld, d, i, j, *alpha * sum);
+  const auto multiply = [=] {
+    for (uint64_t j = 0; j < ld.columns; j++) {
+      for (uint64_t i = 0; i < m; i++) {
+        float sum = 0;
+        for (uint64_t c = 0; c < k; c++) sum += (transpose ? read(la, a, c, i) : read(la, a, i, c)) * read(lb, b, c, j);
+        write(ld, d, i, j, factor * sum);
+      }
     }
-  }
+  };
+  if (!record(multiply)) multiply();
   return 0;
 }
 

@@ -1,5 +1,5 @@
-// A CUDA driver without a device, for tests of everything around the kernels: memory is the CPU's, launches run in the emulator, and
-// what was done is done when a call returns. Only what this project calls is here.
+// A CUDA driver without a device, for tests of everything around the kernels: memory is the CPU's, launches run in the emulator,
+// and what was done is done when a call returns. Only what this project calls is here.
 //
 // ACCORDION_EMULATOR_FAULT=keep makes the selection wrong, for the test that such a thing is found.
 
@@ -53,7 +53,8 @@ void launch(const Function &function, dim3 grid, uint32_t threads, const void *a
     const AccordionTopKPrune call = *static_cast<const AccordionTopKPrune *>(argument);
     emulator::run(grid, threads, [&] { function.topk_prune(call); });
     const char *fault = getenv("ACCORDION_EMULATOR_FAULT");
-    if (fault && !strcmp(fault, "keep") && function.topk_prune == accordion_topk_prune_select && call.keep_idx) call.keep_idx[0]++;
+    const bool selects = function.topk_prune == accordion_topk_prune_select;
+    if (fault && !strcmp(fault, "keep") && selects) call.keep_idx[0]++;
   } else {
     const AccordionStridedRows call = *static_cast<const AccordionStridedRows *>(argument);
     emulator::run(grid, threads, [&] { function.strided(call); });
@@ -146,6 +147,12 @@ int cuEventSynchronize(Event *) { return 0; }
 
 int cuEventElapsedTime_v2(float *milliseconds, const Event *from, const Event *to) {
   return *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count(), 0;
+}
+
+// Takes what another library would put on the stream, if the stream is being recorded.
+bool emulated_driver_record(const std::function<void()> *work) {
+  if (recorded) recorded->push_back(*work);
+  return recorded != nullptr;
 }
 
 // Code must be that of a device, as a real driver would find.
