@@ -6,8 +6,8 @@
 
 namespace accordion {
 
-// A block that moves rows: its threads, and how many such blocks a multiprocessor should have room for. Each thread has BATCH vectors
-// under way at once, 64 KiB in a multiprocessor, which is what hides the memory's latency.
+// A block that moves rows: its threads, and how many such blocks a multiprocessor should have room for. Each thread has BATCH
+// vectors under way at once, 64 KiB in a multiprocessor, which is what hides the memory's latency.
 constexpr uint32_t ROW_THREADS = 256, ROW_BLOCKS = 4;
 constexpr int BATCH = 4;
 

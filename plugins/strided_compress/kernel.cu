@@ -48,22 +48,26 @@ __device__ __forceinline__ void mean(const AccordionStridedRows &call) {
 extern "C" {
 
 // A block for each tile; of any type.
-__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS) accordion_strided_select(const AccordionStridedRows call) {
+__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS)
+    accordion_strided_select(const AccordionStridedRows call) {
   using namespace accordion;
   const int64_t row_bytes = call.width * element_bytes(call.type), ratio = call.ratio, offset = call.offset;
   copy_tile((const char *)call.x, (char *)call.y, row_bytes, blockIdx.x, kept_rows(call),
             [=](int64_t k) { return k * ratio + offset; });
 }
 
-__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS) accordion_strided_mean_f32(const AccordionStridedRows call) {
+__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS)
+    accordion_strided_mean_f32(const AccordionStridedRows call) {
   accordion::mean<accordion::F32>(call);
 }
 
-__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS) accordion_strided_mean_f16(const AccordionStridedRows call) {
+__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS)
+    accordion_strided_mean_f16(const AccordionStridedRows call) {
   accordion::mean<accordion::F16>(call);
 }
 
-__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS) accordion_strided_mean_bf16(const AccordionStridedRows call) {
+__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS)
+    accordion_strided_mean_bf16(const AccordionStridedRows call) {
   accordion::mean<accordion::BF16>(call);
 }
 

@@ -209,20 +209,24 @@ __host__ __device__ __forceinline__ int64_t hidden_row_bytes(const AccordionTopK
 
 extern "C" {
 
-__global__ void __launch_bounds__(accordion::SCORE_THREADS) accordion_topk_prune_score_f32(const AccordionTopKPrune call) {
+__global__ void __launch_bounds__(accordion::SCORE_THREADS)
+    accordion_topk_prune_score_f32(const AccordionTopKPrune call) {
   accordion::score_in<accordion::F32>(call);
 }
 
-__global__ void __launch_bounds__(accordion::SCORE_THREADS) accordion_topk_prune_score_f16(const AccordionTopKPrune call) {
+__global__ void __launch_bounds__(accordion::SCORE_THREADS)
+    accordion_topk_prune_score_f16(const AccordionTopKPrune call) {
   accordion::score_in<accordion::F16>(call);
 }
 
-__global__ void __launch_bounds__(accordion::SCORE_THREADS) accordion_topk_prune_score_bf16(const AccordionTopKPrune call) {
+__global__ void __launch_bounds__(accordion::SCORE_THREADS)
+    accordion_topk_prune_score_bf16(const AccordionTopKPrune call) {
   accordion::score_in<accordion::BF16>(call);
 }
 
 // A block for each sequence.
-__global__ void __launch_bounds__(accordion::SELECT_THREADS, 1) accordion_topk_prune_select(const AccordionTopKPrune call) {
+__global__ void __launch_bounds__(accordion::SELECT_THREADS, 1)
+    accordion_topk_prune_select(const AccordionTopKPrune call) {
   using namespace accordion;
   for (int64_t b = blockIdx.x; b < call.batch; b += gridDim.x) {
     const float *scores = call.scores + b * call.length;
@@ -235,7 +239,8 @@ __global__ void __launch_bounds__(accordion::SELECT_THREADS, 1) accordion_topk_p
 }
 
 // A block for each tile: those of the cache, then those of the hidden states.
-__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS) accordion_topk_prune_gather(const AccordionTopKPrune call) {
+__global__ void __launch_bounds__(accordion::ROW_THREADS, accordion::ROW_BLOCKS)
+    accordion_topk_prune_gather(const AccordionTopKPrune call) {
   using namespace accordion;
   const int64_t kv_bytes = kv_row_bytes(call), hidden_bytes = hidden_row_bytes(call);
   const int64_t kv_tiles = tile_count(call.keep, kv_bytes), hidden_tiles = tile_count(call.keep, hidden_bytes);
@@ -262,8 +267,8 @@ static int64_t gather_tiles(const AccordionTopKPrune &call) {
 }
 
 static const char *refusal(const AccordionTopKPrune &c) {
-  if (!is_length(c.batch) || !is_length(c.heads) || !is_length(c.kv_heads) || !is_length(c.head_dim) || !is_length(c.length) || !is_length(c.hidden_size) ||
-      !is_length(c.layers) || !is_length(c.keep) || !is_length(c.bias_length))
+  if (!is_length(c.batch) || !is_length(c.heads) || !is_length(c.kv_heads) || !is_length(c.head_dim) ||
+      !is_length(c.length) || !is_length(c.hidden_size) || !is_length(c.layers) || !is_length(c.keep) || !is_length(c.bias_length))
     return "TopKPrune: a length is negative or at least 2^31";
   if (c.heads == 0 || c.kv_heads == 0 || c.head_dim == 0 || c.heads % c.kv_heads != 0)
     return "TopKPrune: heads must be a positive multiple of kv_heads, and head_dim positive";
