@@ -61,9 +61,6 @@ typedef struct AccordionTopKPrune {
   int32_t type, hidden_type;
 } AccordionTopKPrune;
 
-/* Three launches whatever the number of layers; needs no workspace. */
-const char *accordion_topk_prune(const AccordionTopKPrune *call, void *stream);
-
 /* The rows that StridedCompress keeps: y[s W / ratio + j] = x[s, ratio j + offset], or the mean of x and x2 there, computed in
  * float32. S segments of W rows of He elements.
  *
@@ -77,9 +74,6 @@ typedef struct AccordionStridedRows {
   int32_t type;
 } AccordionStridedRows;
 
-/* One launch; needs no workspace. */
-const char *accordion_strided_rows(const AccordionStridedRows *call, void *stream);
-
 /* StridedCompress and, with x2, StridedCompressMean. The product is cuBLASLt's and reads the rows where they are: they lie at a
  * constant distance, ratio * He. Only the mean is written before it is multiplied, into the workspace. Products of float32 use
  * float32, not TF32; the others accumulate in float32. Refused: as for AccordionStridedRows. */
@@ -90,6 +84,13 @@ typedef struct AccordionStridedCompress {
   void *workspace;           /* aligned to 256 bytes */
   size_t workspace_bytes;    /* at least what accordion_strided_compress_workspace says */
 } AccordionStridedCompress;
+
+#ifndef __CUDACC_RTC__
+/* Three launches whatever the number of layers; needs no workspace. */
+const char *accordion_topk_prune(const AccordionTopKPrune *call, void *stream);
+
+/* One launch; needs no workspace. */
+const char *accordion_strided_rows(const AccordionStridedRows *call, void *stream);
 
 /* Bytes that a call needs; pointers in `call` need not be set, but x2 must be null or not. A call that would be refused needs
  * none. */
@@ -103,6 +104,7 @@ const char *accordion_cublaslt_open(const char *library, AccordionCublasLt **cub
 void accordion_cublaslt_close(AccordionCublasLt *cublaslt);
 
 const char *accordion_strided_compress(AccordionCublasLt *cublaslt, const AccordionStridedCompress *call, void *stream);
+#endif
 
 #ifdef __cplusplus
 }

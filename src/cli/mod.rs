@@ -23,6 +23,7 @@ mod output;
 mod profile;
 mod report;
 mod run;
+mod selftest;
 mod shell;
 mod text;
 mod verify;
@@ -83,6 +84,7 @@ enum Command {
     Eval(Box<eval::Arguments>),
     Report(report::Arguments),
     Doctor(doctor::Arguments),
+    Selftest(selftest::Arguments),
     Completions(shell::CompletionArguments),
     Man(shell::ManArguments),
 }
@@ -118,6 +120,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Eval(arguments) => eval::run(&arguments, &output),
         Command::Report(arguments) => report::run(&arguments, &output),
         Command::Doctor(arguments) => doctor::run(&arguments, &output),
+        Command::Selftest(arguments) => selftest::run(&arguments, &output),
         Command::Completions(arguments) => shell::completions(&arguments),
         Command::Man(arguments) => shell::man(&arguments),
     };

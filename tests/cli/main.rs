@@ -16,6 +16,7 @@ mod program;
 mod quality;
 mod report;
 mod run;
+mod selftest;
 mod sharedllm;
 mod sparse;
 mod tiny;

@@ -1,14 +1,13 @@
 //! Faults on one side that the comparison has to find, in every matrix and every precision that can have them.
 
 use super::subject::{Subject, plain};
-use super::{PRECISIONS, engines};
+use super::{PRECISIONS, compare_whole, engines};
 use accordion::checkpoint::CheckpointError;
 use accordion::precision::Recipe;
 use accordion::reference::quantize::{Numbers, Rounding, Weight};
 use accordion::reference::transformer;
 use accordion::tensor::Tensor;
 use accordion::verify::Detail;
-use accordion::verify::bundle::compare_bundle;
 use accordion::verify::linears::LinearCheck;
 use accordion::verify::plain::compare_plain;
 use accordion::verify::quantized::weights_of;
@@ -77,7 +76,7 @@ fn found(subject: &Subject, recipe: Recipe, target: Target, fault: Fault) -> (us
     };
     let mut engines = engines(&bundle, false);
     let check = LinearCheck::watch(&mut engines, faulty);
-    compare_bundle(&mut engines, &subject.input(), Detail::Result, &mut |_| {}).unwrap();
+    compare_whole(&mut engines, subject.input(), Detail::Result);
     let results = check.finish().unwrap();
     let passed = results.iter().filter(|tap| tap.verdict == Verdict::Pass);
     let passed = passed.filter(|tap| can_have.iter().any(|name| tap.name.ends_with(name.as_str())));

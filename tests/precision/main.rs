@@ -12,11 +12,12 @@ use accordion::bundle::Bundle;
 use accordion::pipeline::Engines;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
-use accordion::verify::Detail;
-use accordion::verify::bundle::compare_bundle;
+use accordion::verify::bundle::{Input, engine_parts, reference_parts};
 use accordion::verify::linears::LinearCheck;
+use accordion::verify::lockstep::{Expected, Terms, compare};
 use accordion::verify::quantized::weights_of;
 use accordion::verify::verdict::{TapResult, Verdict};
+use accordion::verify::{Detail, Findings};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::precision::Precision;
 use std::io::Write;
@@ -32,11 +33,18 @@ fn engines(bundle: &Bundle, fused_operators: bool) -> Engines<'_> {
     Engines::new(bundle, Box::new(loader))
 }
 
+/// Everything that `engines` compute of `input` against the reference.
+fn compare_whole(engines: &mut Engines<'_>, input: Input<'_>, detail: Detail) -> Findings {
+    let bundle = engines.bundle();
+    let expected = Expected::Computed(Box::new(move |parts| reference_parts(bundle, &input, parts)));
+    compare(&Terms::of(detail, bundle), expected, |parts| engine_parts(engines, &input, parts, &mut |_| {})).unwrap().0
+}
+
 /// What is found of `bundle`: of its linear layers, and of the whole.
 fn findings(subject: &Subject, bundle: &Bundle, fused: bool) -> [Vec<TapResult>; 2] {
     let mut engines = engines(bundle, fused);
     let linears = LinearCheck::watch(&mut engines, weights_of(bundle));
-    let whole = compare_bundle(&mut engines, &subject.input(), Detail::All, &mut |_| {}).unwrap();
+    let whole = compare_whole(&mut engines, subject.input(), Detail::All);
     [linears.finish().unwrap(), whole.taps]
 }
 

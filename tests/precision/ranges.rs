@@ -4,7 +4,7 @@ use accordion::bundle::Bundle;
 use accordion::pipeline::observe::Observer;
 use accordion::tensor::Tensor;
 use accordion::verify::Detail;
-use accordion::verify::bundle::{Input, compare_bundle};
+use accordion::verify::bundle::Input;
 use accordion_calibration::ranges::{Observation, RangeEstimator, RangeTable, SiteLayout};
 use accordion_graphs::onnx::GraphSignature;
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,7 +51,7 @@ pub(super) fn range_table(bundle: &Bundle, input: &Input<'_>) -> RangeTable {
     let ranges = Arc::new(Mutex::new(Ranges { estimator, matrices, linears }));
     let mut engines = super::engines(bundle, false);
     engines.observe(Arc::clone(&ranges) as _);
-    compare_bundle(&mut engines, input, Detail::Result, &mut |_| {}).unwrap();
+    super::compare_whole(&mut engines, *input, Detail::Result);
     drop(engines);
     let Ranges { estimator, .. } = Arc::into_inner(ranges).unwrap().into_inner().unwrap();
     estimator.finish(bundle.manifest().identity(), "golden".to_owned(), input.ids.len(), "test".to_owned()).unwrap()

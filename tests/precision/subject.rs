@@ -57,7 +57,7 @@ fn homer(name: &str) -> Subject {
     let case = HomerCase::open(&goldens("homer").join(format!("homer_{name}.json"))).unwrap();
     let plan = golden::homer::plan(&case).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    golden::homer::bundle(&case, &plan, Target::Portable, folder.path()).unwrap();
+    golden::homer::bundle(&case, &plan, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
     let method =
         MethodSettings::Homer { settings: case.settings, tree_heights: vec![plan.tree_height], significance: None };
     Subject {
@@ -75,7 +75,7 @@ fn homer(name: &str) -> Subject {
 fn rcc(name: &str) -> Subject {
     let case = RccCase::open(&goldens("rcc").join(format!("{name}.cases.safetensors"))).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    golden::rcc::bundle(&case, Target::Portable, folder.path()).unwrap();
+    golden::rcc::bundle(&case, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
     let plans = case.runs.iter().map(|run| (run, RccPlan::new(run.lengths(), case.settings).unwrap()));
     let (run, plan) = plans.into_iter().find(|(_, plan)| plan.segments > 1).unwrap();
     Subject {
@@ -94,7 +94,15 @@ fn sharedllm(name: &str) -> Subject {
     let case = SharedLlmCase::open(&goldens("sharedllm").join(format!("case_{name}.json"))).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let plan = golden::sharedllm::plan(&case, Quirks::Faithful).unwrap();
-    golden::sharedllm::bundle(&case, case.weights_path(), Quirks::Faithful, Target::Portable, folder.path()).unwrap();
+    golden::sharedllm::bundle(
+        &case,
+        case.weights_path(),
+        Quirks::Faithful,
+        Target::Portable,
+        &Recipe::fp32(),
+        folder.path(),
+    )
+    .unwrap();
     Subject {
         name: format!("sharedllm {name}"),
         folder,

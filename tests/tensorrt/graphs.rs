@@ -33,7 +33,7 @@ fn built(bundle: &Path, more: &[&str]) -> Value {
 }
 
 fn check(checkpoint: &Path, method: MethodSettings, more: &[&str]) {
-    let bundle = golden::exported(checkpoint, method, Target::Portable).unwrap();
+    let bundle = golden::exported(checkpoint, method, Target::Portable, &Recipe::fp32()).unwrap();
     built(bundle.dir(), more);
 }
 
@@ -85,7 +85,7 @@ fn engines_are_recorded_and_checked() {
     let folder = tempfile::tempdir().unwrap();
     let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
     let llama = checkpoint(folder.path(), case.weights_path(), &[("config.json", config_json(&case.architecture))]);
-    let bundle = golden::exported(&llama, MethodSettings::Plain, Target::Portable).unwrap();
+    let bundle = golden::exported(&llama, MethodSettings::Plain, Target::Portable, &Recipe::fp32()).unwrap();
     let said = built(bundle.dir(), &["--context", "200"]);
     assert_eq!(said["schema"], "accordion.build/1");
     let engines = PathBuf::from(said["engines"].as_str().unwrap());
@@ -120,7 +120,7 @@ fn a_graph_that_is_refused_leaves_nothing_behind() {
     let folder = tempfile::tempdir().unwrap();
     let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
     let llama = checkpoint(folder.path(), case.weights_path(), &[("config.json", config_json(&case.architecture))]);
-    let bundle = golden::exported(&llama, MethodSettings::Plain, Target::Portable).unwrap();
+    let bundle = golden::exported(&llama, MethodSettings::Plain, Target::Portable, &Recipe::fp32()).unwrap();
     // An operator that nobody has; of the same length, so that the file stays a model.
     let [graph, manifest] = ["decoder.onnx", "bundle.json"].map(|name| bundle.dir().join(name));
     let mut bytes = std::fs::read(&graph).unwrap();
@@ -179,7 +179,14 @@ fn sharedllms_graphs_become_engines() {
         let case = SharedLlmCase::open(&path).unwrap();
         for quirks in [Quirks::Faithful, Quirks::Fixed] {
             let folder = tempfile::tempdir().unwrap();
-            let bundle = golden::sharedllm::bundle(&case, case.weights_path(), quirks, Target::Portable, folder.path());
+            let bundle = golden::sharedllm::bundle(
+                &case,
+                case.weights_path(),
+                quirks,
+                Target::Portable,
+                &Recipe::fp32(),
+                folder.path(),
+            );
             let context = case.context_ids.len().to_string();
             built(bundle.unwrap().dir(), &["--prefix", "0", "--context", &context]);
         }

@@ -2,6 +2,7 @@
 
 use super::goldens;
 use accordion::goldens::HomerCase;
+use accordion::precision::Recipe;
 use accordion::tensorrt::ranges::{Extent, InputRange, Workload, profiles};
 use accordion::verify::golden;
 use accordion_graphs::blocks::Target;
@@ -25,7 +26,7 @@ fn homers_profiles_hold_every_node_of_the_plan() {
         let case = HomerCase::open(&goldens().join(format!("homer/homer_{name}.json"))).unwrap();
         let plan = golden::homer::plan(&case).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let bundle = golden::homer::bundle(&case, &plan, Target::Portable, folder.path()).unwrap();
+        let bundle = golden::homer::bundle(&case, &plan, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
         let lengths = plan.lengths;
         let workload = Workload { lengths, new_tokens: 4, width: 2, policy: ChunkPolicy::FineTuning };
         workload.check(bundle.manifest()).unwrap();
@@ -72,7 +73,7 @@ fn a_workload_without_a_plan_is_refused() {
     let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
     let plan = golden::homer::plan(&case).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let bundle = golden::homer::bundle(&case, &plan, Target::Portable, folder.path()).unwrap();
+    let bundle = golden::homer::bundle(&case, &plan, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
     let workload = Workload { lengths: plan.lengths, new_tokens: 4, width: 1, policy: ChunkPolicy::FineTuning };
     let mut long = workload;
     long.lengths.suffix = 10_000;

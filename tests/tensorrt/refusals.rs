@@ -4,6 +4,7 @@ use super::goldens;
 use accordion::bundle::MethodSettings;
 use accordion::checkpoint::config_json;
 use accordion::goldens::HomerCase;
+use accordion::precision::Recipe;
 use accordion::verify::golden;
 use accordion_graphs::blocks::Target;
 use std::fs;
@@ -17,7 +18,7 @@ fn bundle(target: Target) -> (TempDir, PathBuf) {
     let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
     let files = [("config.json", config_json(&case.architecture))];
     let checkpoint = golden::checkpoint(folder.path(), case.weights_path(), &files).unwrap();
-    let dir = golden::exported(&checkpoint, MethodSettings::Plain, target).unwrap().dir().to_owned();
+    let dir = golden::exported(&checkpoint, MethodSettings::Plain, target, &Recipe::fp32()).unwrap().dir().to_owned();
     (folder, dir)
 }
 
