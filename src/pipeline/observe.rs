@@ -4,6 +4,7 @@ use crate::runtime::{Engine, EngineError, InPlace};
 use crate::tensor::Tensor;
 use accordion_graphs::onnx::GraphSignature;
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Somebody who looks at values.
@@ -15,7 +16,11 @@ pub trait Observer: Send {
     fn wants(&self, name: &str, value: &str) -> bool;
 
     /// Takes the values that were wanted of one run of the graph `name`.
-    fn see(&mut self, name: &str, values: &BTreeMap<&str, &Tensor>);
+    ///
+    /// # Errors
+    ///
+    /// They are not what the observer can take; the run then fails.
+    fn see(&mut self, name: &str, values: &BTreeMap<&str, &Tensor>) -> Result<(), Box<dyn Error + Send + Sync>>;
 }
 
 /// What is observed of one graph.
@@ -73,7 +78,8 @@ impl Engine for ObservedEngine {
             let results = all.iter().copied().zip(&results).filter(|(value, _)| computed.contains(value));
             let inputs = inputs.iter().copied().filter(|(value, _)| given.contains(value));
             let values = results.chain(inputs).collect();
-            observer.lock().unwrap_or_else(PoisonError::into_inner).see(name, &values);
+            let mut observer = observer.lock().unwrap_or_else(PoisonError::into_inner);
+            observer.see(name, &values).map_err(|source| EngineError::Observed { graph: name.clone(), source })?;
         }
         results.truncate(outputs.len());
         Ok(results)

@@ -11,7 +11,6 @@ use super::{Engines, PipelineError};
 use crate::bundle::{Bundle, Method};
 use crate::checkpoint::{CheckpointError, Tokenizer};
 use crate::runtime::Loader;
-use crate::runtime::observe::ObservingLoader;
 use accordion_calibration::ranges::{EstimateError, RangeEstimator, RangeTable};
 use accordion_calibration::windows::{WindowError, choose_windows};
 use accordion_graphs::architecture::Architecture;
@@ -183,14 +182,10 @@ pub fn calibrate<'b>(
     check_window_len(bundle, compression, settings.window_len, leading.len())?;
     let chosen = choose(&tokenizer, texts, settings, leading.len())?;
 
-    let graphs = layout.values.iter().filter_map(|(graph, values)| {
-        Some((graph.clone(), bundle.signature(graph)?, values.keys().cloned().collect()))
-    });
-    let graphs: Vec<_> = graphs.collect();
     let observer = RangeObserver { estimator: RangeEstimator::new(layout.sites, layout.taps)?, values: layout.values };
     let observer = Arc::new(Mutex::new(observer));
-    let loader = ObservingLoader::new(loader, graphs, Arc::clone(&observer));
-    let mut engines = Engines::new(bundle, Box::new(loader));
+    let mut engines = Engines::new(bundle, loader);
+    engines.observe(Arc::clone(&observer) as _);
 
     let total = chosen.len();
     for (done, window) in chosen.into_iter().enumerate() {

@@ -4,7 +4,6 @@
 
 pub(crate) mod dylib;
 pub mod locate;
-pub mod observe;
 pub mod ort_cpu;
 
 use crate::tensor::{Tensor, TensorError};

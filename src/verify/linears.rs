@@ -16,6 +16,7 @@ use crate::tensor::Tensor;
 use accordion_graphs::onnx::{GraphSignature, QuantizedLinear};
 use ndarray::{Array2, Zip};
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Rows that are compared of every matrix, from the first run that meets it.
@@ -111,7 +112,7 @@ impl Observer for State {
         self.error.is_none() && linears.into_iter().any(|linear| linear.rows == value || linear.product == value)
     }
 
-    fn see(&mut self, name: &str, values: &BTreeMap<&str, &Tensor>) {
+    fn see(&mut self, name: &str, values: &BTreeMap<&str, &Tensor>) -> Result<(), Box<dyn Error + Send + Sync>> {
         for linear in self.waiting.remove(name).unwrap_or_default() {
             let [rows, product] = [&linear.rows, &linear.product].map(|value| values.get(value.as_str()));
             let (Some(rows), Some(product)) = (rows, product) else { continue };
@@ -120,5 +121,6 @@ impl Observer for State {
                 Err(error) => self.error = Some(error),
             }
         }
+        Ok(())
     }
 }

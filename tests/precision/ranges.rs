@@ -8,6 +8,7 @@ use accordion::verify::bundle::Input;
 use accordion_calibration::ranges::{Observation, RangeEstimator, RangeTable, SiteLayout};
 use accordion_graphs::onnx::GraphSignature;
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
 use std::sync::{Arc, Mutex};
 
 /// Rows of every matrix, which are sites of their own here: who shares rows does not matter for their ranges.
@@ -27,13 +28,14 @@ impl Observer for Ranges {
         true
     }
 
-    fn see(&mut self, name: &str, values: &BTreeMap<&str, &Tensor>) {
+    fn see(&mut self, name: &str, values: &BTreeMap<&str, &Tensor>) -> Result<(), Box<dyn Error + Send + Sync>> {
         for (matrix, rows) in self.linears.get(name).into_iter().flatten() {
             let site = self.matrices.binary_search(matrix).unwrap();
             for value in rows.iter().filter_map(|value| values.get(value.as_str())) {
-                self.estimator.observe(&[Observation::Rows(site, &value.to_f32())]).unwrap();
+                self.estimator.observe(&[Observation::Rows(site, &value.to_f32())])?;
             }
         }
+        Ok(())
     }
 }
 

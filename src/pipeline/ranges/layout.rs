@@ -2,10 +2,11 @@
 
 use super::RangeError;
 use crate::bundle::Bundle;
-use crate::runtime::observe::Observer;
+use crate::pipeline::observe::Observer;
 use crate::tensor::Tensor;
 use accordion_calibration::ranges::{Observation, RangeEstimator, SiteLayout};
 use accordion_graphs::dtype::DType;
+use accordion_graphs::onnx::GraphSignature;
 use accordion_graphs::precision::Precision;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -92,7 +93,15 @@ pub(super) struct RangeObserver {
 }
 
 impl Observer for RangeObserver {
-    fn observe(&mut self, graph: &str, values: &[(&str, Tensor)]) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn values(&self, graph: &str, _: &GraphSignature) -> BTreeSet<String> {
+        self.values.get(graph).into_iter().flat_map(BTreeMap::keys).cloned().collect()
+    }
+
+    fn wants(&self, _: &str, _: &str) -> bool {
+        true
+    }
+
+    fn see(&mut self, graph: &str, values: &BTreeMap<&str, &Tensor>) -> Result<(), Box<dyn Error + Send + Sync>> {
         let numbers: Vec<(&str, Cow<'_, [f32]>)> = values
             .iter()
             .map(|(name, tensor)| {
