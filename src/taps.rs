@@ -15,7 +15,9 @@
 //! SharedLLM: `query.vector`, which halves are compared with; per level of the context tree, `tree.<w>.` followed by
 //! `candidates` (ids of all left and then all right halves), `vectors`, `similarity`, `chosen` (0 or 1 per node), `encoded_ids`
 //! and, for each lower layer, `layers.<l>.key` and `.value` of whole nodes; `kv.<l>.key` and `.value` of the tokens that are
-//! kept. In the upper model's injected layers, `cross.out` (before the output projection) and `cross_residual`.
+//! kept. What is inside a node, `tree.<w>.nodes.<i>.layers.<l>.`, inside a half that is compared, `tree.<w>.halves.<i>.layers.0.`,
+//! and behind the query, `query.layers.0.`, graphs have for all of them at once; a search for a fault puts them together.
+//! In the upper model's injected layers, `cross.out` (before the output projection) and `cross_residual`.
 //!
 //! What reads on behind a context has the taps of a layer too, which `accordion verify` calls `prompt.`, `running.`,
 //! `teacher.` and `steps.<i>.`

@@ -275,7 +275,7 @@ fn sharedllm(subject: &Subject, expected: &Expected, name: &str, target: Target,
     let Difference::Logits { choices, .. } = &all.difference else { panic!("{what}: {all:?}") };
     assert_eq!((choices.rows, choices.argmax_matches), (RUNNING, RUNNING), "{what}");
     let taps = taps.into_iter().chain([all]).collect();
-    check_all(&what, &Findings { taps, not_comparable: 0 });
+    check_all(&what, &Findings { taps, ..Findings::default() });
     let [last, expected_last] = [&logits, &expected.logits[0]].map(|logits| logits.rows(RUNNING - 1..RUNNING));
     check_logits(&what, &judged("logits", &last, &expected_last), 1);
     for (id, expected) in steps.chunks(1).zip(&expected.logits[1..]) {

@@ -4,6 +4,7 @@
 //! - [`significance`]: the expected attention logit by layer and distance, which HOMER subtracts before it prunes.
 //! - [`file`]: what can be wrong with a table's file.
 //! - [`quantize`]: weight matrices as integers and scales.
+//! - [`sensitivity`]: what a layer loses when it alone is quantized.
 //! - [`smoothquant`]: activations made easier to quantize.
 //! - [`windows`]: which parts of a text a calibration reads.
 
@@ -11,6 +12,7 @@ pub mod file;
 mod identity;
 pub mod quantize;
 pub mod ranges;
+pub mod sensitivity;
 pub mod significance;
 pub mod smoothquant;
 pub mod windows;

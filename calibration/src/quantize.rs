@@ -178,7 +178,7 @@ fn int4_block(block: &[f32], integers: &mut [i8], sign: ScaleSign) -> f32 {
     // The element whose magnitude is largest keeps its sign: with a scale of the other sign it is negative.
     let largest = block.iter().fold(0.0_f32, |max, &w| if w.abs() > max.abs() { w } else { max });
     let first = scale_of(largest.abs(), 7.0);
-    let mut best = (f64::INFINITY, first);
+    let mut best = (f32::INFINITY, first);
     for place in PLACES {
         let magnitude = scale_of(largest.abs(), place);
         let negative = if largest > 0.0 { -magnitude } else { magnitude };
@@ -211,15 +211,27 @@ fn round(block: &[f32], integers: &mut [i8], scale: f32, range: Range<f32>) {
 
 /// The scale that leaves the smallest squared error, if it has an inverse.
 fn fit(block: &[f32], integers: &[i8]) -> Option<f32> {
-    let pairs = block.iter().zip(integers).map(|(&w, &q)| (w, f32::from(q)));
-    let (products, squares) = pairs.fold((0.0_f32, 0.0_f32), |(p, s), (w, q)| (p + w * q, s + q * q));
-    let scale = products / squares;
+    let scale = sum(block, integers, |w, q| w * q) / sum(block, integers, |_, q| q * q);
     (scale.is_normal() && scale.recip().is_finite()).then_some(scale)
 }
 
-fn squared_error(block: &[f32], integers: &[i8], scale: f32) -> f64 {
-    let errors = block.iter().zip(integers).map(|(&w, &q)| w - f32::from(q) * scale);
-    f64::from(errors.fold(0.0_f32, |sum, e| sum + e * e))
+fn squared_error(block: &[f32], integers: &[i8], scale: f32) -> f32 {
+    sum(block, integers, |w, q| (w - q * scale).powi(2))
+}
+
+/// Sums that do not wait for each other.
+const LANES: usize = 8;
+
+fn sum(block: &[f32], integers: &[i8], term: impl Fn(f32, f32) -> f32) -> f32 {
+    let ((w, w_rest), (q, q_rest)) = (block.as_chunks::<LANES>(), integers.as_chunks::<LANES>());
+    let mut lanes = [0.0; LANES];
+    for (w, q) in w.iter().zip(q) {
+        for ((lane, &w), &q) in lanes.iter_mut().zip(w).zip(q) {
+            *lane += term(w, f32::from(q));
+        }
+    }
+    let rest: f32 = w_rest.iter().zip(q_rest).map(|(&w, &q)| term(w, f32::from(q))).sum();
+    lanes.iter().sum::<f32>() + rest
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 
 use crate::quantize::{INT8_MAX, QuantizeError, quantize_rows_int8};
 use crate::ranges::{Calibrator, Site};
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use std::sync::Mutex;
 use std::thread;
 
@@ -30,7 +30,7 @@ pub struct Smoothed {
     pub factors: Vec<f32>,
     /// The magnitude at which the quantizer of the smoothed input clips.
     pub threshold: f32,
-    /// Squared error of the layers' outputs over the sample rows, relative to the square of the outputs: the sum over layers.
+    /// Squared error of the layers' outputs over the rows that the site kept, relative to the square of the outputs: the sum over layers.
     pub error: f64,
     /// The same without smoothing.
     pub unsmoothed_error: f64,
@@ -64,7 +64,8 @@ pub fn column_absmax(matrices: &[&[f32]], columns: usize) -> Vec<f32> {
     largest
 }
 
-/// The exponent, or none, with which the sample rows of `site` come out best of the layers with the given `matrices`
+/// The exponent, or none, with which the sample and the extreme rows of `site`, [weighted](Site::row_weights), come out best
+/// of the layers with the given `matrices`
 /// (`[out, channels]` each: all that are multiplied by these rows), if both are quantized to 8 bits: activations with one
 /// scale that `calibrator` finds, weights with a scale for every row.
 ///
@@ -85,7 +86,7 @@ pub fn search(site: &Site, matrices: &[&[f32]], calibrator: Calibrator) -> Resul
 
     let mut errors = vec![0.0_f64; candidates.len()];
     for matrix in matrices {
-        let (squares, of_candidates) = squared_errors(site.sample(), matrix, columns, &candidates)?;
+        let (squares, of_candidates) = squared_errors(site, matrix, &candidates)?;
         for (sum, error) in errors.iter_mut().zip(of_candidates) {
             *sum += if squares > 0.0 { error / squares } else { 0.0 };
         }
@@ -102,36 +103,41 @@ struct Candidate {
     alpha: Option<f64>,
     factors: Vec<f32>,
     threshold: f32,
-    /// The sample rows: smoothed, rounded to multiples of the scale, and as large as before.
-    sample: Vec<f32>,
+    /// The rows: smoothed and rounded to multiples of the scale.
+    rows: Vec<f32>,
 }
 
 impl Candidate {
     fn new(site: &Site, alpha: Option<f64>, factors: Vec<f32>, threshold: f32) -> Self {
         let scale = threshold / INT8_MAX;
         let quantized = |(x, f): (&f32, &f32)| (x * f / scale).round_ties_even().clamp(-INT8_MAX, INT8_MAX) * scale;
-        let sample = site.sample().iter().zip(factors.iter().cycle()).map(quantized).collect();
-        Self { alpha, factors, threshold, sample }
+        let rows = kept_rows(site).iter().zip(factors.iter().cycle()).map(quantized).collect();
+        Self { alpha, factors, threshold, rows }
     }
 }
 
-/// The squares of the outputs of `sample` with `matrix`, and of the errors that each candidate makes.
-fn squared_errors(
-    sample: &[f32],
-    matrix: &[f32],
-    columns: usize,
-    candidates: &[Candidate],
-) -> Result<(f64, Vec<f64>), QuantizeError> {
+/// The rows of a site that errors are measured with.
+pub(crate) fn kept_rows(site: &Site) -> Vec<f32> {
+    [site.sample(), site.extremes()].concat()
+}
+
+/// The squares of the outputs of a site's rows with `matrix`, and of the errors that each candidate makes.
+fn squared_errors(site: &Site, matrix: &[f32], candidates: &[Candidate]) -> Result<(f64, Vec<f64>), QuantizeError> {
+    let columns = site.channels();
     let (whole, found) = (matrix.len() / columns, matrix.len());
     if found == 0 || whole * columns != found {
         return Err(QuantizeError::Shape { elements: found, columns, block: columns });
     }
+    let x = kept_rows(site);
+    let (of_sample, of_extremes) = site.row_weights();
+    let mut weights = vec![of_sample as f64; site.sample().len() / columns];
+    weights.resize(x.len() / columns, of_extremes as f64);
     let parts: Vec<&[f32]> = matrix.chunks(ROWS * columns).collect();
     let results = Mutex::new(vec![Ok((0.0, Vec::new())); parts.len()]);
     let next = Mutex::new(parts.iter().enumerate());
     let step = || {
         while let Some((at, part)) = next.lock().ok().and_then(|mut next| next.next()) {
-            let result = part_errors(sample, part, columns, candidates).map_err(|error| match error {
+            let result = part_errors(&x, &weights, part, columns, candidates).map_err(|error| match error {
                 QuantizeError::NotFinite { row, column, value } => {
                     QuantizeError::NotFinite { row: row + at * ROWS, column, value }
                 }
@@ -156,15 +162,16 @@ fn squared_errors(
     Ok(sums)
 }
 
-/// [`squared_errors`] of some rows of a matrix.
+/// [`squared_errors`] of the rows `x` and some rows of a matrix.
 fn part_errors(
-    sample: &[f32],
+    x: &[f32],
+    weights: &[f64],
     part: &[f32],
     columns: usize,
     candidates: &[Candidate],
 ) -> Result<(f64, Vec<f64>), QuantizeError> {
-    let expected = product(sample, part, columns)?;
-    let squares = expected.iter().map(|&y| f64::from(y) * f64::from(y)).sum();
+    let expected = product(x, part, columns)?;
+    let squares = weighted(&expected, weights);
     let mut smoothed = part.to_vec();
     let mut errors = Vec::with_capacity(candidates.len());
     for candidate in candidates {
@@ -175,17 +182,24 @@ fn part_errors(
         }
         let (integers, scales) = quantize_rows_int8(&smoothed, columns)?;
         smoothed.iter_mut().zip(&integers).for_each(|(w, &q)| *w = f32::from(q));
-        let mut found = product(&candidate.sample, &smoothed, columns)?;
+        let mut found = product(&candidate.rows, &smoothed, columns)?;
         for (mut column, scale) in found.axis_iter_mut(Axis(1)).zip(scales) {
             column *= scale;
         }
-        errors.push(found.iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2)).sum());
+        found -= &expected;
+        errors.push(weighted(&found, weights));
     }
     Ok((squares, errors))
 }
 
+/// The sum of the squares of all rows, each as often as it counts.
+fn weighted(rows: &Array2<f32>, weights: &[f64]) -> f64 {
+    let squares = |row: ArrayView1<'_, f32>| row.iter().map(|&y| f64::from(y).powi(2)).sum::<f64>();
+    rows.rows().into_iter().zip(weights).map(|(row, weight)| squares(row) * weight).sum()
+}
+
 /// `x w^T` of rows of `columns`.
-fn product(x: &[f32], w: &[f32], columns: usize) -> Result<Array2<f32>, QuantizeError> {
+pub(crate) fn product(x: &[f32], w: &[f32], columns: usize) -> Result<Array2<f32>, QuantizeError> {
     Ok(rows(x, columns)?.dot(&rows(w, columns)?.t()))
 }
 
@@ -244,8 +258,7 @@ mod tests {
         let site = &table.sites()[0];
         let again = Candidate::new(site, found.alpha, found.factors.clone(), found.threshold);
         let errors = matrices.map(|matrix| {
-            let (squares, errors) =
-                squared_errors(site.sample(), matrix, CHANNELS, std::slice::from_ref(&again)).unwrap();
+            let (squares, errors) = squared_errors(site, matrix, std::slice::from_ref(&again)).unwrap();
             errors[0] / squares
         });
         assert!((errors.iter().sum::<f64>() - found.error).abs() < 1e-12);
@@ -259,18 +272,21 @@ mod tests {
         let matrix = noise(4, 2 * ROWS * CHANNELS);
         let factors: Vec<f32> = (0..CHANNELS).map(|i| 0.5 + i as f32 / 20.0).collect();
         let candidate = Candidate::new(site, None, factors.clone(), 1.5);
-        let (_, errors) = squared_errors(site.sample(), &matrix, CHANNELS, &[candidate]).unwrap();
+        let (_, errors) = squared_errors(site, &matrix, &[candidate]).unwrap();
         let mut expected = 0.0;
         for row in matrix.chunks(CHANNELS) {
             let divided: Vec<f32> = row.iter().zip(&factors).map(|(w, f)| w / f).collect();
             let w_scale = divided.iter().fold(0.0, |max: f32, w| max.max(w.abs())) / 127.0;
-            for x in site.sample().chunks(CHANNELS) {
+            let (of_sample, of_extremes) = site.row_weights();
+            let sample = site.sample().chunks(CHANNELS).map(|row| (row, of_sample));
+            for (x, weight) in sample.chain(site.extremes().chunks(CHANNELS).map(|row| (row, of_extremes))) {
                 let exact: f64 = x.iter().zip(row).map(|(x, w)| f64::from(x * w)).sum();
                 let integers = x.iter().zip(&factors).zip(&divided).map(|((x, f), w)| {
                     let x = (f64::from(x * f) * 127.0 / 1.5).round().clamp(-127.0, 127.0);
                     x * f64::from(w / w_scale).round()
                 });
-                expected += (integers.sum::<f64>() * f64::from(w_scale) * 1.5 / 127.0 - exact).powi(2);
+                let found = integers.sum::<f64>() * f64::from(w_scale) * 1.5 / 127.0;
+                expected += weight as f64 * (found - exact).powi(2);
             }
         }
         assert!((errors[0] - expected).abs() < 0.01 * expected, "{} instead of {expected}", errors[0]);

@@ -77,6 +77,8 @@ fn sites_say_what_was_observed() {
     let mut sample: Vec<&[f32]> = site.sample().chunks(3).collect();
     sample.sort_by(|a, b| b.partial_cmp(a).unwrap());
     assert_eq!(sample, [[3.0, 0.0, 0.0], [1.0, -2.0, 0.5], [0.0, 6.0, 0.25], [0.0, 0.0, 0.0]]);
+    assert_eq!(site.extremes()[..6], [0.0, 6.0, 0.25, 3.0, 0.0, 0.0]);
+    assert_eq!(site.row_weights(), (1, 1));
     let [width, counts] = [site.histogram().width() as usize, site.histogram().counts()[0] as usize];
     assert_eq!((width, counts, site.histogram().counts()[1536]), (0, 6, 1));
     assert_eq!(site.threshold(Calibrator::Average), 4.5);
@@ -301,7 +303,9 @@ fn other_files_and_versions_are_refused() {
 
 #[test]
 fn missing_and_misshapen_tensors_are_refused() {
-    for part in ["channel_min", "channel_max", "histogram", "absmax_sum", "sample", "sample_keys"] {
+    for part in
+        ["channel_min", "channel_max", "histogram", "absmax_sum", "sample", "sample_keys", "extremes", "extremes_keys"]
+    {
         let name = format!("down.{part}");
         let problem = problem_of_edited(|p| p.tensors.retain(|t| t.0 != name));
         assert!(problem.to_string().contains(&name), "{problem}");
@@ -312,7 +316,7 @@ fn missing_and_misshapen_tensors_are_refused() {
         assert!(matches!(&problem, TableProblem::Type { tensor, .. } if *tensor == name), "{problem}");
         let problem = problem_of_edited(|p| p.tensor(&name).2.push(1));
         assert!(
-            matches!(&problem, TableProblem::Shape { tensor, .. } if *tensor == name || part == "sample_keys"),
+            matches!(&problem, TableProblem::Shape { tensor, .. } if *tensor == name || part.ends_with("_keys")),
             "{problem}"
         );
     }
@@ -332,6 +336,7 @@ fn impossible_numbers_are_refused() {
         ("down.channel_max", 0, float(-1e9)),
         ("down.sample", 3, float(f32::NAN)),
         ("down.sample", 3, float(1e9)),
+        ("down.extremes", 3, float(1e9)),
     ] {
         let problem = problem_of_edited(|p| p.put(name, at, &bytes));
         assert!(
@@ -353,7 +358,7 @@ fn impossible_numbers_are_refused() {
         assert!(problem.contains(expected), "{name} {at}: {problem}");
     }
     let problem = problem_of_edited(|p| {
-        for name in ["down.channel_min", "down.channel_max", "down.sample"] {
+        for name in ["down.channel_min", "down.channel_max", "down.sample", "down.extremes"] {
             p.tensor(name).3.fill(0);
         }
     });

@@ -10,7 +10,7 @@ pub use operator::{Linear, LinearBias};
 use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
-use crate::simd::{Level, Portable, Simd};
+use crate::simd::{Level, Portable, Simd, total};
 
 /// Rows up to which reading the weights is what takes the time.
 pub const MAX_ROWS: usize = 4;
@@ -195,26 +195,6 @@ unsafe fn dot<V: Simd, const ROWS: usize>(
             }
         }
     }
-}
-
-/// The sum of all lanes, by halves.
-///
-/// # Safety
-///
-/// The instruction set of `V` is there.
-#[inline(always)]
-unsafe fn total<V: Simd>(lanes: V) -> f32 {
-    let mut values = [0.0f32; 16];
-    // SAFETY: no vector has more than 16 lanes.
-    unsafe { lanes.store(values.as_mut_ptr()) };
-    let mut width = V::LANES;
-    while width > 1 {
-        width /= 2;
-        for i in 0..width {
-            values[i] += values[i + width];
-        }
-    }
-    values[0]
 }
 
 #[cfg(test)]

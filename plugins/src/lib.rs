@@ -6,8 +6,14 @@
 
 #[path = "../attention/mod.rs"]
 pub mod attention;
+mod gemm;
+mod guard;
 #[path = "../linear/mod.rs"]
 pub mod linear;
+#[path = "../linear_block/mod.rs"]
+pub mod linear_block;
+#[path = "../linear_int8/mod.rs"]
+pub mod linear_int8;
 #[path = "../merge_cache/mod.rs"]
 pub mod merge_cache;
 mod operator;
@@ -21,6 +27,7 @@ pub mod swiglu;
 #[path = "../topk_prune/mod.rs"]
 pub mod topk_prune;
 
+use guard::Operators;
 use ort::operator::OperatorDomain;
 use std::sync::{Mutex, PoisonError};
 
@@ -33,14 +40,19 @@ pub const DOMAIN: &str = "ai.accordion";
 ///
 /// ONNX Runtime is not loaded or refuses an operator.
 pub fn domain() -> ort::Result<OperatorDomain> {
-    OperatorDomain::new(DOMAIN)?
+    Operators::new(DOMAIN)?
         .add(attention::GroupQueryAttention)?
         .add(linear::Linear)?
         .add(linear::LinearBias)?
+        .add(linear_block::LinearBlock4)?
+        .add(linear_block::LinearBlock8)?
+        .add(linear_int8::LinearInt8)?
+        .add(linear_int8::LinearInt8PerToken)?
         .add(merge_cache::MergeCache)?
         .add(selective_scan::SelectiveScan)?
         .add(swiglu::SwiGlu)?
         .add(topk_prune::TopKPrune)
+        .map(Operators::into_domain)
 }
 
 /// Makes a session that [`domain`] is registered with, by `commit`. ONNX Runtime adds a domain to a table of the process with

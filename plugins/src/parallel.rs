@@ -1,6 +1,8 @@
 //! Running independent tasks on threads: those of ONNX Runtime inside a session, scoped ones elsewhere.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use ort::operator::ComputeContext;
 
@@ -64,8 +66,23 @@ unsafe impl ParallelFor for SessionThreads<'_> {
         // ONNX Runtime gives each thread a contiguous share first and lets it steal afterwards. Tasks come sorted by
         // falling cost, so they are handed out in order instead, whatever index a call came with.
         let next = AtomicUsize::new(0);
-        let in_order = |_| task(next.fetch_add(1, Ordering::Relaxed));
-        self.0.par_for(count, 0, in_order).map_err(|error| ParallelError(error.to_string()))
+        let in_order = || task(next.fetch_add(1, Ordering::Relaxed));
+        let run = |call: &(dyn Fn() + Sync)| self.0.par_for(count, 0, |_| call());
+        holding_panics(&in_order, run).map_err(|error| ParallelError(error.to_string()))
+    }
+}
+
+/// Has `run` call `task` on threads that no panic may reach, since they are the runtime's, and raises the panic here.
+fn holding_panics<T>(task: &(dyn Fn() + Sync), run: impl FnOnce(&(dyn Fn() + Sync)) -> T) -> T {
+    let held = Mutex::new(None);
+    let result = run(&|| {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(task)) {
+            *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+        }
+    });
+    match held.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(panic) => resume_unwind(panic),
+        None => result,
     }
 }
 
@@ -84,6 +101,13 @@ impl<'a, T> SharedSlice<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), _borrow: std::marker::PhantomData }
     }
 
+    /// Where element `at` lies, for pieces that are not contiguous.
+    pub(crate) fn pointer(&self, at: usize) -> *mut T {
+        assert!(at < self.len, "element {at} of {}", self.len);
+        // SAFETY: inside the slice.
+        unsafe { self.start.add(at) }
+    }
+
     /// The elements `start..start + len`.
     ///
     /// # Safety
@@ -94,5 +118,20 @@ impl<'a, T> SharedSlice<'a, T> {
         assert!(start <= self.len && len <= self.len - start, "piece {start}+{len} of {}", self.len);
         // SAFETY: inside the slice, and disjoint from all others by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_raised_where_the_call_came_from() {
+        let calls = AtomicUsize::new(0);
+        let task = || assert_ne!(calls.fetch_add(1, Ordering::Relaxed), 1, "the second call");
+        let run = |call: &(dyn Fn() + Sync)| (0..3).for_each(|_| call());
+        let raised = catch_unwind(AssertUnwindSafe(|| holding_panics(&task, run)));
+        assert!(raised.is_err());
+        assert_eq!(calls.load(Ordering::Relaxed), 3, "a panic ended the loop of the runtime");
     }
 }

@@ -1,10 +1,9 @@
 //! Scores, selection and gathering in plain Rust: the gather moves nearly all the bytes, and it is memory copies.
 
+use super::rows::Rows;
 use super::{Inputs, Lengths, Outputs, PruneError};
 use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
-
-/// Longest run of rows copied at once, so that long ones can be shared among threads.
-const RUN_ROWS: usize = 256;
+use crate::simd::Level;
 
 /// Scores the tokens of every sequence, keeps the best and gathers what belongs to them.
 ///
@@ -26,7 +25,6 @@ pub fn prune(
     if length == 0 {
         return Ok(());
     }
-    let mut runs = Vec::with_capacity(batch);
     for b in 0..batch {
         let metric = &metric[b * heads * length..(b + 1) * heads * length];
         let scores = &mut scores[b * length..(b + 1) * length];
@@ -36,12 +34,11 @@ pub fn prune(
         for (to, &row) in kept_position_ids[b * keep..(b + 1) * keep].iter_mut().zip(&*kept) {
             *to = inputs.position_ids[b * length + row as usize];
         }
-        runs.push(Run::all(kept));
     }
 
     let kv_planes = lengths.layers * 2 * lengths.kv_heads;
-    gather(length, keep, lengths.head_dim, inputs.kv, kept_kv, kv_planes, &runs, threads)?;
-    gather(length, keep, hidden, inputs.hidden, kept_hidden, 1, &runs, threads)?;
+    gather([length, keep, lengths.head_dim], inputs.kv, kept_kv, kv_planes, keep_idx, threads)?;
+    gather([length, keep, hidden], inputs.hidden, kept_hidden, 1, keep_idx, threads)?;
     Ok(())
 }
 
@@ -119,12 +116,12 @@ fn score(lengths: &Lengths, metric: &[f32], bias: &[f32], distances: &[usize], s
 /// Fills `kept` with the indices of the largest scores, ascending. Of equal scores the lower index is kept; NaN ranks
 /// below everything.
 fn select(scores: &[f32], kept: &mut [i64]) {
-    /// Small for large scores; both zeros are one.
+    /// Small for large scores; both zeros are one, and so are minus infinity and the lowest number.
     fn rank(score: f32) -> u32 {
         if score.is_nan() {
             return u32::MAX;
         }
-        let bits = (score + 0.0).to_bits();
+        let bits = (score.max(f32::MIN) + 0.0).to_bits();
         let ascending = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
         !ascending
     }
@@ -138,53 +135,32 @@ fn select(scores: &[f32], kept: &mut [i64]) {
     kept.sort_unstable();
 }
 
-/// Consecutive survivors, which are copied at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run {
-    from: usize,
-    to: usize,
-    len: usize,
-}
-
-impl Run {
-    fn all(kept: &[i64]) -> Vec<Self> {
-        let mut runs: Vec<Self> = Vec::new();
-        for (to, &from) in kept.iter().enumerate() {
-            let from = from as usize;
-            match runs.last_mut() {
-                Some(run) if run.from + run.len == from && run.len < RUN_ROWS => run.len += 1,
-                _ => runs.push(Self { from, to, len: 1 }),
-            }
-        }
-        runs
-    }
-}
-
 /// Copies the surviving rows of every plane: `planes` planes of `[length, width]` per sequence to as many of
 /// `[keep, width]`.
-#[allow(clippy::too_many_arguments)]
 fn gather(
-    length: usize,
-    keep: usize,
-    width: usize,
+    [length, keep, width]: [usize; 3],
     from: &[f32],
     to: &mut [f32],
     planes: usize,
-    runs: &[Vec<Run>],
+    keep_idx: &[i64],
     threads: &dyn ParallelFor,
 ) -> Result<(), ParallelError> {
-    // A plane is cut where it alone would keep the other threads waiting.
-    let parts = if planes >= 16 { 1 } else { 8 };
+    // Few planes are cut, so that no thread waits for one that has a whole plane to copy; of many, some go together.
+    let (together, parts) = ((planes / 32).clamp(1, 4), if planes >= 16 { 1 } else { 8 });
+    let (shares, share) = (planes.div_ceil(together), keep.div_ceil(parts));
+    let rows = Rows::new(Level::detect(), length, width, size_of_val(to));
+    let batch = keep_idx.len().checked_div(keep).unwrap_or(0);
     let to = SharedSlice::new(to);
-    threads.run(runs.len() * planes * parts, &|task| {
-        let (plane, part) = (task / parts, task % parts);
-        let runs = &runs[plane / planes];
-        let share = runs.len().div_ceil(parts);
-        let from = &from[plane * length * width..(plane + 1) * length * width];
-        for run in runs.iter().skip(part * share).take(share) {
-            // SAFETY: every plane and run is copied by one task alone, and runs do not overlap.
-            let out = unsafe { to.piece((plane * keep + run.to) * width, run.len * width) };
-            out.copy_from_slice(&from[run.from * width..(run.from + run.len) * width]);
-        }
+    threads.run(batch * shares * parts, &|task| {
+        let (sequence, first_plane, part) = (task / parts / shares, task / parts % shares * together, task % parts);
+        let count = together.min(planes - first_plane);
+        let first_row = (part * share).min(keep);
+        let kept = &keep_idx[sequence * keep + first_row..][..share.min(keep - first_row)];
+        let plane = sequence * planes + first_plane;
+        let from = &from[plane * length * width..(plane + count) * length * width];
+        // SAFETY: every part of every plane is copied by one task alone, and planes that go together are not cut.
+        let out = unsafe { to.piece((plane * keep + first_row) * width, count * kept.len() * width) };
+        // SAFETY: survivors are rows of the planes, and the piece has as many for each of them.
+        unsafe { rows.copy(from, kept, out) };
     })
 }

@@ -2,6 +2,7 @@
 
 mod cpu;
 mod operator;
+mod rows;
 #[cfg(test)]
 mod tests;
 

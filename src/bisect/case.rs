@@ -8,6 +8,13 @@ use crate::verify::verdict::{Bounds, TapKind, TapResult, judge};
 use accordion_graphs::dtype::DType;
 use accordion_graphs::onnx::tap_outputs;
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+/// What expected scores are called, behind the place of a choice, in the form of the pairs that it is made between.
+pub(super) const PAIRS: &str = "pairs";
+
+/// What is done with one case after the other. It breaks where nothing more is to be seen.
+pub type Visit<'v> = dyn FnMut(&Case<'_>) -> Result<ControlFlow<()>, BisectError> + 'v;
 
 /// What a graph is given, and what should come out of it.
 pub struct Case<'r> {
@@ -25,12 +32,12 @@ pub struct Case<'r> {
 }
 
 impl Case<'_> {
-    /// Loads the graph with the value `tap` as a further output, or as it is.
-    pub(super) fn load(&self, loader: &dyn Loader, tap: Option<&str>) -> Result<Box<dyn Engine>, EngineError> {
+    /// Loads the graph with the values `taps` as further outputs.
+    pub(super) fn load(&self, loader: &dyn Loader, taps: &[&str]) -> Result<Box<dyn Engine>, EngineError> {
         let model = &self.graph.model;
         let mut bytes = model.bytes.clone();
-        if let Some(tap) = tap {
-            bytes.extend(tap_outputs(&[tap]));
+        if !taps.is_empty() {
+            bytes.extend(tap_outputs(taps));
         }
         loader.load(&self.graph.name, &bytes, &model.signature.weights)
     }
@@ -66,7 +73,13 @@ impl Case<'_> {
         let expected = self.expected.get(name)?;
         // The reference has no batch axis.
         let found = found.reshaped(expected.shape()).unwrap_or_else(|_| found.clone());
-        let scores = self.expected.get("prune.scores").filter(|_| TapKind::of(name) == TapKind::Selection);
+        let scores = match TapKind::of(name) {
+            TapKind::Selection => self.expected.get("prune.scores"),
+            TapKind::Choice => {
+                name.strip_suffix("chosen").and_then(|level| self.expected.get(&format!("{level}{PAIRS}")))
+            }
+            TapKind::Logits | TapKind::Value => None,
+        };
         Some(judge(name, &found, expected, scores, &bounds(name)))
     }
 }

@@ -7,6 +7,7 @@ use crate::reference::ReferenceError;
 use crate::runtime::EngineError;
 use crate::staging::StagingError;
 use crate::tensor::TensorError;
+use crate::verify::VerifyError;
 use accordion_graphs::onnx::BuildError;
 use accordion_graphs::plan::PlanError;
 use std::path::PathBuf;
@@ -29,12 +30,27 @@ pub enum BisectError {
         /// What wrote the bundle.
         producer: String,
     },
+    /// The graphs were changed after they were built.
+    #[error(
+        "{}: the graphs compute in {precision}, and only those in fp32 can be taken apart; hold this bundle --against the fp32 \
+         one, or search that",
+        path.display()
+    )]
+    Precision {
+        /// The bundle's description.
+        path: PathBuf,
+        /// What the graphs compute in.
+        precision: String,
+    },
     /// The bundle lacks something or is damaged.
     #[error(transparent)]
     Bundle(#[from] BundleError),
     /// The graph cannot be built or cut.
     #[error(transparent)]
     Build(#[from] BuildError),
+    /// The sides of a comparison could not be prepared.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// There is no plan for the lengths.
     #[error(transparent)]
     Plan(#[from] PlanError),

@@ -1,45 +1,40 @@
 //! HOMER's stage graphs, node by node of the tree. Every node is given what the reference's children left, so that a node
-//! is not blamed for another one; the first node with a wrong output is searched. The head comes last; the decoder that
-//! continues is [`super::plain`]'s.
+//! is not blamed for another one. The head and the decoder, behind the reference's compressed context, come last.
 
 use super::BisectError;
-use super::case::Case;
+use super::case::{Case, Visit};
+use super::decoder::{ROWS, continue_from};
 use super::rebuild::Rebuilt;
-use super::search::{Found, bisect};
-use crate::pipeline::PipelineError;
 use crate::pipeline::homer::HEAD;
+use crate::reference::decode::{Continuation, ContinuationOffset};
 use crate::reference::homer::{Compression, ContextState, Prompt};
 use crate::reference::llama::Llama;
 use crate::reference::to_tensor;
-use crate::runtime::Loader;
 use crate::tensor::Tensor;
+use crate::verify::homer::HomerInput;
 use accordion_graphs::methods::homer::graph_name;
 use accordion_graphs::plan::homer::{HomerNode, HomerPlan};
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
-/// Looks for the first wrong point of the tree that `plan` says over `prompt`. `bias` is the significance table, one row
-/// per layer; `on_node` hears how many nodes turned out right.
+/// The cases of `input`: every node, the head, and the decoder behind the compressed context over the teacher's tokens, or over
+/// the first of the context where there are none.
 ///
 /// # Errors
 ///
-/// A side cannot be run, or the bundle lacks a graph of the tree.
-pub fn bisect_homer(
+/// The reference cannot be run, the bundle lacks a graph of the tree, or `visit` fails.
+pub fn cases(
     rebuilt: &Rebuilt<'_>,
-    loader: &dyn Loader,
     reference: &Llama,
-    (plan, prompt): (&HomerPlan, Prompt<'_>),
-    bias: &[&[f32]],
-    on_node: &mut dyn FnMut(usize),
-) -> Result<Option<Found>, BisectError> {
-    let vocab_size = reference.architecture().vocab_size;
-    let Prompt { prefix, context, suffix } = prompt;
-    if let Some(&id) = prefix.iter().chain(context).chain(suffix).find(|&&id| id as usize >= vocab_size) {
-        return Err(PipelineError::TokenId { id, vocab_size }.into());
-    }
+    input: &HomerInput<'_>,
+    visit: &mut Visit<'_>,
+) -> Result<ControlFlow<()>, BisectError> {
+    let &HomerInput { plan, prefix, context, suffix, teacher, bias, .. } = input;
+    let prompt = Prompt { prefix, context, suffix };
     let significance = |layer: usize| bias.get(layer).copied().unwrap_or_default();
     let mut compression = Compression::new(reference, plan, prompt, &significance)?;
     let mut finished: Vec<ContextState> = Vec::new();
-    for (done, node) in plan.nodes.iter().enumerate() {
+    for node in &plan.nodes {
         let mut taps = BTreeMap::new();
         compression.step(&mut taps)?;
         let Some(left) = compression.last() else { break };
@@ -52,13 +47,12 @@ pub fn bisect_homer(
             in_place: Vec::new(),
             expected: expected(node, taps, &left)?,
         };
-        if let Some(found) = bisect(&case, loader)? {
-            return Ok(Some(found));
+        if visit(&case)?.is_break() {
+            return Ok(ControlFlow::Break(()));
         }
         finished.push(left);
-        on_node(done + 1);
     }
-    let Some(root) = finished.pop() else { return Ok(None) };
+    let Some(root) = finished.pop() else { return Ok(ControlFlow::Continue(())) };
     let graph = rebuilt.graph(HEAD)?;
     let (rows, width) = root.last_hidden.dim();
     let case = Case {
@@ -68,7 +62,12 @@ pub fn bisect_homer(
         in_place: Vec::new(),
         expected: BTreeMap::from([("logits".to_owned(), to_tensor(&reference.logits(&root.last_hidden))?)]),
     };
-    bisect(&case, loader)
+    if visit(&case)?.is_break() {
+        return Ok(ControlFlow::Break(()));
+    }
+    let ids = if teacher.is_empty() { context } else { teacher };
+    let behind = Continuation::new(&root, ContinuationOffset::AfterLast);
+    continue_from(rebuilt, reference, &behind, ("teacher", &ids[..ids.len().min(ROWS)]), visit)
 }
 
 /// What the graph of `node` is given; `children` are the right one and the left one.

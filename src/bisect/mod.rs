@@ -2,19 +2,24 @@
 //!
 //! - [`rebuild`]: the graphs of a bundle once more, with everything that the builder knows of them.
 //! - [`case`](mod@case): one run of a graph, and the reference's value at each of its taps.
+//! - [`plain`], [`homer`], [`rcc`] and [`sharedllm`]: the cases of these methods; [`bundle`]: of whichever a bundle is for.
 //! - [`search`]: from a wrong output to the nodes that went wrong.
-//! - [`plain`] and [`homer`]: the cases of these methods.
+//! - [`cumulative`]: every part between two taps, on the reference's values.
 //! - [`reproducer`]: the nodes, their inputs and what should come out, as files for any runtime.
 //!
 //! ONNX files are not parsed: a cut is made in the rebuilt graph, and only if that is, byte by byte, the bundle's own.
 
+pub mod bundle;
 pub mod case;
+pub mod cumulative;
+mod decoder;
 mod error;
 pub mod homer;
-mod npz;
 pub mod plain;
+pub mod rcc;
 pub mod rebuild;
 pub mod reproducer;
 pub mod search;
+pub mod sharedllm;
 
 pub use error::BisectError;

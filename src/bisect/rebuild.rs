@@ -5,6 +5,7 @@ use crate::bundle::{Bundle, BundleError, MANIFEST_FILE, Method};
 use accordion_graphs::architecture::Compressor;
 use accordion_graphs::methods::{self, Graphs, Source};
 use accordion_graphs::onnx::{Model, Scope};
+use accordion_graphs::precision::Precision;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -34,9 +35,13 @@ impl<'b> Rebuilt<'b> {
     ///
     /// # Errors
     ///
-    /// The manifest's method does not fit its model.
+    /// The manifest's method does not fit its model, or its graphs compute in another precision than fp32.
     pub fn new(bundle: &'b Bundle) -> Result<Self, BisectError> {
         let manifest = bundle.manifest();
+        if manifest.precision != Precision::Fp32 {
+            let (path, precision) = (bundle.dir().join(MANIFEST_FILE), manifest.precision.to_string());
+            return Err(BisectError::Precision { path, precision });
+        }
         let weights = Rc::new(bundle.weights().index().clone());
         let source = Source { arch: manifest.architecture.clone(), weights, target: manifest.target };
         let graphs = match (&manifest.method, &manifest.compressor) {
@@ -53,6 +58,11 @@ impl<'b> Rebuilt<'b> {
         };
         let locations = manifest.weights.iter().map(|weight| weight.file.clone()).collect();
         Ok(Self { bundle, graphs, locations })
+    }
+
+    /// The bundle.
+    pub fn bundle(&self) -> &'b Bundle {
+        self.bundle
     }
 
     /// Graph `name`, if it is the one in the bundle.

@@ -3,14 +3,14 @@
 
 use super::BisectError;
 use super::case::bounds;
-use super::npz;
 use super::rebuild::Rebuilt;
 use super::search::{Culprit, Found, Origin};
 use crate::checkpoint::{WeightMaps, read_index};
+use crate::npz;
 use crate::staging::{Kind, Staging};
 use crate::tensor::Tensor;
-use accordion_graphs::dtype::DType;
-use safetensors::tensor::{Dtype, TensorView};
+use crate::verify::recording::stored_type;
+use safetensors::tensor::TensorView;
 use serde_json::json;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -60,21 +60,6 @@ fn weight_file(weights: &WeightMaps, names: &[String], out: &Path) -> Result<Vec
         views.push((name, view.map_err(|e| failed(format!("{name}: {e}")))?));
     }
     safetensors::serialize(views, None).map_err(|e| failed(e.to_string()))
-}
-
-fn stored_type(dtype: DType) -> Dtype {
-    match dtype {
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::Bf16 => Dtype::BF16,
-        DType::I64 => Dtype::I64,
-        DType::I32 => Dtype::I32,
-        DType::Bool => Dtype::BOOL,
-        // Two elements to a byte: what the file holds are the bytes.
-        DType::U8 | DType::I4 => Dtype::U8,
-        DType::I8 => Dtype::I8,
-        DType::F8E4m3 => Dtype::F8_E4M3,
-    }
 }
 
 fn readme(found: &Found, weights: &[String]) -> String {

@@ -12,13 +12,15 @@
 //! before them that made them wrong.
 
 use super::BisectError;
-use super::case::Case;
+use super::case::{Case, Visit};
 use crate::runtime::{EngineError, Loader};
 use crate::tensor::Tensor;
+use crate::verify::judge::is_score;
 use crate::verify::verdict::{TapKind, TapResult, Verdict};
 use accordion_graphs::onnx::{Part, PartNode, Point};
 use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
+use std::ops::ControlFlow;
 
 /// A point vouches for the nodes it needs if it uses no more of its bounds than this: rounding uses a hundredth.
 const CLEARLY_RIGHT: f64 = 0.1;
@@ -94,12 +96,33 @@ pub struct Found {
     pub expected: Tensor,
 }
 
+/// Looks for the first wrong point of the first wrong one of `cases`, with engines of `loader`. `on_case` hears how many turned
+/// out right. `None` if all did.
+///
+/// # Errors
+///
+/// A case cannot be made, or a graph or a part of it not be loaded or run.
+pub fn first_wrong(
+    loader: &dyn Loader,
+    on_case: &mut dyn FnMut(usize),
+    cases: impl FnOnce(&mut Visit<'_>) -> Result<ControlFlow<()>, BisectError>,
+) -> Result<Option<Found>, BisectError> {
+    let (mut found, mut right) = (None, 0);
+    let _ended = cases(&mut |case| {
+        found = bisect(case, loader)?;
+        right += 1;
+        on_case(right);
+        Ok(if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    })?;
+    Ok(found)
+}
+
 /// Looks for the first wrong point of `case` with engines of `loader`. `None` if every output is right.
 ///
 /// # Errors
 ///
 /// The graph, or a part of it, cannot be loaded or run.
-pub fn bisect(case: &Case<'_>, loader: &dyn Loader) -> Result<Option<Found>, BisectError> {
+fn bisect(case: &Case<'_>, loader: &dyn Loader) -> Result<Option<Found>, BisectError> {
     let points =
         case.graph.scope.points().into_iter().filter(|point| case.expected.contains_key(&point.name)).collect();
     let mut search = Search { case, loader, points, checked: HashMap::new(), runs: 0 };
@@ -137,25 +160,23 @@ struct Search<'a, 'r> {
 }
 
 impl Search<'_, '_> {
-    /// Judges all outputs in one run. What follows from a near-tie that was decided differently is left out.
+    /// Judges all outputs in one run, and what is decided inside the graph with the scores it is decided by: a wrong score need
+    /// not change what it decides. What follows from a near-tie that was decided differently is left out.
     fn check_outputs(&mut self) -> Result<(), BisectError> {
         let outputs = &self.case.graph.model.signature.outputs;
-        let (places, names): (Vec<usize>, Vec<&str>) = self
-            .points
-            .iter()
-            .enumerate()
-            .filter(|(_, point)| outputs.iter().any(|output| output.name == point.value.name))
-            .map(|(i, point)| (i, point.value.name.as_str()))
-            .unzip();
-        let values = self.case.run(self.case.load(self.loader, None)?.as_mut(), &names)?;
+        let is_output = |point: &Point| outputs.iter().any(|output| output.name == point.value.name);
+        let looked_at = |point: &Point| is_output(point) || decides(point) || is_score(&point.name);
+        let (places, points): (Vec<usize>, Vec<&Point>) =
+            self.points.iter().enumerate().filter(|(_, point)| looked_at(point)).unzip();
+        let names: Vec<&str> = points.iter().map(|point| point.value.name.as_str()).collect();
+        let inside: Vec<&str> =
+            points.iter().filter(|point| !is_output(point)).map(|point| point.value.name.as_str()).collect();
+        let values = self.case.run(self.case.load(self.loader, &inside)?.as_mut(), &names)?;
         self.runs += 1;
         for (at, value) in places.into_iter().zip(values) {
             self.note(at, &value);
         }
-        let is_tie = |at: &usize| {
-            let selects = TapKind::of(&self.points[*at].name) == TapKind::Selection;
-            selects && self.checked[at].result.verdict == Verdict::Ambiguous
-        };
+        let is_tie = |at: &usize| decides(&self.points[*at]) && self.checked[at].result.verdict == Verdict::Ambiguous;
         if let Some(tie) = self.checked.keys().copied().filter(is_tie).min() {
             self.points.truncate(tie);
             self.checked.retain(|&i, _| i < tie);
@@ -173,7 +194,7 @@ impl Search<'_, '_> {
     fn check(&mut self, at: usize) -> Result<&Checked, BisectError> {
         if !self.checked.contains_key(&at) {
             let name = self.points[at].value.name.clone();
-            let mut engine = self.case.load(self.loader, Some(&name))?;
+            let mut engine = self.case.load(self.loader, &[&name])?;
             let values = self.case.run(engine.as_mut(), &[&name])?;
             self.runs += 1;
             if let Some(value) = values.first() {
@@ -361,6 +382,11 @@ impl Search<'_, '_> {
         let value = &self.case.expected[&self.points[at].name];
         value.reshaped(shape).unwrap_or_else(|_| value.clone())
     }
+}
+
+/// Whether what follows depends on what is chosen here.
+fn decides(point: &Point) -> bool {
+    matches!(TapKind::of(&point.name), TapKind::Selection | TapKind::Choice)
 }
 
 /// The nodes that compute something else than the values `acquitted`.

@@ -38,10 +38,14 @@ impl Bundle {
     ///
     /// # Errors
     ///
-    /// The folder is not a bundle, its manifest is damaged, or a weight file changed since the export.
+    /// The folder is not a bundle, its manifest is damaged, a weight file changed since the export, or a quantized matrix cannot
+    /// be one.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, BundleError> {
         let dir = dir.into();
         let manifest = Manifest::read(&dir.join(MANIFEST_FILE))?;
+        if let Some(quantization) = &manifest.quantization {
+            precision::check_forms(quantization, &manifest.required_tensors())?;
+        }
         let mut files = Vec::with_capacity(manifest.weights.len());
         for weight in &manifest.weights {
             let path = dir.join(&weight.file);
@@ -58,6 +62,9 @@ impl Bundle {
         let parts = quantized.into_iter().filter_map(|(tensor, dtype)| Some((tensor, dtype?)));
         check_parts(parts, &index, &dir, MANIFEST_FILE).map_err(Box::new)?;
         let weights = WeightMaps::open(index).map_err(Box::new)?;
+        if let Some(quantization) = &manifest.quantization {
+            precision::check_scales(&weights, quantization)?;
+        }
         Ok(Self { dir, manifest, weights })
     }
 

@@ -15,9 +15,10 @@ use accordion::eval::trace::KeptRows;
 use accordion::pipeline::compress::Compression;
 use accordion::pipeline::prompt::PromptIds;
 use accordion::pipeline::state_file::{Origin, SavedState};
+use accordion::pipeline::state_precision::StatePrecision;
 use accordion_graphs::plan::PromptLengths;
 use anyhow::ensure;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -39,6 +40,9 @@ pub(crate) struct Arguments {
     /// The file to write
     #[arg(long, short, value_name = "FILE")]
     out: PathBuf,
+    /// What numbers keys and values are stored in; int8 takes a quarter of the room, and loses a little
+    #[arg(long, value_enum, default_value_t = StatePrecisionName::Fp32)]
+    state_precision: StatePrecisionName,
     /// Also write the text with what every level of the tree kept of it, for `accordion report`; for homer
     #[arg(long, value_name = "FILE", requires = "prompt")]
     kept: Option<PathBuf>,
@@ -51,6 +55,14 @@ pub(crate) struct Arguments {
     compression: CompressionArguments,
     #[command(flatten)]
     engine: EngineArguments,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum StatePrecisionName {
+    /// As computed
+    Fp32,
+    /// 8-bit integers with a scale per head and channel
+    Int8,
 }
 
 #[derive(Debug, Serialize)]
@@ -123,7 +135,11 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         }
         _ => None,
     };
-    let origin = Origin::new(&bundle, (&compression).into(), &text, prompt.lengths());
+    let stored_as = match arguments.state_precision {
+        StatePrecisionName::Fp32 => StatePrecision::Fp32,
+        StatePrecisionName::Int8 => StatePrecision::Int8,
+    };
+    let origin = Origin { stored_as, ..Origin::new(&bundle, (&compression).into(), &text, prompt.lengths()) };
     let report = Report {
         schema: "accordion.compress/1",
         state: &arguments.out,

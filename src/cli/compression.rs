@@ -62,6 +62,11 @@ pub(crate) struct Pruning<'a> {
 }
 
 impl Pruning<'_> {
+    /// The bundle's settings and table.
+    pub(crate) fn of_bundle() -> Self {
+        Self { settings: None, table: None }
+    }
+
     /// The bundle's settings, and scores as they are: for when it makes no difference which tokens are kept.
     pub(crate) fn uncalibrated() -> Self {
         Self { settings: None, table: Some(Path::new("none")) }
@@ -132,6 +137,12 @@ impl SplitArguments {
             }
         })
     }
+}
+
+/// What the method of `bundle` does to a context by the bundle's own settings and table, however long it is.
+pub(crate) fn own_compression(bundle: &Bundle, width: usize) -> anyhow::Result<Compression> {
+    let own = Pruning { settings: None, table: None };
+    SplitArguments { width, chunks: None }.compression(bundle, MethodName::of(bundle), own, true)
 }
 
 impl CompressionArguments {

@@ -6,9 +6,10 @@ mod compressor;
 mod graph;
 mod pieces;
 mod plan;
+mod table;
 
 use super::output::Output;
-use super::text::table;
+use super::text;
 use super::{Outcome, models};
 use accordion::bundle::{Bundle, MANIFEST_FILE};
 use accordion::checkpoint::{Checkpoint, gguf_facts};
@@ -19,13 +20,13 @@ use clap::Args;
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// Say what a checkpoint, a bundle or a GGUF file holds
+/// Say what a checkpoint, a bundle, a GGUF file or a calibration table holds
 ///
 /// With --context, also what a prompt of these lengths costs and the tree, segments or chunks that a bundle's method makes
 /// of it.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// Checkpoint or bundle folder, GGUF file, or the name of a model that can be fetched
+    /// Checkpoint or bundle folder, GGUF file, calibration table, or the name of a model that can be fetched
     path: PathBuf,
     /// Plan for a context of this many tokens
     #[arg(long, value_name = "N")]
@@ -72,6 +73,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         return print(path.clone(), bundle::describe(&bundle)?, plan, output);
     }
     ensure!(arguments.graph.is_none(), "--graph is for bundles, and {} is none", path.display());
+    if path.extension().is_some_and(|extension| extension == "safetensors") {
+        ensure!(lengths.is_none(), "--context is for models, and {} is a table", path.display());
+        return print(path.clone(), self::table::describe(path)?, None, output);
+    }
     if path.is_file() {
         let facts = gguf_facts(path)?;
         let plan = lengths.map(|lengths| plan::plain(&facts.model.clone().into(), lengths)).transpose()?;
@@ -95,7 +100,7 @@ fn print(path: PathBuf, found: impl Described, plan: Option<plan::Cost>, output:
 /// Names and values, one to a line.
 fn facts(rows: &[(&str, String)]) -> String {
     let rows: Vec<[String; 2]> = rows.iter().map(|(name, value)| [format!("  {name}"), value.clone()]).collect();
-    table(["", ""], &rows)
+    text::table(["", ""], &rows)
 }
 
 /// Lines about an architecture.

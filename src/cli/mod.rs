@@ -3,6 +3,7 @@
 //! Exit codes are a contract: 0 done, 1 a check said no, 2 it could not be done (usage, input, environment).
 
 mod bisect;
+mod build;
 mod calibrate;
 mod common;
 mod compress;
@@ -22,6 +23,7 @@ mod output;
 mod profile;
 mod report;
 mod run;
+mod selftest;
 mod shell;
 mod text;
 mod verify;
@@ -73,6 +75,7 @@ enum Command {
     Convert(convert::Arguments),
     Inspect(inspect::Arguments),
     Export(export::Arguments),
+    Build(Box<build::Arguments>),
     Calibrate(calibrate::Arguments),
     Verify(verify::Arguments),
     Profile(profile::Arguments),
@@ -81,6 +84,7 @@ enum Command {
     Eval(Box<eval::Arguments>),
     Report(report::Arguments),
     Doctor(doctor::Arguments),
+    Selftest(selftest::Arguments),
     Completions(shell::CompletionArguments),
     Man(shell::ManArguments),
 }
@@ -107,6 +111,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Convert(arguments) => convert::run(&arguments, &output),
         Command::Inspect(arguments) => inspect::run(&arguments, &output),
         Command::Export(arguments) => export::run(&arguments, &output),
+        Command::Build(arguments) => build::run(&arguments, &output),
         Command::Calibrate(arguments) => calibrate::run(&arguments, &output),
         Command::Verify(arguments) => verify::run(&arguments, &output),
         Command::Profile(arguments) => profile::run(&arguments, &output),
@@ -115,6 +120,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Eval(arguments) => eval::run(&arguments, &output),
         Command::Report(arguments) => report::run(&arguments, &output),
         Command::Doctor(arguments) => doctor::run(&arguments, &output),
+        Command::Selftest(arguments) => selftest::run(&arguments, &output),
         Command::Completions(arguments) => shell::completions(&arguments),
         Command::Man(arguments) => shell::man(&arguments),
     };

@@ -1,48 +1,59 @@
 //! `accordion verify`.
 
 mod input;
+mod quality;
+mod sides;
 
 use self::input::Chosen;
+use self::quality::QualityArguments;
 use super::Outcome;
-use super::bisect::{Asked, BisectArguments};
+use super::bisect::BisectArguments;
 use super::common::{EngineArguments, parse_width};
 use super::output::Output;
 use super::report::write_aside;
 use accordion::bundle::Bundle;
 use accordion::environment::Machine;
-use accordion::reference::homer::Prompt;
-use accordion::verify::bundle::{Input, Plan, compare_bundle};
 use accordion::verify::golden::GoldenCase;
 use accordion::verify::schema::{Subject, VerifyReport};
 use accordion::verify::verdict::Verdict;
-use accordion::verify::weights::finite_weights;
 use accordion::verify::{Detail, Findings, text};
 use accordion_graphs::blocks::Target;
+use accordion_graphs::dtype::DType;
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 
-/// Compare a bundle with the reference, or everything with a golden file, tap by tap
+/// Compare any two of a bundle, the reference, another bundle and a recording, or everything with a golden file, tap by tap
 ///
 /// Exits with 1 if anything is out of bounds, and with 0 if everything is within them or ambiguous: a near-tie between two
 /// tokens that was decided differently.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The bundle
+    /// The bundle, or a recording that is held against another one
     #[arg(required_unless_present = "golden", conflicts_with = "golden")]
     bundle: Option<PathBuf>,
-    /// What to hold the bundle against
-    #[arg(long, value_enum, default_value_t = Against::Reference, conflicts_with = "golden")]
+    /// What to hold it against: `reference`, the method in plain Rust computed from the same weights; another bundle of the same
+    /// model; or a recording (.safetensors or .npz), which also says what is asked
+    #[arg(long, value_name = "reference|BUNDLE|FILE", default_value = "reference", value_parser = parse_against, conflicts_with = "golden")]
     against: Against,
     /// Hold the reference and the graphs against the authors' tensors of a golden case: homer_<case>.json, <case>.config.json
     /// (rcc) or case_<case>.json (sharedllm), with the files beside it
     #[arg(long, value_name = "PATH")]
     golden: Option<PathBuf>,
+    /// Compare nothing, but write every tap into this file (.safetensors or .npz), to be compared later or elsewhere
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["golden", "against", "out"])]
+    record: Option<PathBuf>,
+    /// Whose taps are written
+    #[arg(long, value_enum, default_value_t = Side::Bundle, requires = "record")]
+    side: Side,
     /// Text to take the tokens from [default: pseudo-random tokens]
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Seed of the pseudo-random tokens
     #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "text")]
     seed: u64,
+    /// Inputs that are compared: windows of the text, or as many seeds. Every tap shows its worst result
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    samples: u16,
     /// Tokens of the context [default: plain, 512; homer, enough for a tree of height 2; rcc, two windows and a half;
     /// sharedllm, three chunks; fewer where these are long]
     #[arg(long, value_name = "N")]
@@ -62,18 +73,44 @@ pub(crate) struct Arguments {
     /// What to compare
     #[arg(long, value_enum, default_value_t = Taps::All)]
     taps: Taps,
+    /// How closely to compare [default: as the less precise of the bundles computes]
+    #[arg(long, value_enum, value_name = "PRECISION")]
+    bounds: Option<Precision>,
+    /// Give every part of a graph the reference's values, tap by tap, so that one that is wrong does not spoil what follows
+    #[arg(long, conflicts_with_all = ["golden", "record", "against", "bisect", "samples"])]
+    cumulative: bool,
     /// Also write the report, as JSON, to this file
     #[arg(long, short, value_name = "FILE")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    quality: QualityArguments,
     #[command(flatten)]
     bisect: BisectArguments,
     #[command(flatten)]
     engine: EngineArguments,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+/// What the actual side is held against.
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Against {
-    /// The method in plain Rust, computed from the same weights
+    Reference,
+    Path(PathBuf),
+}
+
+fn parse_against(text: &str) -> Result<Against, String> {
+    match text {
+        "reference" => Ok(Against::Reference),
+        path if Path::new(path).exists() => Ok(Against::Path(path.into())),
+        _ => Err("expected reference, a bundle, or a recording".to_owned()),
+    }
+}
+
+/// Whose taps are recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Side {
+    /// The bundle's
+    Bundle,
+    /// The reference's
     Reference,
 }
 
@@ -87,14 +124,46 @@ enum Taps {
     Result,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Precision {
+    Fp32,
+    Fp16,
+    Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::Fp32 => Self::F32,
+            Precision::Fp16 => Self::F16,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
-    if let (true, Some(bundle)) = (arguments.bisect.wanted(), &arguments.bundle) {
-        return search(&Bundle::open(bundle)?, arguments, output);
+    if let (true, Some(bundle)) = (arguments.quality.wanted(), &arguments.bundle) {
+        return arguments.quality.run(bundle, arguments, output);
     }
     let report = match (&arguments.golden, &arguments.bundle) {
         (Some(golden), _) => against_golden(golden, arguments, output)?,
-        (None, Some(bundle)) => against_reference(bundle, arguments, output)?,
+        (None, Some(file)) if file.is_file() => sides::two_recordings(file, arguments)?,
+        (None, Some(dir)) => {
+            let bundle = Bundle::open(dir)?;
+            if let Some(file) = &arguments.record {
+                return sides::record(&bundle, file, arguments, output);
+            }
+            if arguments.bisect.wanted() {
+                let chosen = Chosen::first(&bundle, arguments, output)?;
+                return arguments.bisect.run(&bundle, &chosen.input(), &arguments.engine, output);
+            }
+            if arguments.cumulative {
+                sides::part_by_part(&bundle, arguments, output)?
+            } else {
+                sides::two_sides(&bundle, arguments, output)?
+            }
+        }
         (None, None) => anyhow::bail!("a bundle or --golden is needed"),
     };
     if let Some(path) = &arguments.out {
@@ -116,45 +185,6 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         );
     }
     Ok(if report.verdict == Verdict::Fail { Outcome::CheckFailed } else { Outcome::Done })
-}
-
-fn against_reference(path: &Path, arguments: &Arguments, output: &Output) -> anyhow::Result<VerifyReport> {
-    let bundle = Bundle::open(path)?;
-    let bar = output.bar("Reading the weights", bundle.weights().index().stored().map(|(_, w)| w.len).sum());
-    let weights = finite_weights(bundle.weights(), |done, _| bar.set_position(done))?;
-    bar.finish_and_clear();
-    if weights.iter().any(|tap| tap.verdict == Verdict::Fail) {
-        return Ok(VerifyReport::in_order(subject(&bundle, Vec::new()), weights, 0));
-    }
-    let chosen = Chosen::new(&bundle, arguments, output)?;
-    let mut engines = arguments.engine.engines(&bundle, output)?;
-    let (what, count) = chosen.steps();
-    let bar = output.bar(&format!("Comparing {what}"), count);
-    let mut on_progress = |done| bar.set_position(done as u64);
-    let findings = compare_bundle(&mut engines, &chosen.input(), detail(arguments), &mut on_progress)?;
-    bar.finish_and_clear();
-    let taps = [weights, findings.taps].concat();
-    Ok(VerifyReport::in_order(subject(&bundle, chosen.described()), taps, findings.not_comparable))
-}
-
-/// Looks for the first wrong tap on what would be compared.
-fn search(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
-    let chosen = Chosen::new(bundle, arguments, output)?;
-    let Input { plan, lengths, ids, .. } = chosen.input();
-    let (prompt, _) = ids.split_at(lengths.total());
-    let run = |asked: &Asked<'_>| arguments.bisect.run(bundle, asked, &arguments.engine, output);
-    match plan {
-        Plan::Plain => run(&Asked::Plain(prompt)),
-        Plan::Homer(plan, bias) => {
-            let (before, suffix) = prompt.split_at(lengths.prefix + lengths.context);
-            let (prefix, context) = before.split_at(lengths.prefix);
-            run(&Asked::Homer(plan, Prompt { prefix, context, suffix }, bias))
-        }
-        Plan::Rcc(_) | Plan::SharedLlm(_) => {
-            let method = bundle.manifest().method.name();
-            anyhow::bail!("--bisect knows plain and homer, and the bundle's method is {method}")
-        }
-    }
 }
 
 type Environment = Vec<(String, String)>;
@@ -192,22 +222,6 @@ fn against_golden(path: &Path, arguments: &Arguments, output: &Output) -> anyhow
         environment: machine(),
     };
     Ok(VerifyReport::in_order(subject, all.taps, all.not_comparable))
-}
-
-fn subject(bundle: &Bundle, lengths: Environment) -> Subject {
-    let manifest = bundle.manifest();
-    let name = bundle.dir().canonicalize().ok().and_then(|dir| Some(dir.file_name()?.to_string_lossy().into_owned()));
-    let target = match manifest.target {
-        Target::Portable => "portable",
-        Target::OrtCpu => "ort-cpu",
-    };
-    Subject {
-        model: name.unwrap_or_else(|| bundle.dir().display().to_string()),
-        method: manifest.method.name().to_owned(),
-        actual: format!("ort-cpu {} ({target} graphs)", manifest.precision),
-        expected: "reference".to_owned(),
-        environment: [lengths, machine()].concat(),
-    }
 }
 
 fn machine() -> Environment {

@@ -182,7 +182,7 @@ impl CacheContent {
 }
 
 /// The package folders of the Python that answers to `python3`: the active environment's, then the user's.
-fn python_packages() -> Vec<PathBuf> {
+pub(crate) fn python_packages() -> Vec<PathBuf> {
     let code = "import site, sysconfig; print(sysconfig.get_path('purelib')); print(site.getusersitepackages())";
     python(&["-I", "-c", code]).unwrap_or_default().into_iter().map(PathBuf::from).collect()
 }

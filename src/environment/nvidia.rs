@@ -1,6 +1,5 @@
 //! NVIDIA's driver, devices and `TensorRT` libraries. All of it is optional, and none of it is linked.
 
-use crate::runtime::dylib::Dylib;
 use crate::runtime::locate::library_folders;
 use cudarc::driver::{result, sys};
 use serde::{Deserialize, Serialize};
@@ -73,11 +72,8 @@ impl Nvidia {
 ///
 /// What is missing.
 pub fn driver_library() -> Result<(), String> {
-    let candidates = cudarc::get_lib_name_candidates("cuda");
-    let library = candidates.iter().find_map(|name| Dylib::open(Path::new(name)).ok());
-    let library = library.ok_or("no NVIDIA driver library (libcuda)")?;
-    let missing = DRIVER_SYMBOLS.iter().copied().chain([c"cuDeviceTotalMem_v2"]).find(|s| library.symbol(s).is_none());
-    missing.map_or(Ok(()), |symbol| Err(format!("the NVIDIA driver library has no {}", symbol.to_string_lossy())))
+    let functions: Vec<&CStr> = DRIVER_SYMBOLS.iter().copied().chain([c"cuDeviceTotalMem_v2"]).collect();
+    crate::cuda::libraries::require("cuda", "NVIDIA driver", &functions)
 }
 
 fn devices() -> Result<Nvidia, String> {

@@ -130,20 +130,39 @@ pub fn negative_log_likelihoods(
     state: &ContextState,
     ids: &[u32],
 ) -> Result<Vec<f64>, EvalError> {
-    let Some((&first, rest)) = ids.split_first() else { return Ok(Vec::new()) };
     let mut nlls = Vec::with_capacity(ids.len());
-    nlls.push(negative_log_likelihood(&state.logits, first)?);
+    predictions(engines, state, ids, &mut |_, logits, id| {
+        nlls.push(negative_log_likelihood(logits, id)?);
+        Ok(())
+    })?;
+    Ok(nlls)
+}
+
+/// Takes the number of a predicted id, the logits that predict it, and the id.
+pub(super) type OnRow<'a> = dyn FnMut(usize, &[f32], u32) -> Result<(), EvalError> + 'a;
+
+/// Shows `on_row` each of `ids` with its logits behind `state` and the ids before it.
+pub(super) fn predictions(
+    engines: &mut Engines<'_>,
+    state: &ContextState,
+    ids: &[u32],
+    on_row: &mut OnRow<'_>,
+) -> Result<(), EvalError> {
+    let Some((&first, rest)) = ids.split_first() else { return Ok(()) };
+    on_row(0, &state.logits, first)?;
+    let mut row = 0;
     let mut sequence = Sequence::continue_from(engines, state, rest.len(), Continuation::Next)?;
     // Calls of even lengths: some methods treat a call of a single token differently.
     let size = rest.len().div_ceil(rest.len().div_ceil(LOGIT_ROWS).max(1)).max(1);
     for (fed, predicted) in ids[..rest.len()].chunks(size).zip(rest.chunks(size)) {
         let logits = sequence.forward(engines, fed, fed.len())?;
         let vocab = logits.shape().last().copied().unwrap_or(1).max(1);
-        for (row, &id) in logits.as_f32()?.chunks_exact(vocab).zip(predicted) {
-            nlls.push(negative_log_likelihood(row, id)?);
+        for (logits, &id) in logits.as_f32()?.chunks_exact(vocab).zip(predicted) {
+            row += 1;
+            on_row(row, logits, id)?;
         }
     }
-    Ok(nlls)
+    Ok(())
 }
 
 /// `-log softmax(logits)[id]`.

@@ -4,6 +4,7 @@
 //!   answers; it runs nothing.
 //! - A [`contender`] is a way of reading the context: the bundle's method, plain, or plain over the last tokens only.
 //! - [`attempt`] puts one sample to one contender; [`session`] puts all of them to all, and keeps what is done in [`rows`].
+//! - [`quality`] holds bundles of one model in several precisions against each other.
 //! - [`score`] and [`stats`] judge, [`trace`] tells where a tree lost the answer, [`kept`] what it kept of the whole text, [`schema`] is what is stored and
 //!   [`summary`] what is shown.
 //!
@@ -18,6 +19,7 @@ pub mod kept;
 pub mod needle;
 pub mod passkey;
 pub mod perplexity;
+pub mod quality;
 pub mod reconstruct;
 pub mod rows;
 pub mod schema;

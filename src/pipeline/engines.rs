@@ -1,22 +1,31 @@
 //! The engines of a bundle, loaded when they are first needed.
 
 use super::PipelineError;
+use super::observe::{Observed, Observer};
 use crate::bundle::{Bundle, BundleError};
 use crate::runtime::{Engine, Loader};
 use accordion_graphs::onnx::{GraphSignature, tap_outputs};
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 /// The graphs of a bundle in one runtime.
 pub struct Engines<'b> {
     bundle: &'b Bundle,
     loader: Box<dyn Loader + 'b>,
     loaded: HashMap<(String, Vec<String>), Box<dyn Engine>>,
+    observer: Option<Arc<Mutex<dyn Observer>>>,
 }
 
 impl<'b> Engines<'b> {
     /// Engines of `bundle`, made by `loader`.
     pub fn new(bundle: &'b Bundle, loader: Box<dyn Loader + 'b>) -> Self {
-        Self { bundle, loader, loaded: HashMap::new() }
+        Self { bundle, loader, loaded: HashMap::new(), observer: None }
+    }
+
+    /// Shows `observer` the values it wants of every graph that runs from now on.
+    pub fn observe(&mut self, observer: Arc<Mutex<dyn Observer>>) {
+        self.loaded.clear();
+        self.observer = Some(observer);
     }
 
     /// The bundle.
@@ -46,11 +55,22 @@ impl<'b> Engines<'b> {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => {
                 let mut bytes = self.bundle.graph(name)?;
-                if !taps.is_empty() {
-                    bytes.extend(tap_outputs(taps));
+                let signature = self.bundle.signature(name);
+                let observed = self.observer.as_ref().zip(signature);
+                let observed = observed.map(|(observer, signature)| Observed::new(observer, name, signature));
+                let mut declared = taps.to_vec();
+                if let Some(observed) = &observed {
+                    declared.extend(observed.declared().filter(|value| !taps.contains(value)));
                 }
-                let weights = self.bundle.signature(name).map(|s| s.weights.as_slice()).unwrap_or_default();
-                entry.insert(self.loader.load(name, &bytes, weights)?)
+                if !declared.is_empty() {
+                    bytes.extend(tap_outputs(&declared));
+                }
+                let weights = signature.map(|s| s.weights.as_slice()).unwrap_or_default();
+                let engine = self.loader.load(name, &bytes, weights)?;
+                entry.insert(match observed {
+                    Some(observed) => Box::new(observed.around(engine)),
+                    None => engine,
+                })
             }
         };
         Ok(engine.as_mut())

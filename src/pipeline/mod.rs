@@ -9,15 +9,18 @@ mod error;
 pub mod generate;
 pub mod homer;
 pub mod instruction;
+pub mod observe;
 pub mod plain;
 pub mod prompt;
 pub mod question;
+pub mod ranges;
 pub mod rcc;
 pub mod sampling;
 pub mod sharedllm;
 pub mod significance;
 mod state;
 pub mod state_file;
+pub mod state_precision;
 pub mod stop;
 
 pub use engines::Engines;

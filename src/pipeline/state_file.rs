@@ -3,16 +3,18 @@
 //! It is safetensors, with the tensors `cache.<layer>.key` and `.value` f32 `[1, G, rows, d]`, `position_ids` i64 `[rows]`,
 //! `prefix_ids` and `suffix_ids` i64 (the tokens around the context; the last rows are the suffix's), `logits` f32 `[V]`
 //! where a suffix was read, and where something is injected `injected.<layer>.key`, `.value` and `.single_key` f32
-//! `[1, G, slots, d]`. One metadata entry, [`METADATA_KEY`], is a JSON object: `schema` ([`SCHEMA`]), `last_position` and
+//! `[1, G, slots, d]`. A state may be stored in 8 bits: keys and values are then i8, each with `<name>.scale` f32
+//! `[1, G, 1, d]` that its entries count in. One metadata entry, [`METADATA_KEY`], is a JSON object: `schema` ([`SCHEMA`]), `last_position` and
 //! the fields of [`Origin`]. The same state gives the same bytes.
 //!
 //! A file is mapped, not read: as long as the state is in use it must not be truncated.
 
 use super::compress::Compression;
+use super::state_precision::{StatePrecision, dequantized, quantized};
 use super::{ContextState, Injected, InjectedLayer};
 use crate::bundle::{Bundle, Method};
 use crate::checkpoint::{CheckpointError, WeightMaps, read_index};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, TensorError};
 use accordion_calibration::significance::ModelIdentity;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PromptLengths;
@@ -57,8 +59,11 @@ pub struct Origin {
     pub model: ModelIdentity,
     /// What was done to the context.
     pub method: StateMethod,
-    /// Element type of weights and activations in the graphs.
+    /// What numbers the graphs compute with.
     pub precision: String,
+    /// What numbers keys and values are stored in.
+    #[serde(default)]
+    pub stored_as: StatePrecision,
     /// SHA-256 of the context's text, hexadecimal.
     pub context_sha256: String,
     /// Tokens of the prompt's parts.
@@ -183,6 +188,7 @@ impl Origin {
             model: manifest.identity(),
             method,
             precision: manifest.precision.to_string(),
+            stored_as: StatePrecision::Fp32,
             context_sha256: format!("{:x}", Sha256::digest(text)),
             lengths,
         }
@@ -219,7 +225,8 @@ impl ContextState {
         let maps = WeightMaps::open(index).map_err(Box::new)?;
         let header = read_header(path, &maps)?;
         header.origin.check(path, bundle)?;
-        Reader { path, bundle, maps, taken: BTreeSet::new() }.state(header)
+        let stored_as = header.origin.stored_as;
+        Reader { path, bundle, maps, stored_as, taken: BTreeSet::new() }.state(header)
     }
 }
 
@@ -235,11 +242,15 @@ impl SavedState {
         let header =
             Header { schema: SCHEMA.to_owned(), last_position: self.state.last_position, origin: self.origin.clone() };
         let metadata = serde_json::to_string(&header).map_err(|e| invalid(&e))?;
-        let tensors = self.tensors().map_err(|e| invalid(&e))?;
+        let tensors = self.tensors().and_then(|tensors| self.stored(tensors)).map_err(|e| invalid(&e))?;
         let views: Vec<(&str, TensorView<'_>)> = tensors
             .iter()
             .map(|(name, tensor)| {
-                let dtype = if tensor.dtype() == DType::I64 { Dtype::I64 } else { Dtype::F32 };
+                let dtype = match tensor.dtype() {
+                    DType::I64 => Dtype::I64,
+                    DType::I8 => Dtype::I8,
+                    _ => Dtype::F32,
+                };
                 Ok((name.as_str(), TensorView::new(dtype, tensor.shape().to_vec(), tensor.bytes())?))
             })
             .collect::<Result<_, safetensors::SafeTensorError>>()
@@ -264,7 +275,22 @@ impl SavedState {
         Ok(())
     }
 
-    fn tensors(&self) -> Result<Vec<(String, Tensor)>, crate::tensor::TensorError> {
+    /// The tensors as they go into the file.
+    fn stored(&self, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>, TensorError> {
+        let mut stored = Vec::with_capacity(tensors.len());
+        for (name, tensor) in tensors {
+            if self.origin.stored_as == StatePrecision::Int8 && is_cache(&name) {
+                let [entries, scale] = quantized(&tensor)?;
+                stored.push((scale_name(&name), scale));
+                stored.push((name, entries));
+            } else {
+                stored.push((name, tensor));
+            }
+        }
+        Ok(stored)
+    }
+
+    fn tensors(&self) -> Result<Vec<(String, Tensor)>, TensorError> {
         let ids = |ids: &[u32]| Tensor::from_i64([ids.len()], ids.iter().copied().map(i64::from).collect());
         let state = &self.state;
         let mut tensors = vec![
@@ -286,6 +312,16 @@ impl SavedState {
         }
         Ok(tensors)
     }
+}
+
+/// Whether the tensor called so is keys or values.
+fn is_cache(name: &str) -> bool {
+    name.starts_with("cache.") || name.starts_with("injected.")
+}
+
+/// The name of what the entries of the tensor `name` count in.
+fn scale_name(name: &str) -> String {
+    format!("{name}.scale")
 }
 
 fn invalid(path: &Path, problem: &dyn Display) -> StateError {
@@ -314,6 +350,7 @@ struct Reader<'a> {
     path: &'a Path,
     bundle: &'a Bundle,
     maps: WeightMaps,
+    stored_as: StatePrecision,
     /// Names of the tensors taken so far: no other may be in the file.
     taken: BTreeSet<String>,
 }
@@ -336,7 +373,8 @@ impl Reader<'_> {
         let heads = [1, arch.num_kv_heads(), rows, arch.head_dim()];
         let cache = (0..arch.num_layers())
             .map(|l| {
-                Ok([self.floats(&format!("cache.{l}.key"), &heads)?, self.floats(&format!("cache.{l}.value"), &heads)?])
+                let [key, value] = ["key", "value"].map(|part| format!("cache.{l}.{part}"));
+                Ok([self.heads(&key, &heads)?, self.heads(&value, &heads)?])
             })
             .collect::<Result<_, StateError>>()?;
         let logits = match self.maps.index().get("logits") {
@@ -380,19 +418,38 @@ impl Reader<'_> {
             };
             let heads = [1, arch.num_kv_heads(), slots, arch.head_dim()];
             layers.push(InjectedLayer {
-                key: self.floats(&key, &heads)?,
-                value: self.floats(&value, &heads)?,
+                key: self.heads(&key, &heads)?,
+                value: self.heads(&value, &heads)?,
                 single_key: match self.maps.index().get(&single_key) {
                     None => None,
-                    Some(_) => Some(self.floats(&single_key, &heads)?),
+                    Some(_) => Some(self.heads(&single_key, &heads)?),
                 },
             });
         }
         Ok(if layers.is_empty() { None } else { Some(Injected { layers }) })
     }
 
+    /// Keys or values of `shape`, `[1, G, rows, d]`.
+    fn heads(&mut self, name: &str, shape: &[usize; 4]) -> Result<Tensor, StateError> {
+        if self.stored_as == StatePrecision::Fp32 {
+            return self.floats(name, shape);
+        }
+        let entries = self.shaped(name, DType::I8, shape)?;
+        let &[batch, groups, _, width] = shape;
+        let scale_name = scale_name(name);
+        let scale = self.floats(&scale_name, &[batch, groups, 1, width])?;
+        if scale.to_f32().iter().any(|scale| !scale.is_finite() || *scale <= 0.0) {
+            return Err(self.invalid(format!("tensor {scale_name} has a scale that is not finite or not above 0")));
+        }
+        dequantized(&entries, &scale).map_err(|e| self.invalid(e))
+    }
+
     fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, StateError> {
-        let tensor = self.tensor(name, DType::F32)?;
+        self.shaped(name, DType::F32, shape)
+    }
+
+    fn shaped(&mut self, name: &str, dtype: DType, shape: &[usize]) -> Result<Tensor, StateError> {
+        let tensor = self.tensor(name, dtype)?;
         if tensor.shape() == shape {
             return Ok(tensor);
         }

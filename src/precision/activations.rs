@@ -3,8 +3,10 @@
 use super::choose::{Chosen, Input};
 use super::{PrecisionError, RangesUsed, Recipe};
 use crate::checkpoint::{Checkpoint, model_identity};
+use crate::tensor::Tensor;
 use accordion_calibration::quantize::QuantizeError;
 use accordion_calibration::ranges::{RangeTable, Site};
+use accordion_calibration::sensitivity::{self, Rounding};
 use accordion_calibration::smoothquant;
 use accordion_graphs::precision::MatrixForm;
 use sha2::{Digest, Sha256};
@@ -67,36 +69,44 @@ fn decide(
     form: MatrixForm,
     names: &[&String],
 ) -> Result<(), PrecisionError> {
-    let integers = !matches!(form, MatrixForm::Fp8);
+    let tensors = names.iter().map(|name| checkpoint.tensor(name).map_err(Box::new)).collect::<Result<Vec<_>, _>>()?;
+    let numbers: Vec<Vec<f32>> = tensors.iter().map(Tensor::to_f32).collect();
+    let matrices: Vec<&[f32]> = numbers.iter().map(Vec::as_slice).collect();
     let mut input = Input { factors: None, threshold: site.threshold(recipe.calibrator) };
-    let mut error = None;
-    if integers && (recipe.smooth || recipe.max_error.is_some()) {
-        let tensors =
-            names.iter().map(|name| checkpoint.tensor(name).map_err(Box::new)).collect::<Result<Vec<_>, _>>()?;
-        let numbers: Vec<Vec<f32>> = tensors.iter().map(crate::tensor::Tensor::to_f32).collect();
-        let matrices: Vec<&[f32]> = numbers.iter().map(Vec::as_slice).collect();
-        let found = smoothquant::search(site, &matrices, recipe.calibrator)
-            .map_err(|source: QuantizeError| PrecisionError::Quantize { name: names[0].clone(), source })?;
-        error = Some(if recipe.smooth { found.error } else { found.unsmoothed_error } / names.len() as f64);
-        if recipe.smooth && found.alpha.is_some() {
+    if recipe.smooth && form != MatrixForm::Fp8 {
+        let found = smoothquant::search(site, &matrices, recipe.calibrator).map_err(problem_of(names[0]))?;
+        if found.alpha.is_some() {
             input = Input { factors: Some(found.factors), threshold: found.threshold };
         }
     }
-    let too_much = recipe.max_error.zip(error).filter(|(allowed, error)| error > allowed);
-    let (smoothed, input) = (input.factors.is_some(), Rc::new(input));
-    for &name in names {
-        if let Some((allowed, error)) = too_much {
-            chosen.matrices.remove(name);
-            chosen
-                .kept
-                .insert(name.clone(), format!("its relative squared error is {error:.1e}, {allowed:.1e} is allowed"));
-        } else if let Some(matrix) = chosen.matrices.get_mut(name) {
+    let rounding = match form {
+        MatrixForm::Int8 { .. } => Some(Rounding::PerTensor(input.threshold)),
+        MatrixForm::Int8PerToken { .. } => Some(Rounding::PerRow),
+        MatrixForm::Fp8 | MatrixForm::Block { .. } => None,
+    };
+    let input = Rc::new(input);
+    for (&name, matrix) in names.iter().zip(&matrices) {
+        let factors = input.factors.as_deref();
+        if let (Some(allowed), Some(rounding)) = (recipe.max_error, rounding) {
+            let error = sensitivity::worst_row(site, matrix, factors, rounding).map_err(problem_of(name))?;
+            if error > allowed {
+                chosen.matrices.remove(name);
+                let reason =
+                    format!("a row comes out with a relative squared error of {error:.1e}, {allowed:.1e} is allowed");
+                chosen.kept.insert(name.clone(), reason);
+                continue;
+            }
+        }
+        if let Some(matrix) = chosen.matrices.get_mut(name) {
             matrix.input = Some(Rc::clone(&input));
-            match &mut matrix.form {
-                MatrixForm::Int8 { smoothed: flag } | MatrixForm::Int8PerToken { smoothed: flag } => *flag = smoothed,
-                MatrixForm::Block { .. } | MatrixForm::Fp8 => {}
+            if let MatrixForm::Int8 { smoothed } | MatrixForm::Int8PerToken { smoothed } = &mut matrix.form {
+                *smoothed = input.factors.is_some();
             }
         }
     }
     Ok(())
+}
+
+fn problem_of(name: &str) -> impl FnOnce(QuantizeError) -> PrecisionError + '_ {
+    move |source| PrecisionError::Quantize { name: name.to_owned(), source }
 }

@@ -23,6 +23,24 @@ pub enum PrecisionError {
         /// The word.
         word: String,
     },
+    /// A bundle says of a matrix what cannot be.
+    #[error("matrix '{name}' {problem}")]
+    Form {
+        /// The matrix.
+        name: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A bundle counts in units that nothing can be counted in.
+    #[error("tensor '{name}' has {found} at place {at}, expected a positive number")]
+    Scale {
+        /// The tensor.
+        name: String,
+        /// Which of its numbers.
+        at: usize,
+        /// The number.
+        found: f32,
+    },
     /// A matrix cannot be quantized.
     #[error("tensor '{name}': {source}")]
     Quantize {

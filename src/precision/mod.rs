@@ -1,15 +1,17 @@
 //! Precision of a bundle: which matrices of a model are quantized and how, their numbers, and the file they go into.
 //!
-//! The graphs of a method are built in fp32. [`apply`] decides for every tensor they link to, writes all of them in the new
+//! The graphs of a method are built in fp32. `apply` decides for every tensor they link to, writes all of them in the new
 //! precision into one file, and has the graphs rewritten over it.
 
 mod activations;
+mod check;
 mod choose;
 mod dequantize;
 mod error;
 mod float16;
 mod store;
 
+pub(crate) use check::{check_forms, check_scales};
 pub use dequantize::{Activations, InputScale, activations, weight};
 pub use error::PrecisionError;
 pub use float16::{Basis, Rounding};

@@ -3,22 +3,22 @@
 use super::array::{Scope, split_heads};
 use super::attention::attend;
 use super::cache::{Cache, KeyValue};
+use super::quantize::Weight;
 use super::rope::Rotary;
 use super::transformer::Transformer;
-use super::weights::{Linear, Weights, embed, rms_norm, silu};
+use super::weights::{Linear, Weights, rms_norm, silu};
 use super::{ReferenceError, Result};
-use crate::tensor::Tensor;
 use accordion_graphs::architecture;
 use ndarray::{Array1, Array2, Array3};
 
 /// The model, all weights in `f32`.
 pub struct Llama {
     architecture: architecture::Llama,
-    embed_tokens: Array2<f32>,
+    embed_tokens: Linear,
     layers: Vec<Layer>,
     norm: Array1<f32>,
     /// `None` where the embedding is used in its place.
-    lm_head: Option<Array2<f32>>,
+    lm_head: Option<Linear>,
 }
 
 struct Layer {
@@ -44,17 +44,19 @@ pub(super) struct Attended {
 }
 
 impl Llama {
-    /// Loads the weights of `architecture` by their Hugging Face names from `source`, which may hold any float type.
+    /// Loads the weights of `architecture` by their Hugging Face names from `source`, which may hold any float type,
+    /// and of quantized matrices also says what rows are rounded to.
     ///
     /// # Errors
     ///
     /// A weight cannot be read or has another shape than the architecture gives it, or the architecture's head counts
     /// contradict each other.
-    pub fn load<E>(
+    pub fn load<W, E>(
         architecture: &architecture::Llama,
-        source: impl Fn(&str) -> std::result::Result<Tensor, E>,
+        source: impl Fn(&str) -> std::result::Result<W, E>,
     ) -> Result<Self>
     where
+        W: Into<Weight>,
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let a = architecture;
@@ -87,13 +89,13 @@ impl Llama {
             })
         };
         Ok(Self {
-            embed_tokens: weights.array("model.embed_tokens.weight", [a.vocab_size, hidden])?,
+            embed_tokens: weights.matrix("model.embed_tokens.weight", [a.vocab_size, hidden])?,
             layers: (0..a.num_layers).map(layer).collect::<Result<_>>()?,
             norm: weights.array("model.norm.weight", [hidden])?,
             lm_head: if a.tie_word_embeddings {
                 None
             } else {
-                Some(weights.array("lm_head.weight", [a.vocab_size, hidden])?)
+                Some(weights.matrix("lm_head.weight", [a.vocab_size, hidden])?)
             },
             architecture: a.clone(),
         })
@@ -115,7 +117,7 @@ impl Llama {
     ///
     /// An id is outside the vocabulary.
     pub fn embed(&self, ids: &[u32]) -> Result<Array2<f32>> {
-        embed(&self.embed_tokens, ids)
+        self.embed_tokens.rows(ids)
     }
 
     /// The final norm of the rows that leave the last layer, `[L, D]`.
@@ -125,7 +127,7 @@ impl Llama {
 
     /// Logits `[L, vocab]` of the hidden rows that leave the last layer, `[L, D]`: final norm and output projection.
     pub fn logits(&self, hidden: &Array2<f32>) -> Array2<f32> {
-        self.final_norm(hidden).dot(&self.lm_head.as_ref().unwrap_or(&self.embed_tokens).t())
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens).apply(&self.final_norm(hidden))
     }
 
     /// The rotation of rows at `positions`.

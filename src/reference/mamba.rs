@@ -2,8 +2,8 @@
 
 use super::Result;
 use super::array::Scope;
+use super::quantize::Weight;
 use super::weights::{Linear, Weights, embed, rms_norm, silu};
-use crate::tensor::Tensor;
 use accordion_graphs::architecture;
 use ndarray::{Array1, Array2, Array3, Axis, s};
 
@@ -30,16 +30,18 @@ struct Block {
 }
 
 impl Mamba {
-    /// Loads the weights of `architecture` by their Hugging Face names from `source`, which may hold any float type.
+    /// Loads the weights of `architecture` by their Hugging Face names from `source`, which may hold any float type,
+    /// and of quantized matrices also says what rows are rounded to.
     ///
     /// # Errors
     ///
     /// A weight cannot be read or has another shape than the architecture gives it.
-    pub fn load<E>(
+    pub fn load<W, E>(
         architecture: &architecture::Mamba,
-        source: impl Fn(&str) -> std::result::Result<Tensor, E>,
+        source: impl Fn(&str) -> std::result::Result<W, E>,
     ) -> Result<Self>
     where
+        W: Into<Weight>,
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let a = architecture;

@@ -8,6 +8,7 @@
 //!   in two halves, or [`neox`].
 //! - [`mamba`]: the other kind of encoder.
 //! - [`rope`]: rotary positions under every scaling an architecture can name.
+//! - [`quantize`]: what linear layers over integers and 8-bit floats round their rows to.
 //! - [`plain`]: a forward pass over a growing cache.
 //! - [`homer`]: hierarchical context merging, node by node.
 //! - [`rcc`]: recurrent context compression, segment by segment.
@@ -27,6 +28,7 @@ pub mod llama;
 pub mod mamba;
 pub mod neox;
 pub mod plain;
+pub mod quantize;
 pub mod rcc;
 pub mod rope;
 pub mod sharedllm;
@@ -35,6 +37,7 @@ pub mod transformer;
 mod weights;
 
 pub use array::to_tensor;
+pub use weights::Linear;
 
 use crate::tensor::TensorError;
 use accordion_graphs::plan::PlanError;
@@ -61,6 +64,16 @@ pub enum ReferenceError {
         found: Vec<usize>,
         /// The shape that the architecture gives it.
         expected: Vec<usize>,
+    },
+    /// What a matrix multiplies cannot be rounded so.
+    #[error("the {what} of what `{name}` multiplies cannot be used: {found}")]
+    Rounding {
+        /// The matrix.
+        name: String,
+        /// What of the rounding.
+        what: &'static str,
+        /// What it is.
+        found: String,
     },
     /// The architecture itself is contradictory.
     #[error("{what} is {found}, expected {expected}")]
@@ -152,6 +165,7 @@ impl ReferenceError {
             Self::WeightShape { name, found, expected } => {
                 Self::WeightShape { name: format!("{path}.{name}"), found, expected }
             }
+            Self::Rounding { name, what, found } => Self::Rounding { name: format!("{path}.{name}"), what, found },
             other => other,
         }
     }

@@ -4,22 +4,22 @@
 use super::array::{Scope, split_heads};
 use super::attention::attend;
 use super::cache::{Cache, KeyValue};
+use super::quantize::Weight;
 use super::rope::Rotary;
 use super::transformer::Transformer;
-use super::weights::{LayerNorm, Linear, Weights, embed};
+use super::weights::{LayerNorm, Linear, Weights};
 use super::{ReferenceError, Result};
-use crate::tensor::Tensor;
 use accordion_graphs::architecture;
 use ndarray::{Array2, Axis, concatenate, s};
 
 /// The model, all weights in `f32`.
 pub struct GptNeox {
     architecture: architecture::GptNeox,
-    embed_in: Array2<f32>,
+    embed_in: Linear,
     layers: Vec<Layer>,
     final_layer_norm: LayerNorm,
     /// `None` where the embedding is used in its place.
-    embed_out: Option<Array2<f32>>,
+    embed_out: Option<Linear>,
 }
 
 struct Layer {
@@ -32,17 +32,19 @@ struct Layer {
 }
 
 impl GptNeox {
-    /// Loads the weights of `architecture` by their Hugging Face names from `source`, which may hold any float type.
+    /// Loads the weights of `architecture` by their Hugging Face names from `source`, which may hold any float type,
+    /// and of quantized matrices also says what rows are rounded to.
     ///
     /// # Errors
     ///
     /// A weight cannot be read or has another shape than the architecture gives it, or the architecture contradicts
     /// itself.
-    pub fn load<E>(
+    pub fn load<W, E>(
         architecture: &architecture::GptNeox,
-        source: impl Fn(&str) -> std::result::Result<Tensor, E>,
+        source: impl Fn(&str) -> std::result::Result<W, E>,
     ) -> Result<Self>
     where
+        W: Into<Weight>,
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let a = architecture;
@@ -69,13 +71,13 @@ impl GptNeox {
             })
         };
         Ok(Self {
-            embed_in: weights.array("gpt_neox.embed_in.weight", [a.vocab_size, hidden])?,
+            embed_in: weights.matrix("gpt_neox.embed_in.weight", [a.vocab_size, hidden])?,
             layers: (0..a.num_layers).map(layer).collect::<Result<_>>()?,
             final_layer_norm: weights.layer_norm("gpt_neox.final_layer_norm", hidden, eps)?,
             embed_out: if a.tie_word_embeddings {
                 None
             } else {
-                Some(weights.array("embed_out.weight", [a.vocab_size, hidden])?)
+                Some(weights.matrix("embed_out.weight", [a.vocab_size, hidden])?)
             },
             architecture: a.clone(),
         })
@@ -92,7 +94,7 @@ impl Transformer for GptNeox {
     }
 
     fn embed(&self, ids: &[u32]) -> Result<Array2<f32>> {
-        embed(&self.embed_in, ids)
+        self.embed_in.rows(ids)
     }
 
     fn rotary(&self, positions: &[i64]) -> Rotary {
@@ -129,7 +131,7 @@ impl Transformer for GptNeox {
     }
 
     fn logits(&self, hidden: &Array2<f32>) -> Array2<f32> {
-        self.final_norm(hidden).dot(&self.embed_out.as_ref().unwrap_or(&self.embed_in).t())
+        self.embed_out.as_ref().unwrap_or(&self.embed_in).apply(&self.final_norm(hidden))
     }
 }
 

@@ -8,11 +8,11 @@ use super::cache::Cache;
 use super::decode::Continuation;
 use super::mamba::Mamba;
 use super::plain::run_layers;
+use super::quantize::Weight;
 use super::transformer::{self, Transformer};
 use super::weights::{Linear, Weights};
 use super::{ReferenceError, Result, expect_length};
 use crate::taps::TapSink;
-use crate::tensor::Tensor;
 use accordion_graphs::architecture::{self, Architecture, RccModel};
 use accordion_graphs::plan::rcc::RccSettings;
 use ndarray::{Array2, Axis, Slice};
@@ -37,13 +37,14 @@ impl Rcc {
     /// # Errors
     ///
     /// As [`transformer::load`]; the encoder has too few layers; or the settings contradict each other.
-    pub fn load<E>(
+    pub fn load<W, E>(
         decoder: &Architecture,
         model: &RccModel,
         settings: RccSettings,
-        source: impl Fn(&str) -> std::result::Result<Tensor, E>,
+        source: impl Fn(&str) -> std::result::Result<W, E>,
     ) -> Result<Self>
     where
+        W: Into<Weight>,
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         settings.check()?;

@@ -4,9 +4,9 @@ use super::array::Scope;
 use super::cache::{Cache, KeyValue};
 use super::llama::Llama;
 use super::neox::GptNeox;
+use super::quantize::Weight;
 use super::rope::Rotary;
 use super::{ReferenceError, Result};
-use crate::tensor::Tensor;
 use accordion_graphs::architecture::Architecture;
 use ndarray::Array2;
 
@@ -56,11 +56,12 @@ pub trait Transformer: Send + Sync {
 /// # Errors
 ///
 /// As [`Llama::load`].
-pub fn load<E>(
+pub fn load<W, E>(
     architecture: &Architecture,
-    source: impl Fn(&str) -> std::result::Result<Tensor, E>,
+    source: impl Fn(&str) -> std::result::Result<W, E>,
 ) -> Result<Box<dyn Transformer>>
 where
+    W: Into<Weight>,
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     match architecture {

@@ -3,6 +3,7 @@
 use super::format::{error, grouped, percent, tokens};
 use super::html::Html;
 use super::page::{pairs, sort_key, verdict_mark};
+use crate::verify::compare::LogitAgreement;
 use crate::verify::order::scope;
 use crate::verify::schema::VerifyReport;
 use crate::verify::verdict::{TapResult, Verdict};
@@ -10,6 +11,8 @@ use std::collections::{HashMap, HashSet};
 
 const CELL: f64 = 14.0;
 const LABELS: f64 = 138.0;
+/// Rows of the table of logits: decoding steps may be a thousand.
+const MOST_LOGITS: usize = 100;
 
 /// The part of a report whose taps are listed: everything that did not pass, then the largest differences, `limit` taps
 /// in all, still in model order. Keeps the page small however many taps were compared.
@@ -55,6 +58,7 @@ pub(super) fn section(html: &mut Html, full: &VerifyReport, listed: &VerifyRepor
         }
     }
     legend(html);
+    logits(html, full);
     table(html, full, listed);
     if !subject.environment.is_empty() {
         pairs(html, "Machine", &subject.environment);
@@ -247,6 +251,64 @@ fn legend(html: &mut Html) {
             });
         }
     });
+}
+
+/// Whether both sides would choose, rank and sample the same tokens.
+fn logits(html: &mut Html, full: &VerifyReport) {
+    if full.logits().next().is_none() {
+        return;
+    }
+    html.element(
+        "div",
+        &[("class", &"scroll"), ("tabindex", &0), ("role", &"region"), ("aria-label", &"Logits")],
+        |html| {
+            html.element("table", &[("class", &"sortable")], |html| {
+                html.leaf("caption", &[], "Logits: what both sides would choose");
+                html.element("thead", &[], |html| {
+                    html.element("tr", &[], |html| {
+                        html.leaf("th", &[("scope", &"col")], "Tap");
+                        for name in [
+                            "Rows",
+                            "Same argmax",
+                            "Top-k overlap",
+                            "Rank-biased overlap",
+                            "KL, nats (mean)",
+                            "KL (worst)",
+                        ] {
+                            html.leaf("th", &[("scope", &"col"), ("class", &"num")], name);
+                        }
+                    });
+                });
+                html.element("tbody", &[], |html| {
+                    for (name, choices) in full.logits().take(MOST_LOGITS) {
+                        html.element("tr", &[], |html| logits_row(html, name, choices));
+                        html.newline();
+                    }
+                });
+            });
+        },
+    );
+}
+
+fn logits_row(html: &mut Html, name: &str, choices: &LogitAgreement) {
+    html.element("th", &[("scope", &"row")], |html| html.leaf("code", &[], name));
+    let ranks = choices.ranks.as_ref();
+    let share = choices.argmax_matches as f64 / choices.rows.max(1) as f64;
+    let number = |value: f64, text: String| (sort_key(value), text);
+    let cells = [
+        Some(number(choices.rows as f64, tokens(choices.rows))),
+        Some(number(share, percent(share))),
+        Some(number(choices.mean_overlap, percent(choices.mean_overlap))),
+        ranks.map(|ranks| number(ranks.mean_overlap, format!("{:.4}", ranks.mean_overlap))),
+        ranks.map(|ranks| number(ranks.mean_divergence, error(ranks.mean_divergence))),
+        ranks.map(|ranks| number(ranks.max_divergence, error(ranks.max_divergence))),
+    ];
+    for cell in cells {
+        match cell {
+            Some((key, text)) => html.leaf("td", &[("class", &"num"), ("data-v", &key)], text),
+            None => html.leaf("td", &[("class", &"num none")], "–"),
+        }
+    }
 }
 
 fn table(html: &mut Html, full: &VerifyReport, listed: &VerifyReport) {

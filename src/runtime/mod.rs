@@ -4,6 +4,7 @@
 
 pub(crate) mod dylib;
 pub mod locate;
+pub mod observe;
 pub mod ort_cpu;
 
 use crate::tensor::{Tensor, TensorError};
@@ -91,5 +92,13 @@ pub enum EngineError {
         name: String,
         /// What is wrong with it.
         source: TensorError,
+    },
+    /// Values that were observed on the way are not what they should be.
+    #[error("graph '{graph}': {source}")]
+    Observed {
+        /// The graph.
+        graph: String,
+        /// What is wrong with them.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
 }

@@ -9,11 +9,11 @@ use super::{Engine, EngineError, InPlace, Loader};
 use crate::checkpoint::WeightMaps;
 use crate::tensor::{Storage, Tensor};
 use accordion_graphs::dtype::DType;
-use ort::AsPointer;
 use ort::operator::OperatorDomain;
 use ort::session::{Session, SharedSessionInner};
 use ort::sys;
 use ort::value::{DynValue, Outlet, ValueType};
+use ort::{AsPointer, Error};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_void};
 use std::path::PathBuf;
@@ -79,8 +79,9 @@ impl Loader for OrtCpu {
         builder = builder.with_prepacking(false).map_err(|e| failed(e.to_string()))?;
         // The runtime's arena keeps a region for every size it ever saw, and chunk lengths are many; the system's allocator
         // joins what is freed (and keeps it: see `locate`).
-        // SAFETY: the builder owns valid options, which the call only changes.
-        check(unsafe { (ort::api().DisableCpuMemArena)(builder.ptr_mut()) }).map_err(failed)?;
+        // SAFETY: the builder owns valid options, which the call only changes; the status is freed here.
+        unsafe { Error::result_from_status((ort::api().DisableCpuMemArena)(builder.ptr_mut())) }
+            .map_err(|e| failed(e.to_string()))?;
         // The weights given below replace the files, but the runtime checks that those exist.
         let folder = self.weights.index().files().first().and_then(|file| file.parent()).map(std::path::absolute);
         if let Some(Ok(folder)) = folder {
@@ -176,12 +177,6 @@ fn onnx_type(dtype: DType) -> sys::ONNXTensorElementDataType {
     }
 }
 
-/// Turns a status into a result, and frees it.
-fn check(status: sys::OrtStatusPtr) -> Result<(), String> {
-    // SAFETY: the status was just returned by the runtime and is consumed here.
-    unsafe { ort::Error::result_from_status(status) }.map_err(|e| e.to_string())
-}
-
 /// A runtime value over memory that it neither owns nor frees.
 struct Borrowed(NonNull<sys::OrtValue>);
 
@@ -190,9 +185,10 @@ impl Borrowed {
         let shape: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
         let info = ort::memory::MemoryInfo::default();
         let mut value = null_mut();
-        // SAFETY: `shape` and `info` live through the call, which copies them; the data is only stored as a pointer.
-        check(unsafe {
-            (ort::api().CreateTensorWithDataAsOrtValue)(
+        // SAFETY: `shape` and `info` live through the call, which copies them; the data is only stored as a pointer. The status
+        // is freed here.
+        let made = unsafe {
+            Error::result_from_status((ort::api().CreateTensorWithDataAsOrtValue)(
                 info.ptr(),
                 data,
                 len,
@@ -200,8 +196,9 @@ impl Borrowed {
                 shape.len(),
                 onnx_type(dtype),
                 &raw mut value,
-            )
-        })?;
+            ))
+        };
+        made.map_err(|e| e.to_string())?;
         NonNull::new(value).map(Self).ok_or_else(|| "the runtime returned no value".to_owned())
     }
 
@@ -272,8 +269,11 @@ impl OrtEngine {
             other => return Err(failed(format!("output '{name}' is {other:?}, expected a tensor"))),
         };
         let mut data = null_mut();
-        // SAFETY: the value is a tensor; the call only reads where its memory is.
-        check(unsafe { (ort::api().GetTensorMutableData)(value.ptr().cast_mut(), &raw mut data) }).map_err(failed)?;
+        // SAFETY: the value is a tensor; the call only reads where its memory is. The status is freed here.
+        let got = unsafe {
+            Error::result_from_status((ort::api().GetTensorMutableData)(value.ptr().cast_mut(), &raw mut data))
+        };
+        got.map_err(|e| failed(e.to_string()))?;
         let len = dtype.bytes_of_shape(&shape).ok_or_else(|| failed(format!("output '{name}' has shape {shape:?}")))?;
         // An empty tensor may come without memory.
         let data = NonNull::new(data.cast::<u8>()).unwrap_or(NonNull::<i64>::dangling().cast());
@@ -324,8 +324,8 @@ impl Engine for OrtEngine {
         results.extend(value_pointers[inputs.len()..].iter().map(|p| p.cast_mut()));
         // SAFETY: all names and values live through the call and the counts are theirs. Memory bound as both input and
         // output is exclusively borrowed; the operators that are given it append behind what they read.
-        let status = unsafe {
-            (ort::api().Run)(
+        let ran = unsafe {
+            Error::result_from_status((ort::api().Run)(
                 self.session.ptr().cast_mut(),
                 null(),
                 input_names.as_ptr(),
@@ -334,9 +334,9 @@ impl Engine for OrtEngine {
                 output_names.as_ptr(),
                 output_names.len(),
                 results.as_mut_ptr(),
-            )
+            ))
         };
-        check(status).map_err(failed)?;
+        ran.map_err(|e| failed(e.to_string()))?;
         outputs
             .iter()
             .zip(output_types)

@@ -15,6 +15,13 @@ pub const RELATIVE_FLOOR: f64 = 1e-3;
 /// Size of the sets of best tokens that [`LogitAgreement`] compares.
 pub const TOP_K: usize = 5;
 
+/// Depth to which the rankings of [`RankAgreement`] are known.
+pub const RANKS: usize = 50;
+
+/// How much the next rank counts, as a share of the one before it, in [`RankAgreement`]: the first ten ranks have 86 % of the
+/// weight.
+pub const PERSISTENCE: f64 = 0.9;
+
 /// NaN and infinity counts of one tensor.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NonFinite {
@@ -97,6 +104,23 @@ pub struct LogitAgreement {
     pub mean_overlap: f64,
     /// The worst position's share.
     pub min_overlap: f64,
+    /// Whether they would rank and sample alike; absent from results of versions that did not look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<RankAgreement>,
+}
+
+/// Whether two sets of logits rank tokens alike and give them the same probabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RankAgreement {
+    /// Mean rank-biased overlap of the two rankings, 1 where they are the same: the extrapolated one of Webber, Moffat and Zobel
+    /// (2010, equation 32) for [`PERSISTENCE`] and the first [`RANKS`] tokens.
+    pub mean_overlap: f64,
+    /// The worst position's overlap.
+    pub min_overlap: f64,
+    /// Mean divergence of Kullback and Leibler of the actual probabilities from the expected ones, in nats.
+    pub mean_divergence: f64,
+    /// The worst position's divergence.
+    pub max_divergence: f64,
 }
 
 /// What two tensors turned out to be, once compared.
@@ -267,8 +291,8 @@ impl Best {
         self.entries.insert(place, (logit, id));
     }
 
-    fn contains(&self, id: usize) -> bool {
-        self.entries.iter().any(|&(_, other)| other == id)
+    fn ids(&self) -> Vec<usize> {
+        self.entries.iter().map(|&(_, id)| id).collect()
     }
 }
 
@@ -280,11 +304,19 @@ pub fn compare_logits(actual: &Tensor, expected: &Tensor) -> Option<LogitAgreeme
     if actual.shape() != expected.shape() || actual.is_empty() {
         return None;
     }
-    let k = TOP_K.min(vocabulary);
+    let (k, depth) = (TOP_K.min(vocabulary), RANKS.min(vocabulary));
     let rows = actual.len() / vocabulary;
     let (row_a, row_b) = (vocabulary * actual.dtype().size(), vocabulary * expected.dtype().size());
-    let mut found =
-        LogitAgreement { rows, argmax_matches: 0, widest_flip: None, k, mean_overlap: 0.0, min_overlap: 1.0 };
+    let mut found = LogitAgreement {
+        rows,
+        argmax_matches: 0,
+        widest_flip: None,
+        k,
+        mean_overlap: 0.0,
+        min_overlap: 1.0,
+        ranks: None,
+    };
+    let mut ranks = RankAgreement { mean_overlap: 0.0, min_overlap: 1.0, mean_divergence: 0.0, max_divergence: 0.0 };
     let (mut a, mut b) = (Vec::with_capacity(vocabulary), Vec::with_capacity(vocabulary));
     for (bytes_a, bytes_b) in actual.bytes().chunks(row_a).zip(expected.bytes().chunks(row_b)) {
         a.clear();
@@ -292,7 +324,7 @@ pub fn compare_logits(actual: &Tensor, expected: &Tensor) -> Option<LogitAgreeme
         decode.0(bytes_a, &mut a);
         decode.1(bytes_b, &mut b);
         let best_of = |row: &[f64]| {
-            let mut best = Best { k, entries: Vec::with_capacity(k) };
+            let mut best = Best { k: depth, entries: Vec::with_capacity(depth) };
             row.iter().enumerate().for_each(|(id, &logit)| best.offer(id, logit));
             best
         };
@@ -306,12 +338,64 @@ pub fn compare_logits(actual: &Tensor, expected: &Tensor) -> Option<LogitAgreeme
             (Some(_), Some(_)) => found.argmax_matches += 1,
             _ => found.widest_flip = Some(f64::MAX),
         }
-        let common = best_a.entries.iter().filter(|&&(_, id)| best_b.contains(id)).count();
-        let overlap = common as f64 / k as f64;
+        let [ids_a, ids_b] = [&best_a, &best_b].map(Best::ids);
+        let overlap = common(&ids_a, &ids_b, k) as f64 / k as f64;
         found.mean_overlap += overlap / rows as f64;
         found.min_overlap = found.min_overlap.min(overlap);
+        let overlap = rank_biased_overlap(&ids_a, &ids_b, depth);
+        ranks.mean_overlap += overlap / rows as f64;
+        ranks.min_overlap = ranks.min_overlap.min(overlap);
+        let divergence = divergence(&b, &a);
+        ranks.mean_divergence = (ranks.mean_divergence + divergence / rows as f64).min(f64::MAX);
+        ranks.max_divergence = ranks.max_divergence.max(divergence);
     }
-    Some(found)
+    Some(LogitAgreement { ranks: Some(ranks), ..found })
+}
+
+/// Ids that are among the first `k` of both lists.
+fn common(a: &[usize], b: &[usize], k: usize) -> usize {
+    let first = |ids: &[usize]| ids.len().min(k);
+    a[..first(a)].iter().filter(|id| b[..first(b)].contains(id)).count()
+}
+
+/// The extrapolated rank-biased overlap of two rankings of which `depth` ranks are known (see [`RankAgreement`]).
+fn rank_biased_overlap(a: &[usize], b: &[usize], depth: usize) -> f64 {
+    let (mut sum, mut weight, mut agreement) = (0.0, 1.0, 1.0);
+    // Ids seen in one ranking and not yet in the other.
+    let (mut open, mut shared) = (Vec::new(), 0);
+    for d in 0..depth {
+        for id in [a.get(d), b.get(d)].into_iter().flatten() {
+            match open.iter().position(|other| other == id) {
+                Some(place) => {
+                    open.swap_remove(place);
+                    shared += 1;
+                }
+                None => open.push(*id),
+            }
+        }
+        agreement = f64::from(shared) / (d + 1) as f64;
+        sum += (1.0 - PERSISTENCE) * weight * agreement;
+        weight *= PERSISTENCE;
+    }
+    sum + agreement * weight
+}
+
+/// `sum p ln(p / q)` of the probabilities that the logits `expected` and `actual` give, in nats; the largest number where that is
+/// infinite or none.
+fn divergence(expected: &[f64], actual: &[f64]) -> f64 {
+    let log_sum = |logits: &[f64]| {
+        let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        largest + logits.iter().map(|logit| (logit - largest).exp()).sum::<f64>().ln()
+    };
+    let (sum_p, sum_q) = (log_sum(expected), log_sum(actual));
+    let terms = expected.iter().zip(actual).map(|(p, q)| {
+        let log_p = p - sum_p;
+        let p = log_p.exp();
+        // What is impossible adds nothing.
+        if p == 0.0 { 0.0 } else { p * (log_p - (q - sum_q)) }
+    });
+    let divergence: f64 = terms.sum();
+    if divergence.is_finite() { divergence.max(0.0) } else { f64::MAX }
 }
 
 #[cfg(test)]
@@ -394,6 +478,43 @@ mod tests {
         assert_eq!(found.widest_flip, Some(0.25));
         assert!((found.min_overlap - 0.8).abs() < 1e-12);
         assert!((found.mean_overlap - 0.9).abs() < 1e-12);
+    }
+
+    #[test]
+    fn rankings_are_compared_by_the_formula() {
+        let same: Vec<usize> = (0..50).collect();
+        assert!((rank_biased_overlap(&same, &same, 50) - 1.0).abs() < 1e-12);
+        let other: Vec<usize> = (100..150).collect();
+        assert!(rank_biased_overlap(&same, &other, 50).abs() < 1e-12);
+        // The first two exchanged: agreement 0 at depth 1 and 1 from then on.
+        let mut exchanged = same.clone();
+        exchanged.swap(0, 1);
+        assert!((rank_biased_overlap(&exchanged, &same, 50) - 0.9).abs() < 1e-12);
+        // Half of what is known agrees, and so does half of what is not.
+        let found = rank_biased_overlap(&[0, 1], &[0, 2], 2);
+        assert!((found - (0.1 * 1.0 + 0.1 * 0.9 * 0.5 + 0.81 * 0.5)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn probabilities_diverge_as_kullback_and_leibler_say() {
+        let logits = [0.25_f64.ln(), 0.75_f64.ln()];
+        let other = [0.5_f64.ln() + 7.0, 0.5_f64.ln() + 7.0];
+        let expected = 0.25 * (0.25_f64 / 0.5).ln() + 0.75 * (0.75_f64 / 0.5).ln();
+        assert!((divergence(&logits, &other) - expected).abs() < 1e-12);
+        assert!(divergence(&logits, &logits).abs() < 1e-15);
+        let impossible = [f64::NEG_INFINITY, 0.0];
+        assert!((divergence(&impossible, &other) - 2.0_f64.ln()).abs() < 1e-12);
+        assert!(divergence(&other, &impossible) >= f64::MAX && divergence(&[f64::NAN, 0.0], &logits) >= f64::MAX);
+    }
+
+    #[test]
+    fn logits_are_compared_as_rankings_too() {
+        let expected: Vec<f32> = (0..120).map(|i| (i * 37 % 60) as f32 / 10.0).collect();
+        let mut actual = expected.clone();
+        actual[3] += 9.0;
+        let found = compare_logits(&f32s(&[2, 60], &actual), &f32s(&[2, 60], &expected)).unwrap().ranks.unwrap();
+        assert!(found.min_overlap < 0.95 && found.mean_overlap > f64::midpoint(1.0, found.min_overlap) - 1e-9);
+        assert!(found.max_divergence > 1.0 && (found.mean_divergence - found.max_divergence / 2.0).abs() < 1e-9);
     }
 
     #[test]

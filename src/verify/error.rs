@@ -81,6 +81,32 @@ pub enum VerifyError {
     /// A tensor has another form than it should.
     #[error("unexpected tensor: {0}")]
     Tensor(#[from] TensorError),
+    /// A file of recorded taps cannot be read or written.
+    #[error("{}: {problem}", path.display())]
+    Recording {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Two bundles are not of the same model and method.
+    #[error("{}: its {what} is {found}, expected {expected} as in the other bundle", path.display())]
+    OtherModel {
+        /// The bundle.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+        /// What it is.
+        found: String,
+        /// What it is in the other bundle.
+        expected: String,
+    },
+    /// A side could not be prepared.
+    #[error("{0}")]
+    Side(String),
+    /// The sides of a comparison do not have the same parts.
+    #[error("one side ended before the other: they do not have the same parts")]
+    Stopped,
     /// A file could not be written.
     #[error("{}: {source}", path.display())]
     Io {

@@ -1,23 +1,24 @@
-//! A HOMER bundle against the reference, node by node: as soon as the engine has run a node, the reference runs the same
-//! one and every tap is judged and dropped. At width 1 the taps of one node are in memory at a time.
+//! A HOMER bundle on either side, node by node: every layer of each, what it keeps and leaves; then the context state, the
+//! logits of its last row and those of tokens behind it, as `teacher.`.
 
 use super::error::VerifyError;
-use super::judge::{Detail, Findings, Judge};
+use super::judge::{Detail, Findings};
+use super::lockstep::{Expected, Terms, compare};
 use super::order::scope;
-use super::verdict::Bounds;
+use super::parts::{Parts, RESULT, Shared};
 use crate::pipeline::decode::{Continuation, Sequence};
-use crate::pipeline::{self, ContextState, Engines};
+use crate::pipeline::homer::compress;
+use crate::pipeline::{self, Engines};
 use crate::reference;
 use crate::reference::decode::ContinuationOffset;
 use crate::reference::homer::Compression;
 use crate::reference::llama::Llama;
 use crate::taps::{NoTaps, TapSink};
 use crate::tensor::Tensor;
-use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::homer::{HomerNode, HomerPlan};
 use ndarray::{Axis, Slice};
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 /// What both sides are given.
 #[derive(Debug, Clone, Copy)]
@@ -39,10 +40,104 @@ pub struct HomerInput<'a> {
     pub width: usize,
 }
 
-/// Compares `engines` with `reference` on `input`. `on_progress` hears how many nodes have been compared.
+/// The side of `engines`. `on_progress` hears how many nodes have run.
+///
+/// # Errors
+///
+/// A graph cannot be run, or `parts` stops it.
+pub fn engine_parts(
+    engines: &mut Engines<'_>,
+    input: &HomerInput<'_>,
+    parts: &mut dyn Parts,
+    on_progress: &mut dyn FnMut(usize),
+) -> Result<(), VerifyError> {
+    let &HomerInput { plan, prefix, context, suffix, teacher, bias, width } = input;
+    let shared = Shared::new(parts);
+    let keeps_all = plan.nodes.iter().filter(|n| n.removed() == 0).map(HomerNode::tap_scope).collect();
+    let waiting = Waiting::default();
+    let state = {
+        let mut done = 0;
+        let mut on_node = |node: &HomerNode| {
+            let scope = node.tap_scope();
+            let taps = waiting.borrow_mut().remove(&scope).unwrap_or_default();
+            taps.into_iter().for_each(|(name, value)| shared.record(&name, value));
+            shared.end_part(&scope);
+            done += 1;
+            on_progress(done);
+        };
+        let prompt = pipeline::homer::Prompt { prefix, context, suffix };
+        let mut taps = EngineTaps { shared: &shared, keeps_all, waiting: &waiting };
+        compress(engines, plan, prompt, bias, width, &mut taps, &mut on_node)?
+    };
+    let parts = shared.finish()?;
+    parts.record("prefix.logits", Tensor::from_f32([1, state.logits.len()], state.logits.clone())?);
+    parts.end_part(RESULT)?;
+    if teacher.is_empty() {
+        return Ok(());
+    }
+    let mut sequence = Sequence::continue_from(engines, &state, teacher.len(), Continuation::Next)?;
+    parts.record("teacher.logits", sequence.forward(engines, teacher, teacher.len())?);
+    parts.end_part("teacher")
+}
+
+/// Taps of nodes that ran in one call, until their node is told of: by node, the names and values.
+type Waiting = RefCell<BTreeMap<String, Vec<(String, Tensor)>>>;
+
+/// The engine's taps, but for those of nobody's interest.
+struct EngineTaps<'s, 'p> {
+    shared: &'s Shared<'p>,
+    /// Scopes of the nodes that drop nothing: the graphs score their tokens all the same.
+    keeps_all: HashSet<String>,
+    waiting: &'s Waiting,
+}
+
+impl TapSink for EngineTaps<'_, '_> {
+    fn wants(&self, name: &str) -> bool {
+        let scored_for_nothing = || name.contains(".prune.") && self.keeps_all.contains(scope(name));
+        // The engine gives the last row's logits in any case; all of them may be gigabytes.
+        name != "prefix.logits" && self.shared.wants(name) && !scored_for_nothing()
+    }
+
+    fn record(&mut self, name: &str, value: Tensor) {
+        let node = scope(name);
+        if node.starts_with("node.") {
+            self.waiting.borrow_mut().entry(node.to_owned()).or_default().push((name.to_owned(), value));
+        } else {
+            self.shared.record(name, value);
+        }
+    }
+}
+
+/// The side of `reference`, in the order of the plan.
+///
+/// # Errors
+///
+/// The reference cannot be run, or `parts` stops it.
+pub fn reference_parts(reference: &Llama, input: &HomerInput<'_>, parts: &mut dyn Parts) -> Result<(), VerifyError> {
+    let &HomerInput { plan, prefix, context, suffix, teacher, bias, .. } = input;
+    let significance = |layer: usize| bias.get(layer).copied().unwrap_or_default();
+    let prompt = reference::homer::Prompt { prefix, context, suffix };
+    let mut compression = Compression::new(reference, plan, prompt, &significance)?;
+    while let Some(node) = compression.step(&mut *parts)? {
+        parts.end_part(&node.tap_scope())?;
+    }
+    let context = compression.finish(&mut *parts)?;
+    let last = context.last_hidden.slice_axis(Axis(0), Slice::from(-1..)).to_owned();
+    parts.record("prefix.logits", reference::to_tensor(&reference.logits(&last))?);
+    parts.end_part(RESULT)?;
+    if teacher.is_empty() {
+        return Ok(());
+    }
+    let mut continuation = reference::decode::Continuation::new(&context, ContinuationOffset::AfterLast);
+    let logits = continuation.feed(reference, teacher, &mut NoTaps)?;
+    parts.record("teacher.logits", reference::to_tensor(&logits)?);
+    parts.end_part("teacher")
+}
+
+/// Compares `engines` with `reference` on `input`. `on_progress` hears how many nodes have run.
 ///
 /// A node that keeps other tokens than the reference is told once; what follows from its choice, up to the root and the
-/// result, is counted as not comparable. Logits are those of the last row, and `teacher.logits`.
+/// result, is counted as not comparable.
 ///
 /// # Errors
 ///
@@ -54,112 +149,7 @@ pub fn compare_homer(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let HomerInput { plan, prefix, context, suffix, bias, .. } = *input;
-    let significance = |layer: usize| bias.get(layer).copied().unwrap_or_default();
-    let prompt = reference::homer::Prompt { prefix, context, suffix };
-    let lockstep = RefCell::new(Lockstep {
-        plan,
-        compression: Compression::new(reference, plan, prompt, &significance)?,
-        judge: Judge::new(detail, |kind| Bounds::new(kind, DType::F32)),
-        keeps_all: plan.nodes.iter().filter(|n| n.removed() == 0).map(HomerNode::tap_scope).collect(),
-        ahead: HashSet::new(),
-        diverged: Vec::with_capacity(plan.nodes.len()),
-        error: None,
-    });
-    let state = {
-        let prompt = pipeline::homer::Prompt { prefix, context, suffix };
-        let mut on_node = |node: &HomerNode| on_progress(lockstep.borrow_mut().finished(node));
-        pipeline::homer::compress(engines, plan, prompt, bias, input.width, &mut EngineTaps(&lockstep), &mut on_node)?
-    };
-    lockstep.into_inner().result(engines, reference, &state, input.teacher)
-}
-
-/// The engine's taps, on their way to the judge.
-struct EngineTaps<'c, 'a>(&'c RefCell<Lockstep<'a>>);
-
-impl TapSink for EngineTaps<'_, '_> {
-    fn wants(&self, name: &str) -> bool {
-        self.0.borrow().wants(name)
-    }
-
-    fn record(&mut self, name: &str, value: Tensor) {
-        self.0.borrow_mut().judge.offer(name, value);
-    }
-}
-
-/// The reference, one step behind the engine.
-struct Lockstep<'a> {
-    plan: &'a HomerPlan,
-    compression: Compression<'a>,
-    judge: Judge,
-    /// Scopes of the nodes that drop nothing: the graphs score their tokens all the same.
-    keeps_all: HashSet<String>,
-    /// Nodes that the engine has run and the reference has not.
-    ahead: HashSet<(usize, usize)>,
-    /// For every node that both have run, in the plan's order, whether they kept different tokens in it or below it.
-    diverged: Vec<bool>,
-    /// The engine cannot be stopped from inside: what went wrong waits here.
-    error: Option<VerifyError>,
-}
-
-impl Lockstep<'_> {
-    fn wants(&self, name: &str) -> bool {
-        let scored_for_nothing = || name.contains(".prune.") && self.keeps_all.contains(scope(name));
-        // The engine gives the last row's logits in any case; all of them may be gigabytes.
-        name != "prefix.logits" && self.error.is_none() && self.judge.expects(name) && !scored_for_nothing()
-    }
-
-    /// The engine has run `node`: the reference follows as far as it can. Returns how many nodes it has run.
-    fn finished(&mut self, node: &HomerNode) -> usize {
-        self.ahead.insert((node.height, node.index));
-        while self.error.is_none() {
-            match self.plan.nodes.get(self.diverged.len()) {
-                Some(next) if self.ahead.remove(&(next.height, next.index)) => self.step(next),
-                _ => break,
-            }
-        }
-        self.diverged.len()
-    }
-
-    fn step(&mut self, node: &HomerNode) {
-        self.judge.begin(node.children.is_some_and(|children| children.iter().any(|&child| self.diverged[child])));
-        if let Err(error) = self.compression.step(&mut self.judge) {
-            self.error = Some(error.into());
-        }
-        self.diverged.push(self.judge.end(&format!("{}.", node.tap_scope())));
-    }
-
-    /// Compares the context state and what is decoded from it.
-    fn result(
-        mut self,
-        engines: &mut Engines<'_>,
-        reference: &Llama,
-        state: &ContextState,
-        teacher: &[u32],
-    ) -> Result<Findings, VerifyError> {
-        if let Some(error) = self.error {
-            return Err(error);
-        }
-        let diverged = self.diverged.last().copied().unwrap_or(false);
-        self.judge.begin(diverged);
-        let context = self.compression.finish(&mut self.judge)?;
-        self.judge.end("prefix.");
-        self.judge.end("cache.");
-        if diverged {
-            self.judge.leave_out(1 + usize::from(!teacher.is_empty()));
-            return Ok(self.judge.into_findings());
-        }
-
-        let last = context.last_hidden.slice_axis(Axis(0), Slice::from(-1..)).to_owned();
-        let found = Tensor::from_f32([1, state.logits.len()], state.logits.clone())?;
-        self.judge.compare("prefix.logits", &found, &reference::to_tensor(&reference.logits(&last))?);
-        if !teacher.is_empty() {
-            let mut sequence = Sequence::continue_from(engines, state, teacher.len(), Continuation::Next)?;
-            let found = sequence.forward(engines, teacher, teacher.len())?;
-            let mut continuation = reference::decode::Continuation::new(&context, ContinuationOffset::AfterLast);
-            let expected = continuation.feed(reference, teacher, &mut NoTaps)?;
-            self.judge.compare("teacher.logits", &found, &reference::to_tensor(&expected)?);
-        }
-        Ok(self.judge.into_findings())
-    }
+    let expected = Expected::Computed(Box::new(|parts| reference_parts(reference, input, parts)));
+    let terms = Terms::of(detail, engines.bundle());
+    Ok(compare(&terms, expected, |parts| engine_parts(engines, input, parts, on_progress))?.0)
 }

@@ -1,21 +1,20 @@
-//! Where taps of two sides meet. Actual values wait by name; expected values arrive in the order of the computation, are
-//! judged and dropped, so that a comparison of any size needs the memory of one node or one chunk.
+//! Where taps of two sides meet: one after the other in the order of the computation, so that a choice knows the scores it
+//! was made by, and what follows from another choice is known to.
 
 use super::verdict::{Bounds, TapKind, TapResult, Verdict, judge};
-use crate::taps::TapSink;
 use crate::tensor::Tensor;
-use std::collections::BTreeMap;
+use std::rc::Rc;
 
-/// Taps that graphs do not have: they mark affixes by their number, gather what is kept, and rotate the keys of cross
+/// Taps that graphs do not have, or not one by one: they mark affixes by their number, gather what is kept, and rotate the keys of cross
 /// attention only, before the decoder.
 const NOT_IN_GRAPHS: [&str; 5] = [".in_reduction_mask", ".prune.remove_idx", ".cross.q", ".cross.k", ".cross.v"];
 
 /// How taps of tree nodes and segments, which lead to the result, begin.
-const PARTS: [&str; 6] = ["node.", "query.", "tree.", "encoder.", "maps", "embed"];
+const PARTS: [&str; 4] = ["node.", "query.", "tree.", "segments."];
 
 /// Whether the tap called `name` is what the next selection or choice is made by.
-pub(super) fn is_score(name: &str) -> bool {
-    [".prune.scores", ".similarity", ".sim"].iter().any(|part| name.ends_with(part))
+pub(crate) fn is_score(name: &str) -> bool {
+    matches!(name.rsplit('.').next(), Some("similarity" | "sim")) || name.ends_with("prune.scores")
 }
 
 /// How much is compared.
@@ -33,7 +32,8 @@ pub enum Detail {
 impl Detail {
     /// Whether the tap called `name` is compared.
     pub fn includes(self, name: &str) -> bool {
-        if NOT_IN_GRAPHS.iter().any(|part| name.ends_with(part)) {
+        let all_at_once = || name.contains(".nodes.") || name.contains(".halves.") || name.starts_with("query.layers.");
+        if NOT_IN_GRAPHS.iter().any(|part| name.ends_with(part)) || all_at_once() {
             return false;
         }
         let in_layer = name.starts_with("layers.") || name.contains(".layers.");
@@ -54,47 +54,47 @@ pub struct Findings {
     pub taps: Vec<TapResult>,
     /// Taps left out, because another choice among near-equals (or a wrong one) came before them.
     pub not_comparable: usize,
+    /// Taps that only one side has, so that nothing is said about them: what the reference computes and no graph needs, or
+    /// what one of two graphs has fused away.
+    pub one_sided: usize,
 }
 
-/// Judges expected taps, as a sink that they are recorded into, against actual ones.
+impl Findings {
+    /// Adds what sample number `sample` of the same computation came to: every tap keeps the worst result of all samples.
+    pub fn add_sample(&mut self, sample: usize, other: Self) {
+        self.not_comparable += other.not_comparable;
+        self.one_sided = self.one_sided.max(other.one_sided);
+        let severity = |tap: &TapResult| (tap.verdict, tap.bound_use.unwrap_or(f64::INFINITY));
+        // The order is the same in all samples, but what was not comparable in one may be in another.
+        let mut next = 0;
+        for mut tap in other.taps {
+            let known = self.taps[next..].iter().position(|known| known.name == tap.name).map(|place| next + place);
+            if known.is_none_or(|place| severity(&tap) > severity(&self.taps[place])) {
+                tap.reason = format!("sample {sample}: {}", tap.reason);
+                match known {
+                    Some(place) => self.taps[place] = tap,
+                    None => self.taps.insert(next, tap),
+                }
+            }
+            next = known.unwrap_or(next) + 1;
+        }
+    }
+}
+
+/// Judges actual taps against expected ones.
 pub(super) struct Judge {
-    detail: Detail,
-    bounds: Box<dyn Fn(TapKind) -> Bounds>,
+    bounds: Rc<dyn Fn(TapKind) -> Bounds>,
     /// What results are called besides the names of their taps.
     pub(super) prefix: String,
-    actual: BTreeMap<String, Tensor>,
-    /// The expected scores of the node that is being judged, and how far the actual ones are off, within their bounds.
+    /// The expected scores of the part that is being judged, and how far the actual ones are off, within their bounds.
     scores: Option<(Tensor, f64)>,
     diverged: bool,
     findings: Findings,
 }
 
 impl Judge {
-    pub(super) fn new(detail: Detail, bounds: impl Fn(TapKind) -> Bounds + 'static) -> Self {
-        Self {
-            detail,
-            bounds: Box::new(bounds),
-            prefix: String::new(),
-            actual: BTreeMap::new(),
-            scores: None,
-            diverged: false,
-            findings: Findings::default(),
-        }
-    }
-
-    /// Whether [`Judge::offer`] should be given the actual tap `name`.
-    pub(super) fn expects(&self, name: &str) -> bool {
-        self.detail.includes(name)
-    }
-
-    /// Takes an actual tap, to wait for the expected one.
-    pub(super) fn offer(&mut self, name: &str, value: Tensor) {
-        self.actual.insert(name.to_owned(), value);
-    }
-
-    /// A sink for the expected side that takes no other taps than those that wait for it.
-    pub(super) fn offered(&mut self) -> Offered<'_> {
-        Offered(self)
+    pub(super) fn new(bounds: Rc<dyn Fn(TapKind) -> Bounds>) -> Self {
+        Self { bounds, prefix: String::new(), scores: None, diverged: false, findings: Findings::default() }
     }
 
     /// Begins a part of the computation; `diverged` says that it follows from another choice than the expected one.
@@ -103,29 +103,7 @@ impl Judge {
         self.scores = None;
     }
 
-    /// Ends the part whose taps begin with `scope`: what is still waiting there has no counterpart. Returns whether the
-    /// sides diverged before its end.
-    pub(super) fn end(&mut self, scope: &str) -> bool {
-        let unmatched: Vec<String> = self
-            .actual
-            .range(scope.to_owned()..)
-            .map(|(name, _)| name)
-            .take_while(|n| n.starts_with(scope))
-            .cloned()
-            .collect();
-        for name in unmatched {
-            let Some(actual) = self.actual.remove(&name) else { continue };
-            if self.diverged {
-                self.findings.not_comparable += 1;
-            } else {
-                let name = format!("{}{name}", self.prefix);
-                self.findings.taps.push(TapResult::missing(&name, actual.shape(), "the expected side"));
-            }
-        }
-        self.diverged
-    }
-
-    /// Judges one tap; `actual` need not have waited.
+    /// Judges one tap.
     pub(super) fn compare(&mut self, name: &str, actual: &Tensor, expected: &Tensor) {
         let kind = TapKind::of(name);
         let mut bounds = (self.bounds)(kind);
@@ -161,39 +139,13 @@ impl Judge {
         self.findings.not_comparable += count;
     }
 
+    /// Adds a tap that only one side has.
+    pub(super) fn note_one_sided(&mut self) {
+        self.findings.one_sided += 1;
+    }
+
     pub(super) fn into_findings(self) -> Findings {
         self.findings
-    }
-}
-
-impl TapSink for Judge {
-    fn wants(&self, name: &str) -> bool {
-        !self.diverged && self.detail.includes(name)
-    }
-
-    fn record(&mut self, name: &str, expected: Tensor) {
-        if self.diverged {
-            return;
-        }
-        if let Some(actual) = self.actual.remove(name) {
-            self.compare(name, &actual, &expected);
-        } else {
-            let full = format!("{}{name}", self.prefix);
-            self.findings.taps.push(TapResult::missing(&full, expected.shape(), "the actual side"));
-        }
-    }
-}
-
-/// See [`Judge::offered`].
-pub(super) struct Offered<'a>(&'a mut Judge);
-
-impl TapSink for Offered<'_> {
-    fn wants(&self, name: &str) -> bool {
-        self.0.actual.contains_key(name) && self.0.wants(name)
-    }
-
-    fn record(&mut self, name: &str, value: Tensor) {
-        self.0.record(name, value);
     }
 }
 
@@ -204,7 +156,7 @@ mod tests {
     use accordion_graphs::dtype::DType;
 
     fn judge_all() -> Judge {
-        Judge::new(Detail::All, |kind| Bounds::new(kind, DType::F32))
+        Judge::new(Rc::new(|kind| Bounds::new(kind, DType::F32)))
     }
 
     fn floats(values: &[f32]) -> Tensor {
@@ -215,43 +167,18 @@ mod tests {
         Tensor::from_i64([values.len()], values.to_vec()).unwrap()
     }
 
-    fn verdicts(findings: &Findings) -> Vec<(&str, Verdict)> {
-        findings.taps.iter().map(|tap| (tap.name.as_str(), tap.verdict)).collect()
-    }
-
     #[test]
-    fn what_only_one_side_has_is_a_failure() {
-        let mut judge = judge_all();
-        judge.offer("node.h0.i1.a", floats(&[1.0]));
-        judge.offer("node.h0.i1.b", floats(&[1.0]));
-        judge.offer("node.h0.i10.b", floats(&[1.0]));
-        judge.begin(false);
-        judge.record("node.h0.i1.a", floats(&[1.0]));
-        judge.record("node.h0.i1.c", floats(&[1.0]));
-        assert!(!judge.end("node.h0.i1."));
-        let findings = judge.into_findings();
-        let expected =
-            [("node.h0.i1.a", Verdict::Pass), ("node.h0.i1.c", Verdict::Fail), ("node.h0.i1.b", Verdict::Fail)];
-        assert_eq!(verdicts(&findings), expected);
-    }
-
-    #[test]
-    fn behind_another_selection_nothing_is_compared() {
+    fn another_selection_is_a_divergence_near_or_not() {
         for (exchanged, verdict) in [(1.000_01, Verdict::Ambiguous), (0.5, Verdict::Fail)] {
             let mut judge = judge_all();
-            for name in ["n.prune.scores", "n.out_hidden"] {
-                judge.offer(name, floats(&[2.0, 1.0, exchanged]));
-            }
-            judge.offer("n.prune.keep_idx", ids(&[0, 2]));
             judge.begin(false);
-            judge.record("n.prune.scores", floats(&[2.0, 1.0, exchanged]));
-            judge.record("n.prune.keep_idx", ids(&[0, 1]));
-            assert!(!judge.wants("n.out_hidden"));
-            judge.record("n.out_hidden", floats(&[0.0, 0.0, 0.0]));
-            assert!(judge.end("n."));
-            let findings = judge.into_findings();
-            assert_eq!(verdicts(&findings), [("n.prune.scores", Verdict::Pass), ("n.prune.keep_idx", verdict)]);
-            assert_eq!(findings.not_comparable, 1);
+            let scores = floats(&[2.0, 1.0, exchanged]);
+            judge.compare("n.prune.scores", &scores, &scores);
+            assert!(!judge.diverged());
+            judge.compare("n.prune.keep_idx", &ids(&[0, 2]), &ids(&[0, 1]));
+            assert!(judge.diverged());
+            let taps = judge.into_findings().taps;
+            assert_eq!(taps.iter().map(|tap| tap.verdict).collect::<Vec<_>>(), [Verdict::Pass, verdict]);
         }
     }
 
@@ -260,21 +187,41 @@ mod tests {
         for (second, verdict) in [(1.005, Verdict::Ambiguous), (1.01, Verdict::Fail)] {
             let mut judge = judge_all();
             // The third scores are 3e-3 apart, within the bounds of the tensor.
-            judge.offer("n.prune.scores", floats(&[100.0, second, 1.004]));
-            judge.offer("n.prune.keep_idx", ids(&[0, 2]));
-            judge.record("n.prune.scores", floats(&[100.0, second, 1.001]));
-            judge.record("n.prune.keep_idx", ids(&[0, 1]));
+            judge.compare("n.prune.scores", &floats(&[100.0, second, 1.004]), &floats(&[100.0, second, 1.001]));
+            judge.compare("n.prune.keep_idx", &ids(&[0, 2]), &ids(&[0, 1]));
             assert_eq!(judge.into_findings().taps[1].verdict, verdict);
         }
     }
 
     #[test]
+    fn a_tap_has_the_worst_result_of_all_samples() {
+        let tap = |name: &str, off_by: f32| {
+            judge(name, &floats(&[1.0 + off_by]), &floats(&[1.0]), None, &Bounds::new(TapKind::Value, DType::F32))
+        };
+        let mut all = Findings { taps: vec![tap("a", 1e-6), tap("c", 1.0)], not_comparable: 1, one_sided: 2 };
+        let other = vec![tap("a", 1e-5), tap("b", 1.0), tap("c", 0.5), tap("d", 0.0)];
+        all.add_sample(1, Findings { taps: other, not_comparable: 0, one_sided: 2 });
+        let found: Vec<(&str, bool)> =
+            all.taps.iter().map(|tap| (tap.name.as_str(), tap.reason.starts_with("sample 1: "))).collect();
+        assert_eq!(found, [("a", true), ("b", true), ("c", false), ("d", true)]);
+        assert_eq!((all.not_comparable, all.one_sided), (1, 2));
+    }
+
+    #[test]
     fn less_detail_never_hides_a_selection() {
-        let names = ["node.h0.i0.layers.3.out", "node.h0.i0.in_hidden", "node.h0.i0.prune.keep_idx", "cache.k.0"];
+        let names = [
+            "node.h0.i0.layers.3.out",
+            "segments.0.encoder.layers.1.out",
+            "node.h0.i0.in_hidden",
+            "segments.0.maps.1",
+            "node.h0.i0.prune.keep_idx",
+            "tree.0.chosen",
+            "cache.k.0",
+        ];
         let included = |detail: Detail| names.map(|name| detail.includes(name));
-        assert_eq!(included(Detail::All), [true; 4]);
-        assert_eq!(included(Detail::Nodes), [false, true, true, true]);
-        assert_eq!(included(Detail::Result), [false, false, true, true]);
+        assert_eq!(included(Detail::All), [true; 7]);
+        assert_eq!(included(Detail::Nodes), [false, false, true, true, true, true, true]);
+        assert_eq!(included(Detail::Result), [false, false, false, false, true, true, true]);
         assert!(!Detail::All.includes("node.h0.i0.in_reduction_mask"));
     }
 }

@@ -3,9 +3,13 @@
 //! - [`compare`]: numbers only; how far two tensors are apart.
 //! - [`selection`]: the same for sets of surviving tokens, where near-ties have to be told from errors.
 //! - [`verdict`]: bounds, and what they say about those numbers.
-//! - [`judge`]: where the taps of two sides meet, and what cannot be compared any more.
-//! - [`homer`], [`plain`], [`rcc`] and [`sharedllm`]: an engine and the reference in step;
-//!   [`bundle`]: whichever a bundle is for; [`golden`]: either against a golden case.
+//! - [`judge`]: taps of one part, one after the other, and what cannot be compared any more.
+//! - [`parts`]: what a side is: whatever walks through its parts and records their taps.
+//! - [`homer`], [`plain`], [`rcc`] and [`sharedllm`]: engines and the reference as sides; [`bundle`]: whichever a bundle is
+//!   for; [`recording`]: files as sides, and files of them.
+//! - [`lockstep`]: two sides, part by part.
+//! - [`golden`]: either side against a golden case.
+//! - [`linears`]: linear layers over quantized matrices, one by one; [`quantized`]: such bundles as a whole.
 //! - [`weights`]: NaN and infinities in a checkpoint.
 //! - [`schema`]: the report that is printed, stored and drawn; [`text`]: for a terminal.
 //! - [`order`]: tap names put into the order in which the model computes them.
@@ -16,9 +20,14 @@ mod error;
 pub mod golden;
 pub mod homer;
 pub mod judge;
+pub mod linears;
+pub mod lockstep;
 pub mod order;
+pub mod parts;
 pub mod plain;
+pub mod quantized;
 pub mod rcc;
+pub mod recording;
 pub mod schema;
 pub mod selection;
 pub mod sharedllm;

@@ -9,6 +9,9 @@ const STAGES: &[&str] = &[
     "in_position_ids",
     "in_k",
     "in_v",
+    "conv",
+    "dt",
+    "scan",
     "attn.q",
     "attn.k",
     "attn.v",
@@ -112,10 +115,22 @@ pub fn model_order(a: &str, b: &str) -> Ordering {
         .then_with(|| natural(scope_a, scope_b))
         .then_with(|| stage(&rest_a).cmp(&stage(&rest_b)))
         .then_with(|| {
-            // A scope inside a scope: a layer of a segment.
+            // A scope inside a scope: a layer of a segment, or of its encoder.
             let nested = |rest: &str| scope(rest).ends_with(|c: char| c.is_ascii_digit());
-            if nested(&rest_a) && nested(&rest_b) { model_order(&rest_a, &rest_b) } else { natural(&rest_a, &rest_b) }
+            let (inner_a, inner_b) = (inner(&rest_a), inner(&rest_b));
+            if nested(&rest_a) && nested(&rest_b) {
+                model_order(&rest_a, &rest_b)
+            } else if scope(&rest_a) == scope(&rest_b) && !inner_a.is_empty() && !inner_b.is_empty() {
+                model_order(inner_a, inner_b)
+            } else {
+                natural(&rest_a, &rest_b)
+            }
         })
+}
+
+/// What stands behind the scope of `name`.
+fn inner(name: &str) -> &str {
+    name[scope(name).len()..].trim_start_matches('.')
 }
 
 fn stage(name: &str) -> usize {
@@ -206,7 +221,15 @@ mod tests {
             assert_eq!(names, expected);
         };
         ordered(&[
+            "segments.2.encoder.embed",
+            "segments.2.encoder.layers.1.attn.q",
+            "segments.2.encoder.layers.1.attn.out",
+            "segments.2.encoder.layers.1.mlp.out",
             "segments.2.encoder.layers.1.out",
+            "segments.2.encoder.layers.2.conv",
+            "segments.2.encoder.layers.2.scan",
+            "segments.2.encoder.layers.2.out",
+            "segments.2.encoder.layers.10.conv",
             "segments.2.maps.0",
             "segments.2.layers.0.out",
             "segments.2.layers.0.injected",

@@ -1,18 +1,52 @@
-//! The plain decoder against the reference.
+//! The plain decoder on either side: `ids` from position 0 on, a chunk of rows at a time, and tokens behind them, as
+//! `teacher.`: every layer, the logits of all rows, the cache. Where `ids` take more than one chunk, taps are called
+//! `rows.<first>.` and their name.
 
 use super::error::VerifyError;
-use super::judge::{Detail, Findings, Judge};
-use super::sides::{BothSides, Decoder};
-use super::verdict::Bounds;
+use super::judge::{Detail, Findings};
+use super::lockstep::{Expected, Terms, compare};
+use super::parts::Parts;
+use super::sides::{Decoder, EngineRows, ReferenceRows};
 use crate::pipeline::Engines;
 use crate::pipeline::decode::Sequence;
 use crate::reference::decode::Continuation;
 use crate::reference::transformer::Transformer;
-use accordion_graphs::dtype::DType;
 
-/// Compares the decoder of `engines` with `reference` on `ids` from position 0 on, a chunk of rows at a time, and on `teacher`
-/// behind them, as `teacher.`: every layer, the logits of all rows, the cache. Where `ids` take more than one chunk, taps are
-/// called `rows.<first>.` and their name. `on_progress` hears how many tokens have been compared.
+/// The side of `engines`. `on_progress` hears how many tokens have been read.
+///
+/// # Errors
+///
+/// The decoder cannot be run, or `parts` stops it.
+pub fn engine_parts(
+    engines: &mut Engines<'_>,
+    [ids, teacher]: [&[u32]; 2],
+    parts: &mut dyn Parts,
+    on_progress: &mut dyn FnMut(usize),
+) -> Result<(), VerifyError> {
+    let mut sequence = Sequence::new(engines, ids.len() + teacher.len())?;
+    let mut rows = EngineRows { engines, sequence: &mut sequence };
+    rows.read(ids, "", parts, on_progress)?;
+    rows.read(teacher, "teacher.", parts, on_progress)?;
+    rows.end(parts)
+}
+
+/// The side of `reference`.
+///
+/// # Errors
+///
+/// The reference cannot be run, or `parts` stops it.
+pub fn reference_parts(
+    reference: &dyn Transformer,
+    [ids, teacher]: [&[u32]; 2],
+    parts: &mut dyn Parts,
+) -> Result<(), VerifyError> {
+    let mut rows = Decoder { model: reference, continuation: Continuation::after(reference.empty_cache()) };
+    rows.read(ids, "", parts)?;
+    rows.read(teacher, "teacher.", parts)?;
+    rows.end(parts)
+}
+
+/// Compares the decoder of `engines` with `reference` on `ids` and on `teacher` behind them.
 ///
 /// # Errors
 ///
@@ -25,12 +59,7 @@ pub fn compare_plain(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let mut judge = Judge::new(detail, |kind| Bounds::new(kind, DType::F32));
-    let mut sequence = Sequence::new(engines, ids.len() + teacher.len())?;
-    let mut reference = Decoder { model: reference, continuation: Continuation::after(reference.empty_cache()) };
-    let mut rows = BothSides { engines, sequence: &mut sequence, reference: &mut reference };
-    rows.compare(&mut judge, ids, "", on_progress)?;
-    rows.compare(&mut judge, teacher, "teacher.", on_progress)?;
-    rows.compare_caches(&mut judge)?;
-    Ok(judge.into_findings())
+    let expected = Expected::Computed(Box::new(|parts| reference_parts(reference, [ids, teacher], parts)));
+    let terms = Terms::of(detail, engines.bundle());
+    Ok(compare(&terms, expected, |parts| engine_parts(engines, [ids, teacher], parts, on_progress))?.0)
 }

@@ -1,20 +1,21 @@
-//! An RCC bundle against the reference, segment by segment: as soon as the engine has put a segment's slots into its cache,
-//! the reference does the same, and every tap is judged and dropped.
+//! An RCC bundle on either side, segment by segment: everything the graphs compute of each, as `segments.<s>.` and the tap's
+//! name, then the decoder over the prompt and the teacher's tokens, as `prompt.` and `teacher.`, and the cache.
+//!
+//! What reaches no token (the encoder's last states and the last map) the graphs do not compute. The engine runs one segment
+//! at a time, as the reference does.
 
 use super::error::VerifyError;
-use super::judge::{Detail, Findings, Judge};
-use super::sides::{BothSides, Decoder};
-use super::verdict::Bounds;
+use super::judge::{Detail, Findings};
+use super::lockstep::{Expected, Terms, compare};
+use super::parts::{Parts, Shared};
+use super::sides::{Decoder, EngineRows, ReferenceRows};
 use crate::pipeline::Engines;
 use crate::pipeline::rcc::read_slots;
-use crate::reference::cache::Cache;
 use crate::reference::decode::Continuation;
 use crate::reference::rcc::Rcc;
 use crate::taps::TapSink;
 use crate::tensor::Tensor;
-use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::rcc::RccPlan;
-use std::cell::RefCell;
 
 /// What both sides are given.
 #[derive(Debug, Clone, Copy)]
@@ -29,10 +30,55 @@ pub struct RccInput<'a> {
     pub teacher: &'a [u32],
 }
 
-/// Compares `engines` with `reference` on `input`: everything the graphs compute of each segment, as `segments.<s>.` and
-/// the tap's name, then the decoder over the prompt and the teacher's tokens, as `prompt.` and `teacher.`, and the cache.
-/// What reaches no token (the encoder's last states and the last map) the graphs do not compute. The engine runs one segment
-/// at a time, as the reference does. `on_progress` hears how many segments have been compared.
+/// The side of `engines`. `on_progress` hears how many segments have been read.
+///
+/// # Errors
+///
+/// A graph cannot be run, or `parts` stops it.
+pub fn engine_parts(
+    engines: &mut Engines<'_>,
+    input: &RccInput<'_>,
+    parts: &mut dyn Parts,
+    on_progress: &mut dyn FnMut(usize),
+) -> Result<(), VerifyError> {
+    let shared = Shared::new(parts);
+    let mut sequence = {
+        let mut on_batch = |done: usize| {
+            shared.end_part(&segment(done - 1));
+            on_progress(done);
+        };
+        read_slots(engines, input.plan, input.text, 1, &mut EngineTaps(&shared), &mut on_batch)?
+    };
+    let parts = shared.finish()?;
+    let mut rows = EngineRows { engines, sequence: &mut sequence };
+    for (prefix, ids) in [("prompt.", input.prompt), ("teacher.", input.teacher)] {
+        rows.read(ids, prefix, parts, &mut |_| {})?;
+    }
+    rows.end(parts)
+}
+
+/// The side of `reference`.
+///
+/// # Errors
+///
+/// The reference cannot be run, or `parts` stops it.
+pub fn reference_parts(reference: &Rcc, input: &RccInput<'_>, parts: &mut dyn Parts) -> Result<(), VerifyError> {
+    let mut cache = reference.decoder().empty_cache();
+    for index in 0..input.plan.segments {
+        let scope = segment(index);
+        let mut taps = Within { parts, scope: &scope };
+        let maps = reference.encode(&input.plan.segment(input.text, index), &mut taps)?;
+        reference.fill(&maps, &mut cache, &mut taps)?;
+        parts.end_part(&scope)?;
+    }
+    let mut rows = Decoder { model: reference.decoder(), continuation: Continuation::after(cache) };
+    for (prefix, ids) in [("prompt.", input.prompt), ("teacher.", input.teacher)] {
+        rows.read(ids, prefix, parts)?;
+    }
+    rows.end(parts)
+}
+
+/// Compares `engines` with `reference` on `input`. `on_progress` hears how many segments have been read.
 ///
 /// # Errors
 ///
@@ -44,97 +90,45 @@ pub fn compare_rcc(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let lockstep = RefCell::new(Lockstep {
-        input: *input,
-        reference,
-        cache: reference.decoder().empty_cache(),
-        judge: Judge::new(detail, |kind| Bounds::new(kind, DType::F32)),
-        error: None,
-    });
-    let mut sequence = {
-        let mut on_batch = |done: usize| {
-            lockstep.borrow_mut().segment(done - 1);
-            on_progress(done);
-        };
-        read_slots(engines, input.plan, input.text, 1, &mut EngineTaps(&lockstep), &mut on_batch)?
-    };
-    let Lockstep { cache, mut judge, error, .. } = lockstep.into_inner();
-    if let Some(error) = error {
-        return Err(error);
-    }
-    let mut reference = Decoder { model: reference.decoder(), continuation: Continuation::after(cache) };
-    let mut rows = BothSides { engines, sequence: &mut sequence, reference: &mut reference };
-    for (prefix, ids) in [("prompt.", input.prompt), ("teacher.", input.teacher)] {
-        rows.compare(&mut judge, ids, prefix, &mut |_| {})?;
-    }
-    rows.compare_caches(&mut judge)?;
-    Ok(judge.into_findings())
+    let expected = Expected::Computed(Box::new(|parts| reference_parts(reference, input, parts)));
+    let terms = Terms::of(detail, engines.bundle());
+    Ok(compare(&terms, expected, |parts| engine_parts(engines, input, parts, on_progress))?.0)
 }
 
-/// The engine's taps, on their way to the judge.
-struct EngineTaps<'c, 'a>(&'c RefCell<Lockstep<'a>>);
-
-/// The reference, one segment behind the engine.
-struct Lockstep<'a> {
-    input: RccInput<'a>,
-    reference: &'a Rcc,
-    cache: Cache,
-    judge: Judge,
-    /// The engine cannot be stopped from inside: what went wrong waits here.
-    error: Option<VerifyError>,
+fn segment(index: usize) -> String {
+    format!("segments.{index}")
 }
 
-impl Lockstep<'_> {
-    /// The engine has run segment `index`: the reference follows.
-    fn segment(&mut self, index: usize) {
-        if self.error.is_some() {
-            return;
-        }
-        let RccInput { plan, text, .. } = self.input;
-        self.judge.prefix = format!("segments.{index}.");
-        self.judge.begin(false);
-        let mut taps = self.judge.offered();
-        let maps = self.reference.encode(&plan.segment(text, index), &mut taps);
-        let filled = maps.and_then(|maps| self.reference.fill(&maps, &mut self.cache, &mut taps));
-        self.error = filled.err().map(Into::into);
-        self.judge.end("");
-        self.judge.prefix.clear();
-    }
+/// The reference's taps inside a segment.
+struct Within<'a> {
+    parts: &'a mut dyn Parts,
+    scope: &'a str,
 }
 
-/// The name of a tap inside its segment.
-fn within_segment(name: &str) -> &str {
-    name.splitn(3, '.').nth(2).unwrap_or(name)
-}
-
-impl TapSink for EngineTaps<'_, '_> {
+impl TapSink for Within<'_> {
     fn wants(&self, name: &str) -> bool {
-        let lockstep = self.0.borrow();
-        lockstep.error.is_none() && lockstep.judge.expects(within_segment(name))
+        self.parts.wants(&format!("{}.{name}", self.scope))
     }
 
     fn record(&mut self, name: &str, value: Tensor) {
-        let mut lockstep = self.0.borrow_mut();
-        let tap = within_segment(name);
-        // The reference has every map by itself, and no axis of segments.
-        let (rows, shape) = match value.shape() {
-            [rows, shape @ ..] => (*rows, shape.to_vec()),
-            [] => (1, Vec::new()),
+        self.parts.record(&format!("{}.{name}", self.scope), value);
+    }
+}
+
+/// The engine's taps, without an axis of segments, as the reference has them.
+struct EngineTaps<'s, 'p>(&'s Shared<'p>);
+
+impl TapSink for EngineTaps<'_, '_> {
+    fn wants(&self, name: &str) -> bool {
+        // All maps at once; they are taps one by one too.
+        name.rsplit('.').next() != Some("maps") && self.0.wants(name)
+    }
+
+    fn record(&mut self, name: &str, value: Tensor) {
+        let one = match value.shape() {
+            [1, shape @ ..] if shape.len() > 1 => value.reshaped(shape),
+            _ => Ok(value.clone()),
         };
-        let offered = if tap == "maps" {
-            (0..rows).try_for_each(|map| {
-                let value = value.rows(map..map + 1).reshaped(shape.clone())?;
-                lockstep.judge.offer(&format!("maps.{map}"), value);
-                Ok(())
-            })
-        } else if rows == 1 && shape.len() > 1 {
-            value.reshaped(shape).map(|value| lockstep.judge.offer(tap, value))
-        } else {
-            lockstep.judge.offer(tap, value);
-            Ok(())
-        };
-        if let Err(error) = offered {
-            lockstep.error = Some(VerifyError::Tensor(error));
-        }
+        self.0.note(one.map(|one| self.0.record(name, one)));
     }
 }

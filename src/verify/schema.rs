@@ -1,8 +1,12 @@
 //! What `accordion verify` reports: every tap in the order of the computation, grouped by the part of the model it
 //! belongs to.
 
+use super::compare::LogitAgreement;
+use super::judge::Findings;
+use super::lockstep::Cost;
 use super::order::{model_order, scope};
-use super::verdict::{TapResult, Verdict};
+use super::verdict::{Difference, TapResult, Verdict};
+use crate::environment::peak_resident_bytes;
 use serde::{Deserialize, Serialize};
 
 /// The value of [`VerifyReport::schema`].
@@ -64,6 +68,15 @@ pub struct VerifyReport {
     /// Taps that both sides have but that follow from a choice which fell differently, so that they say nothing.
     #[serde(default)]
     pub not_comparable: usize,
+    /// Taps that only one side has, so that nothing is said about them.
+    #[serde(default)]
+    pub one_sided: usize,
+    /// Inputs that were compared; every tap has its worst result over all of them.
+    #[serde(default = "one")]
+    pub samples: usize,
+    /// What it took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<Measured>,
     /// The first tap in the order of the computation that failed: where to look.
     pub first_failure: Option<String>,
     /// The first tap in the order of the computation where the tested side has a NaN or an infinity that the other does not:
@@ -76,7 +89,42 @@ pub struct VerifyReport {
     pub scopes: Vec<Scope>,
 }
 
+/// What a comparison took, on the machine that the report names.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Time by side.
+    #[serde(flatten)]
+    pub cost: Cost,
+    /// All of it as a multiple of what the expected side alone took; absent where that took no time.
+    pub total_over_expected: Option<f64>,
+    /// The most memory that the process had resident; absent where the system does not say.
+    pub peak_resident_bytes: Option<u64>,
+}
+
+impl Measured {
+    /// What `cost` is together, and what this process needed for it.
+    pub fn new(cost: Cost) -> Self {
+        let total = cost.actual_seconds + cost.expected_seconds + cost.compare_seconds;
+        Self {
+            cost,
+            total_over_expected: (cost.expected_seconds > 0.0).then(|| total / cost.expected_seconds),
+            peak_resident_bytes: peak_resident_bytes(),
+        }
+    }
+}
+
+fn one() -> usize {
+    1
+}
+
 impl VerifyReport {
+    /// The report of `findings`, to which the comparison of `samples` inputs has come.
+    pub fn of_samples(subject: Subject, findings: Findings, samples: usize, cost: Option<Cost>) -> Self {
+        let Findings { taps, not_comparable, one_sided } = findings;
+        let cost = cost.map(Measured::new);
+        Self { one_sided, samples, cost, ..Self::in_order(subject, taps, not_comparable) }
+    }
+
     /// Groups and counts `taps` that come in no particular order: they are put into model order.
     pub fn new(subject: Subject, mut taps: Vec<TapResult>) -> Self {
         taps.sort_by(|a, b| model_order(&a.name, &b.name));
@@ -103,6 +151,9 @@ impl VerifyReport {
             verdict: taps.iter().map(|tap| tap.verdict).max().unwrap_or(Verdict::Fail),
             counts,
             not_comparable,
+            one_sided: 0,
+            samples: 1,
+            cost: None,
             first_failure: taps.iter().find(|tap| tap.verdict == Verdict::Fail).map(|tap| tap.name.clone()),
             first_non_finite: taps.iter().find(|tap| tap.lost_numbers() > 0).map(|tap| tap.name.clone()),
             worst: worst.map(|tap| tap.name.clone()),
@@ -116,6 +167,14 @@ impl VerifyReport {
             }
         }
         report
+    }
+
+    /// The taps that are logits, with what they would choose.
+    pub fn logits(&self) -> impl Iterator<Item = (&str, &LogitAgreement)> {
+        self.taps().filter_map(|tap| match &tap.difference {
+            Difference::Logits { choices, .. } => Some((tap.name.as_str(), choices)),
+            _ => None,
+        })
     }
 
     /// All taps in the order of the computation.

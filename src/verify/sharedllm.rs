@@ -1,20 +1,24 @@
-//! A SharedLLM bundle against the reference: the tree of every chunk and what is kept of it, the running text that attends to
-//! that, and tokens behind it, one by one and at once.
+//! A SharedLLM bundle on either side: the tree of every chunk and what is kept of it, as `query.`, `tree.<w>.` and `kv.<l>.`;
+//! the running text that attends to that, as `running.`; tokens behind it, at once as `teacher.` and one by one as `steps.<i>.`,
+//! which the released code computes differently; and the cache.
 
 use super::bundle::sharedllm_model;
 use super::error::VerifyError;
-use super::judge::{Detail, Findings, Judge, is_score};
-use super::sides::{BothSides, Running};
-use super::verdict::Bounds;
+use super::judge::{Detail, Findings, is_score};
+use super::lockstep::{Expected, Terms, compare};
+use super::parts::Parts;
+use super::sides::{EngineRows, ReferenceRows, Running};
 use crate::pipeline::Engines;
 use crate::pipeline::decode::{Continuation, Sequence};
 use crate::pipeline::sharedllm::{Context, inject};
 use crate::reference::sharedllm::{Prompt, RunningText, SharedLlm, compress};
 use crate::taps::{NoTaps, TapSink};
 use crate::tensor::{Tensor, TensorError};
-use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
 use std::collections::BTreeMap;
+
+/// The part of everything before the running text.
+const TREE: &str = "tree";
 
 /// What both sides are given.
 #[derive(Debug, Clone, Copy)]
@@ -31,11 +35,69 @@ pub struct SharedLlmInput<'a> {
     pub width: usize,
 }
 
-/// Compares `engines` with `reference` on `input`: the tree, as `query.`, `tree.<w>.` and `kv.<l>.`; the decoder over the
-/// running text, as `running.`; over the teacher's tokens behind it, at once as `teacher.` and one by one as `steps.<i>.`,
-/// which the released code computes differently; and the cache.
+/// The side of `engines`. `on_progress` hears how many tokens have been read.
 ///
-/// A half that is chosen otherwise is told once; what follows from it is counted as not comparable.
+/// # Errors
+///
+/// A graph cannot be run, or `parts` stops it.
+pub fn engine_parts(
+    engines: &mut Engines<'_>,
+    input: &SharedLlmInput<'_>,
+    parts: &mut dyn Parts,
+    on_progress: &mut dyn FnMut(usize),
+) -> Result<(), VerifyError> {
+    let &SharedLlmInput { plan, context, running, teacher, width } = input;
+    let compressed = Context { ids: context, mask: None, running, query_index: running.len().saturating_sub(1) };
+    for (tap, value) in tree_taps(engines, plan, compressed, &|tap| parts.wants(tap))? {
+        let value = decided_between(plan, &tap, value)?;
+        parts.record(&tap, value);
+    }
+    parts.end_part(TREE)?;
+
+    // Without taps chunks go through in calls of the width that was asked for.
+    let injected = inject(engines, plan, compressed, width, &mut NoTaps, &mut *on_progress)?;
+    let mut sequence = Sequence::attending_to(engines, injected, running.len())?;
+    let mut rows = EngineRows { engines, sequence: &mut sequence };
+    rows.read(running, "running.", parts, &mut |done| on_progress(context.len() + done))?;
+    let state = sequence.into_state(Vec::new())?;
+
+    let continued = |engines: &Engines<'_>| Sequence::continue_from(engines, &state, teacher.len(), Continuation::Next);
+    let mut sequence = continued(engines)?;
+    EngineRows { engines, sequence: &mut sequence }.read(teacher, "teacher.", parts, &mut |_| {})?;
+    let mut sequence = continued(engines)?;
+    let mut rows = EngineRows { engines, sequence: &mut sequence };
+    for (step, id) in teacher.iter().enumerate() {
+        rows.read(std::slice::from_ref(id), &format!("steps.{step}."), parts, &mut |_| {})?;
+    }
+    rows.end(parts)
+}
+
+/// The side of `reference`.
+///
+/// # Errors
+///
+/// The reference cannot be run, or `parts` stops it.
+pub fn reference_parts(
+    reference: &SharedLlm,
+    input: &SharedLlmInput<'_>,
+    parts: &mut dyn Parts,
+) -> Result<(), VerifyError> {
+    let &SharedLlmInput { plan, context, running, teacher, .. } = input;
+    let mask = vec![true; context.len()];
+    let prompt = Prompt { context, mask: &mask, running, query_index: running.len().saturating_sub(1) };
+    let injected = compress(reference, plan, prompt, &mut Paired { sink: parts, plan })?;
+    parts.end_part(TREE)?;
+    let mut rows = Running { model: reference, text: RunningText::new(reference, &injected) };
+    rows.read(running, "running.", parts)?;
+    rows.clone().read(teacher, "teacher.", parts)?;
+    for (step, id) in teacher.iter().enumerate() {
+        rows.read(std::slice::from_ref(id), &format!("steps.{step}."), parts)?;
+    }
+    rows.end(parts)
+}
+
+/// Compares `engines` with `reference` on `input`. A half that is chosen otherwise is told once; what follows from it is counted
+/// as not comparable.
 ///
 /// # Errors
 ///
@@ -47,55 +109,21 @@ pub fn compare_sharedllm(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let &SharedLlmInput { plan, context, running, teacher, width } = input;
-    let query_index = running.len().saturating_sub(1);
-    let mut judge = Judge::new(detail, |kind| Bounds::new(kind, DType::F32));
-    let compressed = Context { ids: context, mask: None, running, query_index };
-    let taps = tree_taps(engines, plan, compressed, detail)?;
-    for (tap, value) in taps {
-        judge.offer(&tap, decided_between(plan, &tap, value)?);
-    }
-    judge.begin(false);
-    let mask = vec![true; context.len()];
-    let prompt = Prompt { context, mask: &mask, running, query_index };
-    let expected = compress(reference, plan, prompt, &mut Paired { sink: &mut judge.offered(), plan })?;
-    if judge.end("") {
-        // Logits of the running text and of the teacher's tokens, twice.
-        judge.leave_out(1 + usize::from(!teacher.is_empty()) + teacher.len());
-        return Ok(judge.into_findings());
-    }
-
-    // Without taps chunks go through in calls of the width that was asked for.
-    let injected = inject(engines, plan, compressed, width, &mut NoTaps, &mut *on_progress)?;
-    let mut sequence = Sequence::attending_to(engines, injected, running.len())?;
-    let mut text = Running { model: reference, text: RunningText::new(reference, &expected) };
-    let mut rows = BothSides { engines, sequence: &mut sequence, reference: &mut text };
-    rows.compare(&mut judge, running, "running.", &mut |done| on_progress(context.len() + done))?;
-    let state = sequence.into_state(Vec::new())?;
-
-    let continued = |engines: &Engines<'_>| Sequence::continue_from(engines, &state, teacher.len(), Continuation::Next);
-    let mut sequence = continued(engines)?;
-    let mut rows = BothSides { engines, sequence: &mut sequence, reference: &mut text.clone() };
-    rows.compare(&mut judge, teacher, "teacher.", &mut |_| {})?;
-    let mut sequence = continued(engines)?;
-    let mut rows = BothSides { engines, sequence: &mut sequence, reference: &mut text };
-    for (step, id) in teacher.iter().enumerate() {
-        rows.compare(&mut judge, std::slice::from_ref(id), &format!("steps.{step}."), &mut |_| {})?;
-    }
-    rows.compare_caches(&mut judge)?;
-    Ok(judge.into_findings())
+    let expected = Expected::Computed(Box::new(|parts| reference_parts(reference, input, parts)));
+    let terms = Terms::of(detail, engines.bundle());
+    Ok(compare(&terms, expected, |parts| engine_parts(engines, input, parts, on_progress))?.0)
 }
 
-/// The taps of `context`'s tree under the reference's names and in its shapes, as far as `detail` asks for them.
+/// The taps of `context`'s tree under the reference's names and in its shapes, as far as they are wanted.
 pub(super) fn tree_taps(
     engines: &mut Engines<'_>,
     plan: &SharedLlmPlan,
     context: Context<'_>,
-    detail: Detail,
+    wants: &dyn Fn(&str) -> bool,
 ) -> Result<BTreeMap<String, Tensor>, VerifyError> {
     let lower = &sharedllm_model(engines.bundle())?.lower;
     let heads = [lower.num_kv_heads, lower.head_dim];
-    let mut taps = EngineTaps { plan, heads, detail, found: BTreeMap::new(), error: None };
+    let mut taps = EngineTaps { plan, heads, wants, found: BTreeMap::new(), error: None };
     inject(engines, plan, context, plan.chunks, &mut taps, &mut |_| {})?;
     match taps.error {
         None => Ok(taps.found),
@@ -108,7 +136,7 @@ struct EngineTaps<'a> {
     plan: &'a SharedLlmPlan,
     /// Key heads of the lower model, and their width.
     heads: [usize; 2],
-    detail: Detail,
+    wants: &'a dyn Fn(&str) -> bool,
     found: BTreeMap<String, Tensor>,
     error: Option<TensorError>,
 }
@@ -128,7 +156,7 @@ impl TapSink for EngineTaps<'_> {
         // A tree of one level compares no halves.
         let query = name == "query.vector" && self.plan.levels.len() > 1;
         let same = query || name.starts_with("kv.") || in_tree();
-        self.error.is_none() && self.detail.includes(name) && (same || of_nodes(name).is_some())
+        self.error.is_none() && (self.wants)(name) && (same || of_nodes(name).is_some())
     }
 
     fn record(&mut self, name: &str, value: Tensor) {
@@ -203,7 +231,7 @@ impl EngineTaps<'_> {
 
 /// The tap `name`; similarities of all left and then all right halves, `[2 * n]`, as the pairs that are decided between,
 /// `[n, 2]`.
-pub(super) fn decided_between(plan: &SharedLlmPlan, name: &str, value: Tensor) -> Result<Tensor, TensorError> {
+pub(crate) fn decided_between(plan: &SharedLlmPlan, name: &str, value: Tensor) -> Result<Tensor, TensorError> {
     if !is_score(name) {
         return Ok(value);
     }
@@ -222,7 +250,7 @@ pub(super) fn decided_between(plan: &SharedLlmPlan, name: &str, value: Tensor) -
 
 /// The reference's taps, with similarities by the pairs that are decided between.
 struct Paired<'a> {
-    sink: &'a mut dyn TapSink,
+    sink: &'a mut dyn Parts,
     plan: &'a SharedLlmPlan,
 }
 

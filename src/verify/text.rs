@@ -1,6 +1,7 @@
 //! A verify report for a terminal: a line per part of the model, failures in full.
 
-use super::schema::VerifyReport;
+use super::lockstep::Cost;
+use super::schema::{Measured, VerifyReport};
 use super::verdict::{TapResult, Verdict};
 use std::fmt::Write;
 
@@ -35,6 +36,21 @@ pub fn table(report: &VerifyReport, paint: &dyn Fn(&str, Verdict) -> String) -> 
         row(line, &paint(&format!("{verdict:<9}"), verdict));
     }
 
+    let mut heading = "\n";
+    for (name, choices) in report.logits().take(SPELLED_OUT) {
+        let (rows, top) = (choices.rows, choices.mean_overlap);
+        let _ = write!(
+            text,
+            "{heading}logits     {name}: argmax {}/{rows}, top-{} {top:.3}",
+            choices.argmax_matches, choices.k
+        );
+        if let Some(ranks) = choices.ranks {
+            let (overlap, divergence) = (ranks.mean_overlap, ranks.mean_divergence);
+            let _ = write!(text, ", rank-biased overlap {overlap:.4}, KL {divergence:.1e} nats");
+        }
+        text.push('\n');
+        heading = "";
+    }
     let told: Vec<&TapResult> = report.taps().filter(|tap| tap.verdict != Verdict::Pass).collect();
     for tap in told.iter().take(SPELLED_OUT) {
         let _ = writeln!(text, "{}  {}: {}", paint(&format!("{:<9}", tap.verdict), tap.verdict), tap.name, tap.reason);
@@ -42,8 +58,25 @@ pub fn table(report: &VerifyReport, paint: &dyn Fn(&str, Verdict) -> String) -> 
     if told.len() > SPELLED_OUT {
         let _ = writeln!(text, "           and {} more", told.len() - SPELLED_OUT);
     }
+    if let Some(measured) = &report.cost {
+        let _ = writeln!(text, "\n{}", cost(measured));
+    }
     let _ = writeln!(text, "\n{}", summary(report, paint));
     text
+}
+
+fn cost(measured: &Measured) -> String {
+    let Cost { actual_seconds, expected_seconds, compare_seconds } = measured.cost;
+    let mut line = format!(
+        "actual side {actual_seconds:.1} s, expected side {expected_seconds:.1} s, comparison {compare_seconds:.1} s"
+    );
+    if let Some(ratio) = measured.total_over_expected {
+        let _ = write!(line, " (together {ratio:.1} times the expected side)");
+    }
+    if let Some(bytes) = measured.peak_resident_bytes {
+        let _ = write!(line, ", at most {:.2} GB resident", bytes as f64 / 1e9);
+    }
+    line
 }
 
 fn summary(report: &VerifyReport, paint: &dyn Fn(&str, Verdict) -> String) -> String {
@@ -58,9 +91,15 @@ fn summary(report: &VerifyReport, paint: &dyn Fn(&str, Verdict) -> String) -> St
         counts.pass,
         counts.total()
     );
-    for (count, what) in
-        [(counts.ambiguous, "ambiguous"), (counts.fail, "failed"), (report.not_comparable, "not comparable")]
-    {
+    if report.samples > 1 {
+        let _ = write!(line, " in each of {} samples", report.samples);
+    }
+    for (count, what) in [
+        (counts.ambiguous, "ambiguous"),
+        (counts.fail, "failed"),
+        (report.not_comparable, "not comparable"),
+        (report.one_sided, "only on one side"),
+    ] {
         if count > 0 {
             let _ = write!(line, ", {count} {what}");
         }

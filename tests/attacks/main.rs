@@ -4,6 +4,7 @@
 mod bundle;
 mod checkpoint;
 mod gguf;
+mod quantized;
 mod recipe;
 #[path = "../cli/sparse.rs"]
 #[allow(dead_code, reason = "each target that shares the file uses its part")]

@@ -195,3 +195,23 @@ fn a_state_that_cannot_be_written_leaves_nothing() {
     assert_eq!(names.len(), 4, "{names:?}");
     assert_eq!(fs::read(victim.path()).unwrap(), before);
 }
+
+#[test]
+fn scales_of_eight_bits_that_are_none() {
+    use accordion::pipeline::state_precision::StatePrecision::Int8;
+    let eight_bits = || Victim::with_state(|saved| saved.origin.stored_as = Int8);
+    ContextState::load(&eight_bits().path(), &eight_bits().bundle).unwrap();
+    // What the scales are is checked: the last tensor of the file that is one of 32 bits.
+    for scale in [f32::NAN, 0.0, -1.0, f32::INFINITY] {
+        let victim = eight_bits();
+        let mut bytes = fs::read(victim.path()).unwrap();
+        let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+        let begin = header["cache.0.key.scale"]["data_offsets"][0].as_u64().unwrap() as usize;
+        bytes[end + begin..end + begin + 4].copy_from_slice(&scale.to_le_bytes());
+        fs::write(victim.path(), bytes).unwrap();
+        victim.refused(&["cache.0.key.scale", "not finite or not above 0"]);
+    }
+    Victim::with_entry(|entry| entry["stored_as"] = json!("int8")).refused(&["cache.0.key is fp32, expected int8"]);
+    Victim::with_entry(|entry| entry["stored_as"] = json!("int3")).refused(&["int3"]);
+}

@@ -19,14 +19,14 @@ pub(crate) enum Fault {
     Weight(String),
     /// A tensor of both sides' weights is no number in places.
     NotANumber(String),
-    /// A projection, `q` or `k`, of a layer is rotated in pairs of neighbours instead of halves.
-    RotaryHalves(usize, char),
-    /// A projection of a layer is rotated as if every token came one later.
-    Position(usize, char),
-    /// Attention of a layer is scaled otherwise.
-    Scale(usize),
-    /// A norm of a layer has another epsilon.
-    Epsilon(usize, &'static str),
+    /// A projection, `q` or `k`, of the attention at a path is rotated in pairs of neighbours instead of halves.
+    RotaryHalves(String, char),
+    /// A projection of the attention at a path is rotated as if every token came one later.
+    Position(String, char),
+    /// The attention at a path is scaled otherwise.
+    Scale(String),
+    /// The norm at a path has another epsilon.
+    Epsilon(String),
     /// All norms of the graph have another epsilon.
     EveryEpsilon,
     /// All rotations of the graph have another base.
@@ -53,42 +53,51 @@ impl Fault {
     pub(crate) fn random(kind: usize, layers: usize, random: &mut ChaCha8Rng) -> Self {
         let mut pick = |n: usize| random.next_u32() as usize % n;
         let layer = pick(layers);
+        let attention = format!("model.layers.{layer}.self_attn");
         match kind % 5 {
             0 => Self::Weight(format!("model.layers.{layer}.{}.weight", TENSORS[pick(TENSORS.len())])),
-            1 => Self::RotaryHalves(layer, ['q', 'k'][pick(2)]),
-            2 => Self::Position(layer, ['q', 'k'][pick(2)]),
-            3 => Self::Scale(layer),
-            _ => Self::Epsilon(layer, NORMS[pick(2)]),
+            1 => Self::RotaryHalves(attention, ['q', 'k'][pick(2)]),
+            2 => Self::Position(attention, ['q', 'k'][pick(2)]),
+            3 => Self::Scale(attention),
+            _ => Self::Epsilon(format!("model.layers.{layer}.{}", NORMS[pick(2)])),
         }
     }
 
-    /// The first tap that it makes wrong, and the module it sits in.
-    pub(crate) fn place(&self) -> (String, String) {
-        let in_layer = |module: &str| match module {
-            "self_attn.q_proj" | "input_layernorm" => "attn.q",
-            "self_attn.k_proj" => "attn.k",
-            "self_attn.v_proj" => "attn.v",
-            "self_attn.o_proj" => "attn_residual",
-            _ => "mlp.out",
-        };
-        let layer = |layer: &usize, module: &str, tap: &str| {
-            (format!("layers.{layer}.{tap}"), format!("model.layers.{layer}.{module}"))
-        };
+    /// The module it sits in.
+    pub(crate) fn module(&self) -> String {
         match self {
-            Self::Weight(name) | Self::NotANumber(name) => {
-                let module = name.strip_suffix(".weight").unwrap();
-                match module.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
-                    Some((number, rest)) => (format!("layers.{number}.{}", in_layer(rest)), module.to_owned()),
-                    None if module == "model.embed_tokens" => ("embed".to_owned(), module.to_owned()),
-                    None => ("logits".to_owned(), module.to_owned()),
-                }
+            Self::Weight(name) | Self::NotANumber(name) => name.strip_suffix(".weight").unwrap().to_owned(),
+            Self::RotaryHalves(module, _) | Self::Position(module, _) | Self::Scale(module) | Self::Epsilon(module) => {
+                module.clone()
             }
-            Self::RotaryHalves(l, part) | Self::Position(l, part) => layer(l, "self_attn", &format!("attn.{part}")),
-            Self::Scale(l) => layer(l, "self_attn", "attn.out"),
-            Self::Epsilon(l, norm) => layer(l, norm, in_layer(norm)),
-            Self::EveryEpsilon => layer(&0, NORMS[0], "attn.q"),
-            Self::Theta => ("layers.0.attn.q".to_owned(), "rows.rotary".to_owned()),
+            Self::EveryEpsilon => format!("model.layers.0.{}", NORMS[0]),
+            Self::Theta => "rows.rotary".to_owned(),
             Self::Drift => unreachable!("it sits nowhere"),
+        }
+    }
+
+    /// The first tap that it makes wrong in a plain decoder.
+    pub(crate) fn tap(&self) -> String {
+        let module = self.module();
+        match module.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+            Some((number, rest)) => format!("layers.{number}.{}", self.tap_in_layer(rest)),
+            None if module == "model.embed_tokens" => "embed".to_owned(),
+            None if *self == Self::Theta => "layers.0.attn.q".to_owned(),
+            None => "logits".to_owned(),
+        }
+    }
+
+    /// The first tap of its layer that it makes wrong, where it sits in `module` of a Llama's layer.
+    pub(crate) fn tap_in_layer(&self, module: &str) -> &'static str {
+        match (self, module) {
+            (Self::Scale(_), "self_attn") => "attn.out",
+            (Self::RotaryHalves(_, 'k') | Self::Position(_, 'k'), _) | (_, "self_attn.k_proj") => "attn.k",
+            (_, "self_attn" | "self_attn.q_proj" | "input_layernorm") => "attn.q",
+            (_, "self_attn.v_proj") => "attn.v",
+            (_, "self_attn.o_proj") => "attn_residual",
+            (_, "cross_attn.o_proj") => "cross_residual",
+            (_, cross) if cross.starts_with("cross_attn") => "cross.out",
+            _ => "mlp.out",
         }
     }
 
@@ -116,10 +125,10 @@ impl Fault {
         std::fs::write(dir.join("model.safetensors"), bytes).unwrap();
     }
 
-    fn plant(&self, graph: &mut GraphProto) {
+    fn plant(&self, graph: &mut GraphProto, rotary: &Frequencies) {
         match self {
-            Self::RotaryHalves(layer, part) => {
-                if let Some(at) = rotation(graph, *layer, *part) {
+            Self::RotaryHalves(attention, part) => {
+                if let Some(at) = rotation(graph, attention, *part) {
                     graph.node[at].attribute.push(AttributeProto {
                         name: "interleaved".to_owned(),
                         type_: AttributeType::INT.into(),
@@ -128,13 +137,13 @@ impl Fault {
                     });
                 }
             }
-            Self::Position(layer, part) => {
-                if let Some(at) = rotation(graph, *layer, *part) {
-                    rotate_one_later(graph, at);
+            Self::Position(attention, part) => {
+                if let Some(at) = rotation(graph, attention, *part) {
+                    rotate_one_later(graph, at, rotary);
                 }
             }
-            Self::Scale(layer) => {
-                let prefix = format!("model.layers.{layer}.self_attn.");
+            Self::Scale(attention) => {
+                let prefix = format!("{attention}.");
                 let attends = |n: &NodeProto| n.op_type == "Attention" || n.op_type == "GroupQueryAttention";
                 if let Some(at) = graph.node.iter().position(|n| n.name.starts_with(&prefix) && attends(n)) {
                     let scaled = "planted.query".to_owned();
@@ -143,11 +152,11 @@ impl Fault {
                     graph.node.insert(at, node("Mul", [&query, "planted.scale"], &scaled));
                 }
             }
-            Self::Epsilon(layer, norm) => {
-                let prefix = format!("model.layers.{layer}.{norm}.");
+            Self::Epsilon(norm) => {
+                let prefix = format!("{norm}.");
                 for node in graph.node.iter_mut().filter(|n| n.name.starts_with(&prefix)) {
                     for attribute in node.attribute.iter_mut().filter(|a| a.name == "epsilon") {
-                        attribute.f = 1e-2;
+                        attribute.f = 0.1;
                     }
                 }
             }
@@ -172,19 +181,20 @@ fn longer(mut sum: NodeProto) -> Vec<NodeProto> {
     vec![sum, node("Mul", [&exact, "planted.drift"], &output)]
 }
 
-/// The rotation of a layer's queries or keys, which is the first or the second of the two that its attention has; a part
-/// of a graph may have one of them only, and its weights say which.
-fn rotation(graph: &GraphProto, layer: usize, part: char) -> Option<usize> {
-    let prefix = format!("model.layers.{layer}.self_attn.");
+/// The first rotation of queries or keys in the attention at a path; the projection that it comes from says which it is.
+fn rotation(graph: &GraphProto, attention: &str, part: char) -> Option<usize> {
+    let prefix = format!("{attention}.");
     let projection = format!("{prefix}{part}_proj.");
     let made_by = |value: &str| graph.node.iter().find(|n| n.output.iter().any(|o| o == value));
     let comes_from = |node: &NodeProto| {
-        // Reshapes lie between a projection and its rotation.
+        // Reshapes, and a choice of rows, lie between a projection and its rotation.
         let mut value = node.input[0].clone();
         loop {
             match made_by(&value) {
                 Some(before) if before.name.starts_with(&projection) => break true,
-                Some(before) if before.op_type == "Reshape" => value = before.input[0].clone(),
+                Some(before) if before.op_type == "Reshape" || before.op_type == "Gather" => {
+                    value = before.input[0].clone();
+                }
                 _ => break false,
             }
         }
@@ -193,25 +203,37 @@ fn rotation(graph: &GraphProto, layer: usize, part: char) -> Option<usize> {
     graph.node.iter().position(|n| rotates(n) && comes_from(n))
 }
 
-/// Gives the rotation `at` angles of its own, of positions that are larger by one.
-fn rotate_one_later(graph: &mut GraphProto, at: usize) {
-    let mut angles: Vec<NodeProto> =
-        graph.node.iter().filter(|n| n.name.starts_with("rows.rotary.")).cloned().collect();
-    let made: Vec<String> = angles.iter().flat_map(|n| n.output.clone()).collect();
-    let renamed = |name: &String| if made.contains(name) { format!("planted.{name}") } else { name.clone() };
-    for node in &mut angles {
-        node.name.insert_str(0, "planted.");
-        node.input = node.input.iter().map(renamed).collect();
-        node.output = node.output.iter().map(renamed).collect();
+/// The angle by which every pair of dimensions turns from one position to the next.
+#[derive(Debug, Clone)]
+pub(crate) struct Frequencies(Vec<f32>);
+
+impl Frequencies {
+    pub(crate) fn new(theta: f64, head_dim: usize) -> Self {
+        Self((0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32).collect())
     }
-    let cast = angles.iter_mut().find(|n| n.op_type == "Cast").unwrap();
-    let positions = std::mem::replace(&mut cast.input[0], "planted.positions".to_owned());
-    graph.initializer.push(number("planted.one", 7, 1_i64.to_le_bytes().to_vec()));
-    let later = node("Add", [&positions, "planted.one"], "planted.positions");
-    for input in &mut graph.node[at].input[1..3] {
-        *input = renamed(input);
+
+    fn tensor(&self, name: &str, of: fn(f32) -> f32) -> TensorProto {
+        let bytes = self.0.iter().flat_map(|&angle| of(angle).to_le_bytes()).collect();
+        TensorProto { dims: vec![self.0.len() as i64], ..number(name, 1, bytes) }
     }
-    graph.node.splice(at..at, std::iter::once(later).chain(angles));
+}
+
+/// Gives the rotation `at` angles of its own, of positions that are larger by one: `cos(a + b)` and `sin(a + b)`.
+fn rotate_one_later(graph: &mut GraphProto, at: usize, rotary: &Frequencies) {
+    let [cos, sin] = [1, 2].map(|input| graph.node[at].input[input].clone());
+    graph.initializer.push(rotary.tensor("planted.cos", f32::cos));
+    graph.initializer.push(rotary.tensor("planted.sin", f32::sin));
+    let nodes = [
+        node("Mul", [&cos, "planted.cos"], "planted.cc"),
+        node("Mul", [&sin, "planted.sin"], "planted.ss"),
+        node("Sub", ["planted.cc", "planted.ss"], "planted.later.cos"),
+        node("Mul", [&sin, "planted.cos"], "planted.sc"),
+        node("Mul", [&cos, "planted.sin"], "planted.cs"),
+        node("Add", ["planted.sc", "planted.cs"], "planted.later.sin"),
+    ];
+    "planted.later.cos".clone_into(&mut graph.node[at].input[1]);
+    "planted.later.sin".clone_into(&mut graph.node[at].input[2]);
+    graph.node.splice(at..at, nodes);
 }
 
 fn node(operator: &str, input: [&str; 2], output: &str) -> NodeProto {
@@ -253,13 +275,14 @@ fn appended(bytes: &[u8]) -> usize {
 pub(crate) struct FaultyRuntime {
     pub(crate) sound: OrtCpu,
     pub(crate) fault: Fault,
+    pub(crate) rotary: Frequencies,
 }
 
 impl Loader for FaultyRuntime {
     fn load(&self, name: &str, bytes: &[u8], weights: &[String]) -> Result<Box<dyn Engine>, EngineError> {
         let (model, taps) = bytes.split_at(appended(bytes));
         let mut model = ModelProto::parse_from_bytes(model).unwrap();
-        self.fault.plant(model.graph.mut_or_insert_default());
+        self.fault.plant(model.graph.mut_or_insert_default(), &self.rotary);
         self.sound.load(name, &[&model.write_to_bytes().unwrap(), taps].concat(), weights)
     }
 

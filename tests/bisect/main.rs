@@ -2,30 +2,33 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod compressors;
 mod faults;
 #[path = "../architectures/synthetic.rs"]
 mod synthetic;
 
-use accordion::bisect::homer::bisect_homer;
-use accordion::bisect::plain::bisect_plain;
+use accordion::bisect::case::Visit;
 use accordion::bisect::rebuild::Rebuilt;
-use accordion::bisect::search::{Found, Origin};
-use accordion::bisect::{BisectError, reproducer};
+use accordion::bisect::search::{Found, Origin, first_wrong};
+use accordion::bisect::{BisectError, cumulative, homer, plain, reproducer};
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
 use accordion::checkpoint::Checkpoint;
 use accordion::precision::Recipe;
-use accordion::reference::homer::Prompt;
 use accordion::reference::llama::Llama as Reference;
 use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion::verify::Detail;
+use accordion::verify::homer::HomerInput;
+use accordion::verify::verdict::Verdict;
 use accordion_graphs::architecture::Llama;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
-use faults::{Fault, FaultyRuntime};
+use faults::{Fault, FaultyRuntime, Frequencies};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use synthetic::{Storage, small_llama, write_checkpoint};
@@ -100,29 +103,42 @@ impl Laboratory {
 
     /// Looks for what is wrong with `bundle` where the runtime has the fault, if that is one of runtimes.
     fn bisect(&self, bundle: &Bundle, rebuilt: &Rebuilt<'_>, fault: &Fault, form: Form) -> Option<Found> {
-        let runtime = load(LoadOptions::fetching(&mut |_| {})).unwrap();
-        let options = OrtOptions { fused_operators: form.fused };
-        let sound = OrtCpu::new(runtime, bundle.weights().clone(), &options).unwrap();
-        let loader = FaultyRuntime { sound, fault: fault.clone() };
-        let ids: Vec<u32> = (0..57).map(|i| i * 31 % 97).collect();
+        let loader = self.loader(bundle, fault, form);
+        first_wrong(&loader, &mut |_| {}, |visit| self.cases(rebuilt, form, visit)).unwrap()
+    }
+
+    fn loader(&self, bundle: &Bundle, fault: &Fault, form: Form) -> FaultyRuntime {
+        let rope = &self.reference.architecture().rope;
+        faulty_runtime(bundle, fault, form.fused, Frequencies::new(rope.theta, architecture().head_dim))
+    }
+
+    fn cases(&self, rebuilt: &Rebuilt<'_>, form: Form, visit: &mut Visit<'_>) -> Result<ControlFlow<()>, BisectError> {
+        let ids: Vec<u32> = (0..66).map(|i| i * 31 % 97).collect();
         if !form.homer {
-            return bisect_plain(rebuilt, &loader, &self.reference, &ids[..33]).unwrap();
+            return plain::cases(rebuilt, &self.reference, &ids[..33], visit);
         }
         let lengths = PromptLengths { prefix: 3, context: 50, suffix: 4 };
         let plan = HomerPlan::new(architecture().num_layers, lengths, SETTINGS).unwrap();
         assert_eq!(plan.tree_height, 2);
         let row: Vec<f32> = (0..=plan.max_distance()).map(|d| 0.3 / (1.0 + d as f32)).collect();
         let bias = vec![row.as_slice(); architecture().num_layers];
-        let prompt = Prompt { prefix: &ids[..3], context: &ids[3..53], suffix: &ids[53..] };
-        bisect_homer(rebuilt, &loader, &self.reference, (&plan, prompt), &bias, &mut |_| {}).unwrap()
+        let (prefix, context, suffix, teacher) = (&ids[..3], &ids[3..53], &ids[53..57], &ids[57..]);
+        let input = HomerInput { plan: &plan, prefix, context, suffix, teacher, bias: &bias, width: 1 };
+        homer::cases(rebuilt, &self.reference, &input, visit)
     }
+}
+
+fn faulty_runtime(bundle: &Bundle, fault: &Fault, fused_operators: bool, rotary: Frequencies) -> FaultyRuntime {
+    let runtime = load(LoadOptions::fetching(&mut |_| {})).unwrap();
+    let sound = OrtCpu::new(runtime, bundle.weights().clone(), &OrtOptions { fused_operators }).unwrap();
+    FaultyRuntime { sound, fault: fault.clone(), rotary }
 }
 
 /// Whether `found` is `fault`: the tap, the layer with it, the module, and few others beside.
 fn check(what: &str, fault: &Fault, found: Option<&Found>) {
     let Some(found) = found else { panic!("{what}: nothing found") };
     let culprit = &found.culprit;
-    let (mut tap, module) = fault.place();
+    let (mut tap, module) = (fault.tap(), fault.module());
     // A leaf's embeddings are what enters it.
     if tap == "embed" && culprit.graph.starts_with("leaf") {
         "in_hidden".clone_into(&mut tap);
@@ -163,7 +179,7 @@ fn nothing_is_found_where_nothing_is_wrong() {
     let laboratory = Laboratory::new();
     for (i, form) in FORMS.into_iter().enumerate() {
         // An epsilon of a layer there is none of.
-        let fault = Fault::Epsilon(99, "input_layernorm");
+        let fault = Fault::Epsilon("model.layers.99.input_layernorm".to_owned());
         let bundle = laboratory.bundle(&fault, form, &format!("bundle {i}"));
         let found = laboratory.bisect(&bundle, &Rebuilt::new(&bundle).unwrap(), &fault, form);
         assert!(found.is_none(), "{form:?}:\n{}", reproducer::summary(&found.unwrap().culprit));
@@ -189,7 +205,7 @@ fn what_many_layers_made_together_is_blamed_on_none() {
 #[test]
 fn another_versions_graph_is_refused() {
     let laboratory = Laboratory::new();
-    let fault = Fault::Scale(0);
+    let fault = scale(0);
     let bundle = laboratory.bundle(&fault, FORMS[0], "bundle");
     // A graph of the same name and another content, which the manifest knows.
     let path = bundle.dir().join("decoder.onnx");
@@ -204,6 +220,57 @@ fn another_versions_graph_is_refused() {
     let rebuilt = Rebuilt::new(&changed).unwrap();
     let error = rebuilt.graph("decoder").map(drop).unwrap_err();
     assert!(matches!(error, BisectError::OtherVersion { .. }), "{error}");
+}
+
+fn scale(layer: usize) -> Fault {
+    Fault::Scale(format!("model.layers.{layer}.self_attn"))
+}
+
+/// One bad layer is wrong by itself; what follows from it is not.
+#[test]
+fn part_by_part_only_what_is_wrong_by_itself_fails() {
+    let laboratory = Laboratory::new();
+    for (i, form) in FORMS.into_iter().enumerate() {
+        let fault = scale(2);
+        let bundle = laboratory.bundle(&fault, form, &format!("bundle {i}"));
+        let rebuilt = Rebuilt::new(&bundle).unwrap();
+        let loader = laboratory.loader(&bundle, &fault, form);
+        let mut cases = 0;
+        let all = |visit: &mut Visit<'_>| laboratory.cases(&rebuilt, form, visit);
+        let found = cumulative::compare(&loader, Detail::All, &mut |done| cases = done, all).unwrap();
+        let wrong: Vec<&str> =
+            found.taps.iter().filter(|t| t.verdict == Verdict::Fail).map(|t| t.name.as_str()).collect();
+        assert!(wrong.iter().all(|name| name.ends_with("layers.2.attn.out")), "{form:?}: {wrong:?}");
+        // Of a tree of height 2 four leaves run layer 2, and the decoder does.
+        assert_eq!((wrong.len(), cases), if form.homer { (5, 9) } else { (1, 1) }, "{form:?}: {wrong:?}");
+        assert!(found.taps.len() > 8 * 7, "{form:?}: {}", found.taps.len());
+    }
+}
+
+/// The decoder of a tree is looked at behind the compressed context.
+#[test]
+fn a_decoder_that_forgets_where_its_context_ends_is_found() {
+    let laboratory = Laboratory::new();
+    for form in [FORMS[1], FORMS[3]] {
+        // The last layer's queries of one node are pruned by; of the decoder, all are asked.
+        let fault = Fault::Position("model.layers.7.self_attn".to_owned(), 'q');
+        let bundle = laboratory.bundle(&fault, form, &format!("bundle {form:?}"));
+        let rebuilt = Rebuilt::new(&bundle).unwrap();
+        let sound = laboratory.loader(&bundle, &Fault::EveryEpsilon, form);
+        let faulty = laboratory.loader(&bundle, &fault, form);
+        let mut seen = Vec::new();
+        let _all = laboratory
+            .cases(&rebuilt, form, &mut |case| {
+                let loader = if case.graph.name == "decoder" { &faulty } else { &sound };
+                let found = first_wrong(loader, &mut |_| {}, |visit| visit(case))?;
+                seen.push((case.graph.name.clone(), found.map(|found| found.culprit.tap)));
+                Ok(ControlFlow::Continue(()))
+            })
+            .unwrap();
+        let (decoder, tree) = seen.split_last().unwrap();
+        assert!(tree.iter().all(|(_, found)| found.is_none()), "{seen:?}");
+        assert_eq!(decoder, &("decoder".to_owned(), Some("layers.7.attn.q".to_owned())));
+    }
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -231,7 +298,7 @@ fn the_command_says_what_it_found_and_how_it_ended() {
         assert_eq!(json["culprit"]["tap"], "layers.2.attn_residual", "{json}");
         assert!(folder.join("model.onnx").is_file());
 
-        let sound = laboratory.bundle(&Fault::Scale(0), form, &format!("sound {name}"));
+        let sound = laboratory.bundle(&scale(0), form, &format!("sound {name}"));
         let (code, json, errors) = verify(&sound, &["--context", "40"]);
         assert_eq!((code, &json["culprit"]), (Some(0), &serde_json::Value::Null), "{errors}");
     }
@@ -300,7 +367,7 @@ fn stock_onnxruntime_shows_the_difference() {
             assert!(text.contains("DIFFERENT"), "{text}");
         }
         // A fault of the runtime is not one of stock onnxruntime.
-        let out = reproduced(&laboratory, &Fault::Scale(3), form, &format!("runtime {i}"));
+        let out = reproduced(&laboratory, &scale(3), form, &format!("runtime {i}"));
         let (code, text) = run_stock(&out);
         assert_eq!(code, Some(0), "{form:?}: {text}");
         assert!(text.contains("within the bounds"), "{text}");

@@ -189,3 +189,45 @@ fn questions_to_a_saved_context_are_measured() {
     let refused = tiny.refuse(&["profile", "plain", "--state", "state"]);
     assert!(refused.contains("rcc") && refused.contains("plain"), "{refused}");
 }
+
+/// Stored in 8 bits, keys and values come back within half a step of their channel, for every method.
+#[test]
+fn a_state_in_eight_bits_is_a_quarter_and_close() {
+    let rcc = Tiny::rcc(|_| {});
+    let tiny = Tiny::new();
+    for (tiny, name, more) in
+        [(&tiny, "plain", &QUESTION[..]), (&rcc, "rcc", &[]), (&tiny, "homer", &["--table", "none"])]
+    {
+        let question = if name == "homer" { &QUESTION[..] } else { &[] };
+        let flags = [more, question].concat();
+        compress(tiny, name, "exact", &flags);
+        compress(tiny, name, "small", &[&flags[..], &["--state-precision", "int8"]].concat());
+        let bundle = Bundle::open(tiny.path(name)).unwrap();
+        let [exact, small] =
+            ["exact", "small"].map(|file| ContextState::load(&tiny.path(file), &bundle).unwrap().state);
+        for (exact, small) in exact.cache.iter().flatten().zip(small.cache.iter().flatten()) {
+            let (width, rows) = (exact.shape()[3], exact.shape()[2]);
+            let (exact, small) = (exact.as_f32().unwrap(), small.as_f32().unwrap());
+            let mut differs = false;
+            for (head, (exact, small)) in exact.chunks(rows * width).zip(small.chunks(rows * width)).enumerate() {
+                for channel in 0..width {
+                    let column = |x: &[f32]| x.iter().copied().skip(channel).step_by(width).collect::<Vec<_>>();
+                    let (exact, small) = (column(exact), column(small));
+                    let step = exact.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / 127.0;
+                    for (exact, small) in exact.iter().zip(&small) {
+                        differs |= exact != small;
+                        assert!((exact - small).abs() <= step * 0.501, "{name}, head {head}, channel {channel}");
+                    }
+                }
+            }
+            assert!(differs, "{name}: it was not quantized");
+        }
+        let sizes = ["exact", "small"].map(|file| std::fs::metadata(tiny.path(file)).unwrap().len());
+        assert!(
+            sizes[1] < sizes[0] * 6 / 10,
+            "{name}: {sizes:?}, of which much is names and scales in so small a model"
+        );
+        let prompt = if question.is_empty() && more.is_empty() { &QUESTION[..] } else { &[] };
+        reports(tiny, &[&[name, "--state", "small"], prompt]);
+    }
+}

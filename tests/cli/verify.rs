@@ -11,6 +11,8 @@ use accordion_graphs::plan::sharedllm::Quirks;
 use accordion_graphs::precision::Precision;
 use onnx_protobuf::{ModelProto, NodeProto};
 use protobuf::Message;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fs;
@@ -102,6 +104,12 @@ fn run(bundle: &Path, more: &[&str]) -> (Option<i32>, Value) {
     (output.status.code(), report.unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stderr))))
 }
 
+/// The result of the tap `name`.
+fn tap<'r>(report: &'r Value, name: &str) -> &'r Value {
+    let mut taps = report["scopes"].as_array().unwrap().iter().flat_map(|scope| scope["taps"].as_array().unwrap());
+    taps.find(|tap| tap["name"] == name).unwrap()
+}
+
 fn count(report: &Value) -> [u64; 4] {
     let counts = &report["counts"];
     [&counts["pass"], &counts["ambiguous"], &counts["fail"], &report["not_comparable"]].map(|n| n.as_u64().unwrap())
@@ -119,9 +127,15 @@ fn a_faithful_bundle_passes_at_every_width_and_detail() {
     let scopes: Vec<&str> = report["scopes"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
     let nodes = ["h0.i0", "h0.i1", "h1.i0", "h0.i2", "h0.i3", "h1.i1", "h2.i0"].map(|n| format!("node.{n}"));
     let nodes = nodes.iter().map(String::as_str);
-    let expected: Vec<&str> =
-        std::iter::once("weights").chain(nodes).chain(["prefix", "cache", "prefix", "teacher"]).collect();
+    let expected: Vec<&str> = std::iter::once("weights").chain(nodes).chain(["prefix", "cache", "teacher"]).collect();
     assert_eq!(scopes, expected);
+    assert_eq!((&report["samples"], &report["one_sided"]), (&1.into(), &0.into()), "{report:#}");
+    for seconds in ["actual_seconds", "expected_seconds", "compare_seconds", "total_over_expected"] {
+        assert!(report["cost"][seconds].as_f64().is_some_and(|seconds| seconds > 0.0), "{seconds}: {report:#}");
+    }
+    let logits = tap(&report, "teacher.logits");
+    let ranks = &logits["difference"]["choices"]["ranks"];
+    assert!(ranks["mean_overlap"].as_f64().unwrap() > 0.999 && ranks["max_divergence"].as_f64().unwrap() < 1e-6);
 
     let (code, wide) = run(&bundle, &["--width", "max", "--operators", "portable"]);
     assert_eq!((code, count(&wide)), (Some(0), [all, 0, 0, 0]));
@@ -345,6 +359,174 @@ fn golden_cases_of_every_method_are_found_by_their_files() {
     );
 }
 
+/// The plain bundle of `checkpoint` for `target`, called `name`.
+fn plain(folder: &Path, checkpoint: &Path, target: Target, name: &str) -> PathBuf {
+    let out = folder.join(name);
+    let options = ExportOptions {
+        method: MethodSettings::Plain,
+        target,
+        weights: WeightStorage::Copy,
+        recipe: Recipe::fp32(),
+        force: false,
+    };
+    export(&Checkpoint::open(checkpoint).unwrap(), &out, &options).unwrap();
+    out
+}
+
+#[test]
+fn two_bundles_of_one_model_are_compared() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(folder.path());
+    let [portable, other] = [(Target::Portable, "portable"), (Target::OrtCpu, "other")]
+        .map(|(target, name)| plain(folder.path(), &checkpoint, target, name));
+    let against =
+        |more: &[&str]| run(&portable, &[&["--against", other.to_str().unwrap(), "--context", "40"], more].concat());
+    let (code, report) = against(&["--samples", "3"]);
+    assert_eq!((code, &report["samples"]), (Some(0), &3.into()), "{report:#}");
+    assert_eq!(report["subject"]["expected"], "other ort-cpu fp32 (ort-cpu graphs)");
+    let [all, 0, 0, 0] = count(&report) else { panic!("{report:#}") };
+    assert!(all > 20, "{all}");
+
+    edit_graphs(&other, "decoder", |model| {
+        let graph = model.graph.as_mut().unwrap();
+        let norm = graph.node.iter_mut().find(|n| n.name.contains("layers.1.post_attention_layernorm")).unwrap();
+        set(norm, "epsilon", 1.0);
+    });
+    let (code, report) = against(&[]);
+    assert_eq!((code, &report["first_failure"]), (Some(1), &"layers.1.mlp.out".into()), "{report:#}");
+    // With other bounds the same difference is none.
+    assert_eq!(against(&["--bounds", "bf16", "--taps", "result"]).1["schema"], "accordion.verify/1");
+
+    let homer = bundle(folder.path(), &checkpoint, homer());
+    let output = verify(&[portable.to_str().unwrap(), "--against", homer.to_str().unwrap()]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && error.contains("its method is"), "{error}");
+}
+
+#[test]
+fn what_was_recorded_is_compared_later() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = homer_bundle(folder.path());
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    for (name, side) in [("reference.npz", "reference"), ("bundle.safetensors", "bundle")] {
+        let arguments = [bundle.to_str().unwrap(), "--record", &path(name), "--side", side, "--seed", "5"];
+        let output = verify(&arguments);
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        // What was asked stands in the file.
+        let (code, report) = run(&bundle, &["--against", &path(name)]);
+        assert_eq!(code, Some(0), "{report:#}");
+        let [all, 0, 0, 0] = count(&report) else { panic!("{report:#}") };
+        assert!(all > 100, "{all}");
+        assert_eq!(count(&run(&bundle, &["--seed", "5"]).1), [all, 0, 0, 0], "{name}");
+    }
+    let arguments = [&path("bundle.safetensors"), "--against", &path("reference.npz"), "--json"];
+    let output = verify(&arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+
+    // One number is another.
+    let mut bytes = fs::read(path("bundle.safetensors")).unwrap();
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..data]).unwrap();
+    let at = data + header["node.h1.i1.layers.4.mlp.out"]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at..at + 4].copy_from_slice(&99.0_f32.to_le_bytes());
+    fs::write(path("wrong.safetensors"), bytes).unwrap();
+    for arguments in [
+        [bundle.to_str().unwrap(), "--against", &path("wrong.safetensors"), "--json"],
+        [&path("wrong.safetensors"), "--against", &path("reference.npz"), "--json"],
+    ] {
+        let output = verify(&arguments);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{report:#}");
+        assert_eq!((count(&report)[2], &report["first_failure"]), (1, &"node.h1.i1.layers.4.mlp.out".into()));
+    }
+
+    // Nothing is left of a recording that failed.
+    let output = verify(&[bundle.to_str().unwrap(), "--record", &path("none.npz"), "--context", "200"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(!Path::new(&path("none.npz")).exists());
+}
+
+#[test]
+fn samples_are_recorded_and_compared_one_by_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = plain(folder.path(), &checkpoint(folder.path()), Target::OrtCpu, "bundle");
+    let file = folder.path().join("two.npz").to_str().unwrap().to_owned();
+    let output = verify(&[bundle.to_str().unwrap(), "--record", &file, "--context", "20", "--samples", "2"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let (code, report) = run(&bundle, &["--against", &file]);
+    assert_eq!((code, &report["samples"]), (Some(0), &2.into()), "{report:#}");
+    assert_eq!(report["subject"]["environment"][0][1], "0 + 20 + 0, then 8");
+}
+
+/// A file that another program wrote: a few outputs, with the batch axis, under the names of the graph.
+#[test]
+fn outputs_that_another_program_recorded_are_found_by_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = plain(folder.path(), &checkpoint(folder.path()), Target::OrtCpu, "bundle");
+    let ours = folder.path().join("ours.safetensors");
+    let arguments = ["--record", ours.to_str().unwrap(), "--context", "20", "--steps", "0"];
+    let output = verify(&[&[bundle.to_str().unwrap()], &arguments[..]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let bytes = fs::read(&ours).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let foreign = |changed: f32, extra: Option<&str>| {
+        let theirs = folder.path().join("theirs.safetensors");
+        let views =
+            [("logits", "logits"), ("cache.k.1", "present.1.key")].into_iter().chain(extra.map(|e| ("logits", e)));
+        let views: Vec<(&str, Vec<usize>, Vec<u8>)> = views
+            .map(|(tap, output)| {
+                let view = tensors.tensor(tap).unwrap();
+                let mut data = view.data().to_vec();
+                let first = f32::from_le_bytes(data[..4].try_into().unwrap()) + changed;
+                data[..4].copy_from_slice(&first.to_le_bytes());
+                (output, [&[1], view.shape()].concat(), data)
+            })
+            .collect();
+        let views =
+            views.iter().map(|(name, shape, data)| (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
+        safetensors::serialize_to_file(views, None, &theirs).unwrap();
+        run(&bundle, &["--against", theirs.to_str().unwrap(), "--context", "20", "--steps", "0"])
+    };
+    let (code, report) = foreign(0.0, None);
+    // And the weights.
+    assert_eq!((code, count(&report)[0]), (Some(0), 3), "{report:#}");
+    assert!(report["one_sided"].as_u64().unwrap() > 10);
+    let (code, report) = foreign(1.0, None);
+    assert_eq!((code, count(&report)[2]), (Some(1), 2), "{report:#}");
+    let (code, report) = foreign(0.0, Some("hidden_states"));
+    assert_eq!((code, &report["first_failure"]), (Some(1), &"hidden_states".into()), "{report:#}");
+}
+
+#[test]
+fn every_part_is_right_on_the_values_of_the_reference() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = homer_bundle(folder.path());
+    let (code, report) = run(&bundle, &["--cumulative"]);
+    assert_eq!(code, Some(0), "{report:#}");
+    let [all, 0, 0, 0] = count(&report) else { panic!("{report:#}") };
+    assert!(all > 100 && report["subject"]["expected"].as_str().unwrap().starts_with("reference, which"), "{all}");
+}
+
+#[test]
+fn bisection_knows_every_method() {
+    let folder = tempfile::tempdir().unwrap();
+    let rcc_case = RccCase::open(&goldens().join("rcc/mamba_pairs.config.json")).unwrap();
+    let shared_case = SharedLlmCase::open(&goldens().join("sharedllm/case_q4.json")).unwrap();
+    let [one, two] = ["rcc", "sharedllm"].map(|name| folder.path().join(name));
+    fs::create_dir(&one).unwrap();
+    fs::create_dir(&two).unwrap();
+    let weights = shared_case.weights_path();
+    for bundle in [
+        rcc::bundle(&rcc_case, Target::OrtCpu, &Recipe::fp32(), &one).unwrap(),
+        sharedllm::bundle(&shared_case, weights, Quirks::Fixed, Target::Portable, &Recipe::fp32(), &two).unwrap(),
+    ] {
+        let output = verify(&[bundle.dir().to_str().unwrap(), "--bisect"]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains("every output of every graph is within its bounds"), "{text}");
+    }
+}
+
 #[test]
 fn what_cannot_be_compared_is_said_with_exit_code_2() {
     let folder = tempfile::tempdir().unwrap();
@@ -359,6 +541,11 @@ fn what_cannot_be_compared_is_said_with_exit_code_2() {
         (&["--text", text.to_str().unwrap()], "is not UTF-8 text"),
         (&["--out", "/nowhere/report.json"], "/nowhere/report.json"),
         (&["--golden", "homer_X.json"], "cannot be used with"),
+        (&["--against", "/nowhere"], "expected reference, a bundle, or a recording"),
+        (&["--record", "taps.bin"], "a recording is called .safetensors or .npz"),
+        (&["--record", "taps.npz", "--bisect"], "cannot be used with"),
+        (&["--side", "reference"], "--record"),
+        (&["--text", "/nowhere", "--samples", "0"], "0 is not in 1..=1024"),
     ] {
         let output = verify(&[&[bundle], arguments].concat());
         let error = String::from_utf8(output.stderr).unwrap();

@@ -1,27 +1,18 @@
 //! Operators against the bodies of their functions: the same graph, with our kernels and without.
 
-use super::model::{session, stock_session};
+use super::model::{call, session, stock_session};
 use super::{noise, run, tensor};
 use accordion_graphs::dtype::DType;
-use accordion_graphs::functions::{
-    LINEAR, LINEAR_BIAS, SELECTIVE_SCAN, STRIDED_COMPRESS, STRIDED_COMPRESS_MEAN, SWIGLU,
-};
-use accordion_graphs::onnx::{Attribute, Dim, Operator, Scope};
+use accordion_graphs::functions::{LINEAR, LINEAR_BIAS, SELECTIVE_SCAN, SWIGLU};
+use accordion_graphs::onnx::Operator;
 use ort::value::DynValue;
-use std::rc::Rc;
 
 /// Name and shape of an input.
 type Input = (&'static str, Vec<usize>);
 
-/// A graph of one node, whose inputs have dimensions known at run time only.
-fn graph(operator: &Operator, inputs: &[Input], attributes: Vec<(&'static str, Attribute)>, rank: usize) -> Vec<u8> {
-    let g = Scope::new("one", Rc::default());
-    let dims = |name: &str, rank: usize| (0..rank).map(|i| Dim::from(&*format!("{name}.{i}"))).collect::<Vec<_>>();
-    let values: Vec<_> =
-        inputs.iter().map(|(name, shape)| g.input(name, DType::F32, &dims(name, shape.len()))).collect();
-    let result = vec![(DType::F32, dims("out", rank))];
-    g.output("out", &g.call(operator, &values.iter().collect::<Vec<_>>(), attributes, result)[0]);
-    g.finish(&[]).unwrap().bytes
+fn float_graph(operator: &Operator, inputs: &[Input], rank: usize) -> Vec<u8> {
+    let inputs: Vec<_> = inputs.iter().map(|(name, shape)| (*name, DType::F32, shape.len())).collect();
+    call(operator, &inputs, vec![], &[(DType::F32, rank)]).unwrap()
 }
 
 fn feed(inputs: &[Input]) -> Vec<(&'static str, DynValue)> {
@@ -69,7 +60,7 @@ fn kernels_agree_with_the_bodies_of_their_functions() {
         (&SWIGLU, vec![("gate", vec![3, 7]), ("up", vec![3, 7])], 2),
     ];
     for (operator, inputs, rank) in cases {
-        let bytes = graph(operator, &inputs, vec![], rank);
+        let bytes = float_graph(operator, &inputs, rank);
         let [found, expected] = [session(&bytes, 2), stock_session(&bytes, 2)]
             .map(|session| run(&mut session.unwrap(), feed(&inputs)).unwrap().remove(0));
         let what = format!("{} of {inputs:?}", operator.name);
@@ -91,7 +82,7 @@ fn a_scan_refuses_with_the_name_of_what_is_wrong() {
         ("C", vec![2, 3, 5]),
         ("skip", vec![4]),
     ];
-    let bytes = graph(&SELECTIVE_SCAN, &inputs, vec![], 3);
+    let bytes = float_graph(&SELECTIVE_SCAN, &inputs, 3);
     for (which, shape, expected) in [
         (1, vec![2, 3, 5], "dt has shape [2, 3, 5], expected [2, 3, 4]"),
         (2, vec![5, 5], "A has shape [5, 5], expected [4, 5]"),
@@ -103,38 +94,5 @@ fn a_scan_refuses_with_the_name_of_what_is_wrong() {
         inputs[which].1 = shape;
         let message = run(&mut session(&bytes, 1).unwrap(), feed(&inputs)).unwrap_err();
         assert!(message.contains(expected), "{message}");
-    }
-}
-
-/// Rows 1 and 4 of each of two segments of 6 rows, for the ratio 3 and the offset 1.
-#[test]
-fn strided_compression_takes_the_rows_of_every_segment() {
-    let (x, x2, weight) = (noise(2 * 6 * 4, 0.37), noise(2 * 6 * 4, 0.48), noise(3 * 4, 0.91));
-    let attributes = || vec![("ratio", 3_i64.into()), ("offset", 1_i64.into())];
-    let shape = vec![2, 6, 4];
-    let one = vec![("x", shape.clone()), ("weight", vec![3, 4])];
-    let two = vec![("x", shape.clone()), ("x2", shape), ("weight", vec![3, 4])];
-    for (operator, inputs, mean) in [(&STRIDED_COMPRESS, one, false), (&STRIDED_COMPRESS_MEAN, two, true)] {
-        let mut session = session(&graph(operator, &inputs, attributes(), 2), 2).unwrap();
-        let feed = |window: usize| {
-            let rows = |data: &[f32]| tensor([12 / window, window, 4], data.to_vec());
-            let mut feed = vec![("x", rows(&x)), ("weight", tensor([3, 4], weight.clone()))];
-            if mean {
-                feed.push(("x2", rows(&x2)));
-            }
-            feed
-        };
-        let (shape, found) = run(&mut session, feed(6)).unwrap().remove(0);
-        assert_eq!(shape, [4, 3]);
-        for (slot, row) in [1, 4, 7, 10].into_iter().enumerate() {
-            for out in 0..3 {
-                let value = |i: usize| if mean { 0.5 * (x[row * 4 + i] + x2[row * 4 + i]) } else { x[row * 4 + i] };
-                let expected: f32 = (0..4).map(|i| value(i) * weight[out * 4 + i]).sum();
-                let found = found[slot * 3 + out];
-                assert!((found - expected).abs() < 1e-6, "{} [{slot}, {out}]: {found}, {expected}", operator.name);
-            }
-        }
-        // A segment of 4 rows is not a number of groups of 3, though three of them are.
-        assert!(run(&mut session, feed(4)).is_err());
     }
 }

@@ -5,9 +5,11 @@
 
 mod functions;
 mod model;
+mod properties;
+mod quantized;
 
 use model::Attribute::{Float, Int};
-use model::{function, model, node, session};
+use model::{function, library_session, model, node, session};
 use onnx_protobuf::tensor_proto::DataType::{FLOAT, INT64};
 use ort::session::Session;
 use ort::value::{DynValue, Tensor};
@@ -205,13 +207,14 @@ fn a_registered_operator_wins_over_the_function_of_its_name() {
     let body = function("ai.accordion", "SwiGlu", &["a", "b"], &["c"], vec![node("", "Identity", &["b"], &["c"], &[])]);
     let nodes = vec![node("ai.accordion", "SwiGlu", &["gate", "up"], &["out"], &[])];
     let bytes = model(nodes, vec![body], &[("gate", FLOAT, 2), ("up", FLOAT, 2)], &[("out", FLOAT, 2)]);
-    let mut session = session(&bytes, 1).unwrap();
     let (gate, up) = (noise(21, 0.9), noise(21, 0.4));
-    let inputs = vec![("gate", tensor([3, 7], gate.clone())), ("up", tensor([3, 7], up.clone()))];
-    let found = run(&mut session, inputs).unwrap();
-    assert_eq!(found[0].0, [3, 7]);
-    for ((found, gate), up) in found[0].1.iter().zip(gate).zip(up) {
-        assert!((found - gate / (1.0 + (-gate).exp()) * up).abs() < 1e-6);
+    for mut session in [session(&bytes, 1).unwrap(), library_session(&bytes, 1).unwrap()] {
+        let inputs = vec![("gate", tensor([3, 7], gate.clone())), ("up", tensor([3, 7], up.clone()))];
+        let found = run(&mut session, inputs).unwrap();
+        assert_eq!(found[0].0, [3, 7]);
+        for ((found, gate), up) in found[0].1.iter().zip(&gate).zip(&up) {
+            assert!((found - gate / (1.0 + (-gate).exp()) * up).abs() < 1e-6);
+        }
     }
 }
 

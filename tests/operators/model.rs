@@ -1,6 +1,8 @@
 //! Models of a few nodes, and the runtime to run them on.
 
 use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
+use accordion_graphs::dtype::DType;
+use accordion_graphs::onnx::{self, BuildError, Dim, Operator, Scope};
 use onnx_protobuf::attribute_proto::AttributeType;
 use onnx_protobuf::tensor_proto::DataType;
 use onnx_protobuf::tensor_shape_proto::{Dimension, dimension};
@@ -12,6 +14,8 @@ use ort::environment::Environment;
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 use protobuf::{Message, MessageField};
+use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
+use std::rc::Rc;
 
 /// An attribute value.
 #[derive(Clone, Copy)]
@@ -120,9 +124,37 @@ pub(crate) fn model(
     .unwrap_or_default()
 }
 
+/// A graph of one node with inputs of these names, types and ranks and outputs of these types and ranks, called `out.0`
+/// and so on. All dimensions are known at run time only.
+pub(crate) fn call(
+    operator: &Operator,
+    inputs: &[(&'static str, DType, usize)],
+    attributes: Vec<(&'static str, onnx::Attribute)>,
+    outputs: &[(DType, usize)],
+) -> Result<Vec<u8>, BuildError> {
+    let g = Scope::new("one", Rc::default());
+    let dims = |name: &str, rank: usize| (0..rank).map(|i| Dim::from(&*format!("{name}.{i}"))).collect::<Vec<_>>();
+    let values: Vec<_> = inputs.iter().map(|&(name, dtype, rank)| g.input(name, dtype, &dims(name, rank))).collect();
+    let result = |(i, &(dtype, rank)): (usize, &(DType, usize))| (dtype, dims(&format!("out.{i}"), rank));
+    let results = outputs.iter().enumerate().map(result).collect();
+    let results = g.call(operator, &values.iter().collect::<Vec<_>>(), attributes, results);
+    for (i, value) in results.iter().enumerate() {
+        g.output(&format!("out.{i}"), value);
+    }
+    Ok(g.finish(&[])?.bytes)
+}
+
 /// A session over a model, with Accordion's operators registered.
 pub(crate) fn session(model: &[u8], threads: usize) -> ort::Result<Session> {
     let mut builder = builder(threads)?.with_operators(accordion_plugins::domain()?)?;
+    accordion_plugins::commit(|| builder.commit_from_memory(model))
+}
+
+/// A session over a model, with the operators of the shared library that cargo builds beside the tests.
+pub(crate) fn library_session(model: &[u8], threads: usize) -> ort::Result<Session> {
+    let name = format!("{DLL_PREFIX}accordion_operators{DLL_SUFFIX}");
+    let library = std::env::current_exe().map_err(ort::Error::wrap)?.with_file_name(name);
+    let mut builder = builder(threads)?.with_operator_library(library)?;
     accordion_plugins::commit(|| builder.commit_from_memory(model))
 }
 
@@ -135,7 +167,8 @@ fn builder(threads: usize) -> ort::Result<SessionBuilder> {
     Ok(Session::builder(environment()?)?.with_independent_thread_pool()?.with_intra_threads(threads)?)
 }
 
-fn environment() -> ort::Result<&'static Environment> {
+/// The runtime, loaded.
+pub(crate) fn environment() -> ort::Result<&'static Environment> {
     load(LoadOptions::fetching(&mut |_| {}))
         .map(LoadedRuntime::environment)
         .map_err(|error| ort::Error::new(error.to_string()))

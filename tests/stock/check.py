@@ -1,9 +1,10 @@
 """Checks bundles with tools that are not ours: the ONNX checker accepts every graph, and stock onnxruntime loads and
-runs them, without any kernel of ours.
+runs them, without any kernel of ours and with the library of our kernels. Both must compute the same.
 
-Usage: check.py BUNDLE [BUNDLE...]; the bundles are of one checkpoint, and must compute the same.
+Usage: check.py --library LIBRARY BUNDLE [BUNDLE...]; the bundles are of one checkpoint, and must compute the same.
 """
 
+import argparse
 import json
 import math
 import shutil
@@ -16,10 +17,43 @@ import onnx
 import onnxruntime
 
 
-def session(path):
-    options = onnxruntime.SessionOptions()
+DOMAIN = "ai.accordion"
+# Operators that the library has no kernel for; see their contracts. Their functions run.
+WITHOUT_KERNEL = {"StridedCompress", "StridedCompressMean"}
+# Largest difference of a value with our kernels and without, for values of the order of one.
+TOLERANCE = 1e-4
+
+
+def session(path, options=None):
+    options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_fused(path, library, names, feeds):
+    """Runs a graph with the kernels of the library. All of its nodes that have one must have run as such."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(str(library))
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        sess = session(path, options)
+        values = sess.run(names, feeds)
+        events = json.loads(Path(sess.end_profiling()).read_text())
+    ran = {event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node"}
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    fused = {node.name for node in nodes if node.domain == DOMAIN and node.op_type not in WITHOUT_KERNEL}
+    if not fused <= ran:
+        raise SystemExit(f"{path}: no kernel of the library ran for {sorted(fused - ran)}")
+    return values, len(fused)
+
+
+def check_same(path, names, fused, stock):
+    for name, ours, theirs in zip(names, fused, stock):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise SystemExit(f"{path}: output {name} is {ours.dtype} {ours.shape} with the library, {theirs.dtype} {theirs.shape} without")
+        if not np.allclose(ours, theirs, rtol=0, atol=0 if ours.dtype == np.int64 else TOLERANCE):
+            raise SystemExit(f"{path}: output {name} differs by {np.abs(ours - theirs).max()} with the library")
 
 
 def dimension(name, sizes):
@@ -33,20 +67,25 @@ def declared(signature, names, sizes):
     return {name: [dimension(d, sizes) for d in shapes[name]] for name in names}
 
 
-def run(sess, signature, sizes, values):
-    """Runs a graph on `values`, and on seeded noise for the inputs that are not among them."""
-    noise = np.random.default_rng(0)
+def run(path, library, signature, sizes, values):
+    """Runs a graph on `values`, and on seeded noise for the inputs that are not among them, without the library
+    and with it. Returns what was computed without."""
     feeds = {}
     for info in signature["inputs"]:
-        shape = [dimension(d, sizes) for d in info["shape"]]
-        if info["name"] in values:
-            feeds[info["name"]] = np.asarray(values[info["name"]], dtype=np.int64).reshape(shape)
-        elif info["dtype"] == "f32":
-            feeds[info["name"]] = noise.standard_normal(shape).astype(np.float32)
+        name, shape = info["name"], [dimension(d, sizes) for d in info["shape"]]
+        dtype = np.float32 if info["dtype"] == "f32" else np.int64
+        if name in values:
+            feeds[name] = np.asarray(values[name], dtype=dtype).reshape(shape)
+        elif dtype == np.float32:
+            feeds[name] = np.random.default_rng(list(name.encode())).standard_normal(shape).astype(dtype)
         else:
-            raise SystemExit(f"do not know what to feed to input {info['name']}")
+            raise SystemExit(f"do not know what to feed to input {name}")
     names = [o["name"] for o in signature["outputs"]]
-    return dict(zip(names, sess.run(names, feeds)))
+    stock = session(path).run(names, feeds)
+    fused, kernels = run_fused(path, library, names, feeds)
+    check_same(path, names, fused, stock)
+    print(f"{path}: ok, {kernels} nodes with kernels of the library")
+    return dict(zip(names, stock))
 
 
 def check_values(path, outputs, expected):
@@ -66,46 +105,58 @@ def check_models(folder):
             onnx.checker.check_model(str(path), full_check=True)
 
 
-def check_bundle(folder):
+def check_bundle(folder, library):
     """Runs every graph of a bundle and returns what does not depend on the target: the decoder's logits for three fixed
-    tokens, RCC's maps of two segments and the last layer's keys of three slots."""
+    tokens, RCC's maps of two segments and the last layer's keys of three slots, the last keys that SharedLLM injects."""
     manifest = json.loads((folder / "bundle.json").read_text())
     hidden = manifest["architecture"]["hidden_size"]
     comparable = {}
     check_models(folder)
     for name, entry in manifest["graphs"].items():
         path = folder / entry["file"]
-        signature, sess = entry["signature"], session(path)
+        signature = entry["signature"]
         if name == "decoder":
-            capacity = {"past": 0, "capacity": 8}
+            capacity = {"past": 0, "capacity": 8, "injected": 6}
             values = {"input_ids": [5, 6, 7], "position_ids": [0, 1, 2], "num_logits_to_keep": [3], "past_length": [0]}
-            outputs = run(sess, signature, {"batch": 1, "sequence": 3, **capacity}, values)
+            outputs = run(path, library, signature, {"batch": 1, "sequence": 3, **capacity}, values)
             comparable["logits"] = outputs["logits"]
             outputs = {"logits": outputs["logits"]}
             expected = {"logits": (1, 3, manifest["architecture"]["vocab_size"])}
         elif name == "head":
-            outputs = run(sess, signature, {"batch": 2, "sequence": 3}, {})
+            outputs = run(path, library, signature, {"batch": 2, "sequence": 3}, {})
             expected = {"logits": (2, 3, manifest["architecture"]["vocab_size"])}
         elif name == "encoder":
             sizes = {"segments": 2}
             window = dimension(signature["inputs"][0]["shape"][1], sizes)
-            outputs = run(sess, signature, sizes, {"input_ids": [i % 97 for i in range(2 * window)]})
+            outputs = run(path, library, signature, sizes, {"input_ids": [i % 97 for i in range(2 * window)]})
             expected = declared(signature, ["maps"], sizes)
             comparable["maps"] = outputs["maps"]
         elif name == "slots":
             sizes = {"batch": 1, "slots": 3, "past": 0, "capacity": 8}
-            outputs = run(sess, signature, sizes, {"position_ids": [0, 1, 2], "past_length": [0]})
+            outputs = run(path, library, signature, sizes, {"position_ids": [0, 1, 2], "past_length": [0]})
             expected = declared(signature, ["last.key", "last.value"], sizes)
             outputs = {name: outputs[name] for name in expected}
             comparable["slots"] = outputs["last.key"]
+        elif name.startswith("compress"):
+            sizes = {"batch": 2, "chunks": 3, "running": 5}
+            chunk = dimension(signature["inputs"][0]["shape"][2], sizes)
+            ids = [i * i % 97 for i in range(2 * 3 * chunk)]
+            # The last chunk of the second context ends in padding.
+            mask = [i < 6 * chunk - chunk // 3 for i in range(6 * chunk)]
+            values = {"context_ids": ids, "context_mask": mask, "first_chunk": [1], "num_chunks": [4]}
+            values |= {"running_ids": range(10), "query_index": [3]}
+            outputs = run(path, library, signature, sizes, values)
+            expected = declared(signature, outputs, sizes)
+            last = max(name for name in outputs if name.endswith(".key"))
+            comparable[f"{name}: {last}"] = outputs[last]
         elif name.startswith("leaf"):
             values = {"input_ids": [range(9), range(9)], "position_ids": [range(9), range(9)], **AFFIXES, "keep": [6]}
-            outputs = run(sess, signature, {"batch": 2, "length": 9, "distances": 16}, values)
+            outputs = run(path, library, signature, {"batch": 2, "length": 9, "distances": 16}, values)
             expected = {"hidden": (2, 6, hidden), "kept_position_ids": (2, 6), "keep_idx": (2, 6)}
             check_selection(path, outputs["keep_idx"], 9)
         elif name.startswith("merge"):
             sides = {f"{side}.position_ids": [0, 1, 4, 8, 9] for side in ("left", "right")}
-            outputs = run(sess, signature, {"batch": 1, "left": 5, "right": 5, "distances": 16}, {**sides, **AFFIXES, "keep": [6]})
+            outputs = run(path, library, signature, {"batch": 1, "left": 5, "right": 5, "distances": 16}, {**sides, **AFFIXES, "keep": [6]})
             rows = 6 if "keep_idx" in outputs else 7
             expected = {"hidden": (1, rows, hidden), "kept_position_ids": (1, rows)}
             if "keep_idx" in outputs:
@@ -113,7 +164,6 @@ def check_bundle(folder):
         else:
             raise SystemExit(f"{path}: unknown graph")
         check_values(path, outputs, expected)
-        print(f"{path}: ok")
     return comparable
 
 
@@ -129,14 +179,16 @@ def check_selection(path, keep, length):
 
 
 def main():
-    folders = [Path(argument) for argument in sys.argv[1:]]
-    if not folders:
-        raise SystemExit(__doc__)
-    first, *others = [check_bundle(folder) for folder in folders]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("bundles", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    folders = arguments.bundles
+    first, *others = [check_bundle(folder, arguments.library) for folder in folders]
     for folder, other in zip(folders[1:], others):
         for name, value in other.items():
             worst = np.abs(value - first[name]).max()
-            if worst > 1e-4:
+            if not worst <= TOLERANCE:
                 raise SystemExit(f"{folder}: {name} differ from those of {folders[0]} by {worst}")
     print("1 passed, 0 failed")
 

@@ -5,10 +5,12 @@
 mod float16;
 
 use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export};
-use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json};
-use accordion::goldens::{HomerCase, RccCase};
+use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json, sharedllm_json};
+use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
 use accordion::precision::Recipe;
 use accordion_graphs::blocks::Target;
+use accordion_graphs::plan::sharedllm::Quirks;
+use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -16,7 +18,12 @@ fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
 }
 
-/// Exports the checkpoint in `dir` for every target, beside it, and has the bundles checked.
+/// Our operators as a shared library, which cargo builds beside the tests.
+fn library() -> PathBuf {
+    std::env::current_exe().unwrap().with_file_name(format!("{DLL_PREFIX}accordion_operators{DLL_SUFFIX}"))
+}
+
+/// Exports the checkpoint in `dir` for every target, beside it, and has the bundles checked with our operators and without.
 fn check(what: &str, dir: &Path, method: &MethodSettings) {
     let python = std::env::var_os("ACCORDION_STOCK_PYTHON").unwrap();
     let checkpoint = Checkpoint::open(dir).unwrap();
@@ -33,7 +40,7 @@ fn check(what: &str, dir: &Path, method: &MethodSettings) {
         out
     });
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stock/check.py");
-    let status = Command::new(&python).arg(script).args(&bundles).status().unwrap();
+    let status = Command::new(&python).arg(script).arg("--library").arg(library()).args(&bundles).status().unwrap();
     assert!(status.success(), "golden {what}: check.py says no");
 }
 
@@ -67,5 +74,24 @@ fn stock_tools_accept_every_graph_of_rcc() {
         std::fs::write(dir.join("config.json"), architecture_json(&case.decoder).to_string()).unwrap();
         std::fs::write(dir.join(RCC_FILE), rcc_json(&case.model.encoder, case.settings).to_string()).unwrap();
         check(&case.name, &dir, &MethodSettings::Rcc(case.settings));
+    }
+}
+
+/// Halves that similarity chooses and that are fixed, nodes that do not divide, a mask; as released and as repaired.
+#[test]
+#[ignore = "needs Python with tests/stock/requirements.txt, named by ACCORDION_STOCK_PYTHON"]
+fn stock_tools_accept_every_graph_of_sharedllm() {
+    for path in SharedLlmCase::find(&goldens().join("sharedllm")).unwrap() {
+        let case = SharedLlmCase::open(&path).unwrap();
+        for quirks in [Quirks::Faithful, Quirks::Fixed] {
+            let settings = case.settings(quirks);
+            let folder = tempfile::tempdir().unwrap();
+            let dir = folder.path().join("checkpoint");
+            std::fs::create_dir(&dir).unwrap();
+            std::fs::copy(case.weights_path(), dir.join("model.safetensors")).unwrap();
+            let config = sharedllm_json(&case.architecture, &case.model, &settings);
+            std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+            check(&case.name, &dir, &MethodSettings::SharedLlm(settings));
+        }
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! It is safetensors. Of a site whose first matrix is called `W` there are `W.channel_min` and `W.channel_max` f32
 //! `[channels]`, `W.histogram` u64 `[2048]`, `W.absmax_sum` u64 `[2]` (lower and upper half of the sum of the windows'
-//! largest magnitudes, in units of 2^-32), `W.sample` f32 `[k, channels]` and `W.sample_keys` u64 `[k]`; of a tap called `T`
+//! largest magnitudes, in units of 2^-32), `W.sample` f32 `[k, channels]` and `W.sample_keys` u64 `[k]`, and `W.extremes` and
+//! `W.extremes_keys` likewise; of a tap called `T`
 //! there are `taps.T.magnitudes` f32 `[2]` (largest, smallest but zero) and `taps.T.counts` u64 `[4]` (values, not finite,
 //! overflow and underflow in half precision). The metadata entry [`METADATA_KEY`] holds the fields of [`Provenance`], and by
 //! site the matrices, the numbers of rows and windows, and the exponent of the histogram's width.
 
 use super::histogram::{BINS, Histogram};
-use super::sample::{SAMPLE_ROWS, Sample};
+use super::sample::{EXTREME_ROWS, SAMPLE_ROWS, Sample};
 use super::{Provenance, RangeTable, Site, TapRange, TextWindows};
 use crate::file::{Kind, TableError, TableProblem, shaped_tensor, tensor, write_aside};
 use safetensors::SafeTensors;
@@ -79,16 +80,20 @@ impl RangeTable {
         for site in &self.sites {
             let name = |part: &str| format!("{}.{part}", site.weights[0]);
             let channels = site.channels();
-            let keys = site.sample.keys();
             let halves = [site.absmax_sum as u64, (site.absmax_sum >> 64) as u64];
             tensors.extend([
                 (name("channel_min"), Dtype::F32, vec![channels], floats(&site.channel_min)),
                 (name("channel_max"), Dtype::F32, vec![channels], floats(&site.channel_max)),
                 (name("histogram"), Dtype::U64, vec![BINS], counts(site.histogram.counts())),
                 (name("absmax_sum"), Dtype::U64, vec![2], counts(&halves)),
-                (name("sample"), Dtype::F32, vec![keys.len(), channels], floats(site.sample.rows())),
-                (name("sample_keys"), Dtype::U64, vec![keys.len()], counts(keys)),
             ]);
+            for (part, sample) in [("sample", &site.sample), ("extremes", &site.extremes)] {
+                let keys = sample.keys();
+                tensors.extend([
+                    (name(part), Dtype::F32, vec![keys.len(), channels], floats(sample.rows())),
+                    (name(&format!("{part}_keys")), Dtype::U64, vec![keys.len()], counts(keys)),
+                ]);
+            }
         }
         for (tap, range) in &self.taps {
             let numbers = [range.values, range.non_finite, range.f16_overflow, range.f16_underflow];
@@ -147,7 +152,7 @@ fn check_texts(texts: &[TextWindows]) -> Result<(), TableProblem> {
 /// What the file says about the site of `entry`, if it can be so in a table of `windows`.
 fn site(file: &SafeTensors<'_>, entry: SiteEntry, windows: u64) -> Result<Site, TableProblem> {
     let SiteEntry { weights, rows, windows: seen_in, exponent } = entry;
-    let Some(first) = weights.first().filter(|_| weights.is_sorted()) else {
+    let Some(first) = weights.first().cloned().filter(|_| weights.is_sorted()) else {
         return Err(contradiction("sites", "a site must have the names of its matrices in ascending order"));
     };
     let name = |part: &str| format!("{first}.{part}");
@@ -170,27 +175,16 @@ fn site(file: &SafeTensors<'_>, entry: SiteEntry, windows: u64) -> Result<Site, 
     let numbers = rows.checked_mul(channels as u64).filter(|&n| n > 0);
     let Some(numbers) = numbers.filter(|_| (1..=windows.min(rows)).contains(&seen_in)) else {
         let problem = format!("{rows} rows in {seen_in} windows, but the table has read {windows}");
-        return Err(contradiction(first, problem));
+        return Err(contradiction(&first, problem));
     };
 
     let counts = shaped_tensor(file, &name("histogram"), &[BINS], Dtype::U64, u64::from_le_bytes)?;
     let halves = shaped_tensor(file, &name("absmax_sum"), &[2], Dtype::U64, u64::from_le_bytes)?;
     let absmax_sum = u128::from(halves[0]) | u128::from(halves[1]) << 64;
-    let (shape, keys) = tensor(file, &name("sample_keys"), Dtype::U64, u64::from_le_bytes)?;
-    let sample = shaped_tensor(file, &name("sample"), &[keys.len(), channels], Dtype::F32, f32::from_le_bytes)?;
-    let outside = |(i, x): (usize, &f32)| !(channel_min[i % channels]..=channel_max[i % channels]).contains(x);
-    if let Some(i) = sample.iter().enumerate().position(outside) {
-        return Err(value("sample", i, sample[i].into(), "a number inside the range of its channel"));
-    }
-    let wanted = rows.min(SAMPLE_ROWS as u64) as usize;
-    let sample = Sample::stored(keys, sample).filter(|sample| shape == [wanted] && sample.keys().len() == wanted);
-    let Some(sample) = sample else {
-        let expected = format!("[{wanted}], ascending");
-        return Err(TableProblem::Shape { tensor: name("sample_keys"), found: shape, expected });
-    };
-
-    let mut site =
-        Site { windows: seen_in, rows, absmax_sum, channel_min, channel_max, sample, ..Site::new(weights, 0) };
+    let mut site = Site { rows, windows: seen_in, absmax_sum, ..Site::new(weights, channels) };
+    (site.channel_min, site.channel_max) = (channel_min, channel_max);
+    site.sample = kept_rows(file, &site, "sample", SAMPLE_ROWS)?;
+    site.extremes = kept_rows(file, &site, "extremes", EXTREME_ROWS)?;
     let absmax = site.absmax();
     if absmax == 0.0 {
         return Err(contradiction(&site.weights[0], "the range is zero"));
@@ -207,6 +201,24 @@ fn site(file: &SafeTensors<'_>, entry: SiteEntry, windows: u64) -> Result<Site, 
     };
     site.histogram = histogram;
     Ok(site)
+}
+
+/// The rows of `site` that the file keeps as `part`, at most `limit`.
+fn kept_rows(file: &SafeTensors<'_>, site: &Site, part: &str, limit: usize) -> Result<Sample, TableProblem> {
+    let channels = site.channels();
+    let (name, keys_name) = (format!("{}.{part}", site.weights[0]), format!("{}.{part}_keys", site.weights[0]));
+    let (shape, keys) = tensor(file, &keys_name, Dtype::U64, u64::from_le_bytes)?;
+    let rows = shaped_tensor(file, &name, &[keys.len(), channels], Dtype::F32, f32::from_le_bytes)?;
+    let inside = |(i, x): (usize, &f32)| (site.channel_min[i % channels]..=site.channel_max[i % channels]).contains(x);
+    if let Some(index) = rows.iter().enumerate().position(|element| !inside(element)) {
+        let (found, expected) = (rows[index].into(), "a number inside the range of its channel");
+        return Err(TableProblem::Value { tensor: name, index, found, expected });
+    }
+    let one_dimension = shape.len() == 1;
+    Sample::stored(limit, site.rows, keys, rows).filter(|_| one_dimension).ok_or_else(|| {
+        let expected = format!("[{}], ascending", site.rows.min(limit as u64));
+        TableProblem::Shape { tensor: keys_name, found: shape, expected }
+    })
 }
 
 fn tap_range(file: &SafeTensors<'_>, tap: &str) -> Result<TapRange, TableProblem> {

@@ -24,7 +24,7 @@ pub use calibrator::{Calibrator, CalibratorError};
 pub use estimator::{EstimateError, Observation, RangeEstimator, SiteLayout};
 pub use file::{FORMAT, METADATA_KEY};
 pub use histogram::{BINS, Histogram};
-pub use sample::SAMPLE_ROWS;
+pub use sample::{EXTREME_ROWS, SAMPLE_ROWS};
 pub use site::{NotFinite, Site};
 pub use table::{MergeError, MismatchError, Provenance, RangeTable, TextWindows};
 pub use tap::TapRange;

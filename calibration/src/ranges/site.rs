@@ -2,7 +2,7 @@
 
 use super::calibrator::{Calibrator, Distribution};
 use super::histogram::Histogram;
-use super::sample::{Sample, WindowKey};
+use super::sample::{EXTREME_ROWS, SAMPLE_ROWS, Sample, WindowKey};
 use std::fmt;
 
 /// Unit of the sum of largest magnitudes, which is in fixed point so that it is exact.
@@ -25,6 +25,7 @@ pub struct Site {
     pub(super) channel_max: Vec<f32>,
     pub(super) histogram: Histogram,
     pub(super) sample: Sample,
+    pub(super) extremes: Sample,
 }
 
 /// Numbers that are NaN or infinite.
@@ -58,7 +59,8 @@ impl Site {
             channel_min: vec![f32::INFINITY; channels],
             channel_max: vec![f32::NEG_INFINITY; channels],
             histogram: Histogram::default(),
-            sample: Sample::default(),
+            sample: Sample::new(SAMPLE_ROWS),
+            extremes: Sample::new(EXTREME_ROWS),
         }
     }
 
@@ -81,6 +83,7 @@ impl Site {
         self.channel_min.iter_mut().chain(&mut self.channel_max).for_each(|x| *x += 0.0);
         self.histogram.count(rows, largest);
         self.sample.offer(rows, channels, window, first);
+        self.extremes.offer_extremes(rows, channels, window, first, largest);
         self.rows += (rows.len() / channels) as u64;
         Ok(largest)
     }
@@ -102,6 +105,7 @@ impl Site {
         self.channel_max.iter_mut().zip(&other.channel_max).for_each(|(a, b)| *a = a.max(*b));
         self.histogram.merge(&other.histogram);
         self.sample.merge(&other.sample);
+        self.extremes.merge(&other.extremes);
         Some(())
     }
 
@@ -150,6 +154,18 @@ impl Site {
         self.sample.rows()
     }
 
+    /// The rows with the largest magnitudes, `[k, channels]` with `k` up to [`EXTREME_ROWS`], the largest first.
+    pub fn extremes(&self) -> &[f32] {
+        self.extremes.rows()
+    }
+
+    /// How many of all rows each row of the sample stands for, and each of the extremes. Many models have one row with very
+    /// large activations in every text: the extremes stand for one row per window.
+    pub fn row_weights(&self) -> (u64, u64) {
+        let each = |all: u64, kept: usize| (all / (kept as u64).max(1)).max(1);
+        (each(self.rows, self.sample.keys().len()), each(self.windows, self.extremes.keys().len()))
+    }
+
     /// The magnitude at which a quantizer of these rows clips: above 0, and not above the largest.
     pub fn threshold(&self, calibrator: Calibrator) -> f32 {
         let (absmax, average) = (self.absmax(), self.average_absmax());
@@ -158,17 +174,23 @@ impl Site {
 
     /// [`Self::threshold`] for rows whose channels are multiplied by `factors`.
     ///
-    /// The largest magnitude is exact. The distribution is that of the sample, as often as there are rows for each of the
-    /// sample's, and the largest magnitude of every channel once; means over windows change like the largest magnitude.
+    /// The largest magnitude is exact. The distribution is that of sample and extremes, as often as [they
+    /// count](Self::row_weights), and the largest magnitude of every channel once; means over windows change like the largest
+    /// magnitude.
     pub fn smoothed_threshold(&self, factors: &[f32], calibrator: Calibrator) -> f32 {
         let largest: Vec<f32> = self.channel_absmax().iter().zip(factors).map(|(x, f)| x * f.abs()).collect();
         let largest_of_all = absmax(&largest);
         let average = self.average_absmax() / self.absmax() * largest_of_all;
         let mut histogram = Histogram::default();
         if !matches!(calibrator, Calibrator::MinMax | Calibrator::Average) {
-            let sample: Vec<f32> = self.sample().iter().zip(factors.iter().cycle()).map(|(x, f)| x * f).collect();
-            histogram.count(&sample, absmax(&sample));
-            histogram.multiply(self.rows / (self.sample.keys().len() as u64).max(1));
+            let weights = self.row_weights();
+            for (rows, weight) in [(self.sample(), weights.0), (self.extremes(), weights.1)] {
+                let smoothed: Vec<f32> = rows.iter().zip(factors.iter().cycle()).map(|(x, f)| x * f).collect();
+                let mut part = Histogram::default();
+                part.count(&smoothed, absmax(&smoothed));
+                part.multiply(weight);
+                histogram.merge(&part);
+            }
             for &x in &largest {
                 histogram.add(x, 1);
             }

@@ -130,8 +130,13 @@ impl<'a> Rows<'a> {
         match cache {
             CachedRows::Growing { visible } => {
                 let query4 = heads_first(query, arch.num_heads());
-                let [key, value] = [key, value].map(|x| heads_first(x, arch.num_kv_heads()));
-                let (mixed, key, value) = query4.attention(&key, &value, visible, past);
+                // Joined outside of the operator: NVIDIA's parser takes one without inputs and outputs for a cache.
+                let joined = |past: &Value, new: &Value| {
+                    let new = heads_first(new, arch.num_kv_heads());
+                    attn.concat(&[past, &new], 2)
+                };
+                let (key, value) = (joined(past[0], key), joined(past[1], value));
+                let mixed = query4.attention_over(&key, &value, Some(visible));
                 (rows_first(&mixed, query.dim(2)), key, value)
             }
             CachedRows::InPlace { past_length } => {

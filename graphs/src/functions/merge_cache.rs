@@ -24,13 +24,17 @@ fn merge_cache(g: &Scope) {
 
 /// `concat((A.prefix + B.prefix) / 2, A.context, B.context, (A.suffix + B.suffix) / 2)` along `axis`.
 pub(crate) fn merge_rows(g: &Scope, a: &Value, b: &Value, axis: usize, [prefix, suffix]: [&Value; 2]) -> Value {
-    let (zero, end) = (g.ints(&[0]), g.ints(&[i64::MAX]));
-    let prefix = &prefix.within(g);
-    let from_end = &(&zero - &suffix.within(g));
+    let (prefix, suffix) = (prefix.within(g), suffix.within(g));
+    let zero = g.ints(&[0]);
+    // Counted from the start: without a suffix, nothing is 0 from the end.
+    let [a_rows, b_rows] = [a, b].map(|x| {
+        let rows = x.within(g).shape_at_run_time(axis, axis + 1);
+        (&rows - &suffix, rows)
+    });
     let part = |x: &Value, from: &Value, to: &Value, name: &str| x.within(g).slice(axis, from, to, name.into());
-    let mean = |from: &Value, to: &Value, name: &str| part(a, from, to, name).mean(&part(b, from, to, name));
-    let before = mean(&zero, prefix, "prefix");
-    let [a_context, b_context] =
-        [(a, "left_context"), (b, "right_context")].map(|(x, name)| part(x, prefix, from_end, name));
-    g.concat(&[&before, &a_context, &b_context, &mean(from_end, &end, "suffix")], axis)
+    let before = part(a, &zero, &prefix, "prefix").mean(&part(b, &zero, &prefix, "prefix"));
+    let after = part(a, &a_rows.0, &a_rows.1, "suffix").mean(&part(b, &b_rows.0, &b_rows.1, "suffix"));
+    let (a_context, b_context) =
+        (part(a, &prefix, &a_rows.0, "left_context"), part(b, &prefix, &b_rows.0, "right_context"));
+    g.concat(&[&before, &a_context, &b_context, &after], axis)
 }

@@ -70,7 +70,8 @@ pub fn linear_int8(
 ) -> Value {
     let quantized = smoothed(x, smoothing).quantize(input_scale, DType::I8);
     let x = quantized.dequantize(input_scale, None, None);
-    x.linear(&weight.within(x.scope()).dequantize(weight_scale, Some(0), None), None)
+    // ONNX Runtime makes a product of integers of this; of a Gemm only where the weight has zero points as well.
+    x.matmul(&weight.within(x.scope()).dequantize(weight_scale, Some(0), None).transpose(&[1, 0]))
 }
 
 /// [`linear_int8`] with a scale for every row of `x`: `max |x * smoothing| / 127`. Rows of zeros give zeros: no scale is

@@ -9,7 +9,7 @@ use crate::onnx::{Dim, Operator, Scope, Value};
 ///
 /// The score of row `j` is `max_h <query_last_h, key_j> * scale - bias[position_last - position_j]`; the first
 /// `prefix_length` and last `suffix_length` rows are exempt. The `keep` best rows stay, in their order; among equal
-/// scores the lower index wins.
+/// scores the lower index wins, and NaN is below all.
 ///
 /// Outputs: `keep_idx [B, K]`, `kept_hidden [B, K, D]`, `kept_position_ids [B, K]`, `kept_kv [B, n, 2, G, K, d]`,
 /// `scores [B, L]`, `metric [B, H, L]` (the logits of the last row).
@@ -37,14 +37,18 @@ fn topk_prune(g: &Scope, cast: bool) {
     let [query, key] = [query, key].map(|x| if cast { x.cast(DType::F32) } else { x });
     let metric = last_row_logits(g, &query, &key, &g.attribute("scale"));
     let distance = positions.last(1) - &positions;
-    let scores = metric.reduce_max(1) - bias.gather(&distance);
+    // Runtimes differ in what a maximum and an order make of NaN: the sum is NaN where a logit is, and zero elsewhere, and
+    // what is ordered has none.
+    let broken = metric.is_nan().select(&metric, &g.float(0.0)).reduce_sum(1);
+    let scores = metric.reduce_max(1) + broken - bias.gather(&distance);
 
     let length = key.shape_at_run_time(2, 3);
     let row = g.range(&length.to_scalar(), l.clone());
     let exempt = row.less(&prefix).or(&row.greater_or_equal(&(&length - &suffix)));
     let scores = exempt.select(&g.float(f32::INFINITY), &scores);
 
-    let [_, best] = scores.top_k(&keep, true, kept.clone());
+    let ranked = scores.is_nan().select(&g.float(f32::NEG_INFINITY), &scores.maximum(&g.float(f32::MIN)));
+    let [_, best] = ranked.top_k(&keep, true, kept.clone());
     let [keep_idx, _] = best.top_k(&keep, false, kept.clone());
 
     g.output("keep_idx", &keep_idx);

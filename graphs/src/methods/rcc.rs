@@ -41,6 +41,9 @@ pub fn encoder(source: &Source, model: &RccModel, settings: RccSettings) -> Scop
             compress.projected(&place, &states[settings.states_of_map(map)])
         })
         .collect();
+    for (i, map) in maps.iter().enumerate() {
+        g.scope("maps").tap(&i.to_string(), map);
+    }
     g.output("maps", &stacked(&g, &maps));
     g
 }

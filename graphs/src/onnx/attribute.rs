@@ -45,10 +45,21 @@ impl From<Vec<i64>> for Attribute {
     }
 }
 
+/// Numbers of the fields of [`AttributeProto`] that hold one number.
+const FLOAT_FIELD: u32 = 2;
+const INT_FIELD: u32 = 3;
+
 impl Attribute {
     pub(crate) fn to_proto(&self, name: &str) -> AttributeProto {
         let mut proto = AttributeProto { name: name.to_owned(), ..AttributeProto::default() };
+        // These messages leave zeros out, but ONNX's own have fields that are there or not, and a function's `Constant` is
+        // refused where the caller's zero is not.
+        let explicit = proto.special_fields.mut_unknown_fields();
         let kind = match self {
+            Self::Int(0) => {
+                explicit.add_varint(INT_FIELD, 0);
+                AttributeType::INT
+            }
             Self::Int(n) => {
                 proto.i = *n;
                 AttributeType::INT
@@ -56,6 +67,10 @@ impl Attribute {
             Self::Ints(ns) => {
                 proto.ints.clone_from(ns);
                 AttributeType::INTS
+            }
+            Self::Float(x) if x.to_bits() == 0 => {
+                explicit.add_fixed32(FLOAT_FIELD, 0);
+                AttributeType::FLOAT
             }
             Self::Float(x) => {
                 proto.f = *x;

@@ -102,6 +102,12 @@ impl Value {
         self.binary("Pow", other, self.dtype())
     }
 
+    /// Whether each element is NaN.
+    #[must_use]
+    pub fn is_nan(&self) -> Value {
+        self.one("IsNaN", &[], vec![], DType::Bool, self.shape().to_vec())
+    }
+
     /// `(self + other) / 2`, of any type of floating-point numbers.
     #[must_use]
     pub fn mean(&self, other: &Value) -> Value {
@@ -316,21 +322,6 @@ impl Value {
         self.one("Attention", &inputs, vec![], self.dtype(), self.shape().to_vec())
     }
 
-    /// Scaled attention over keys and values `[batch, G, T, d]` that follow those of `past` `[batch, G, P, d]`; a row
-    /// sees the rows that `visible [T, P + T]` names. Returns the output and the keys and values of all rows.
-    #[must_use]
-    pub fn attention(&self, key: &Value, value: &Value, visible: &Value, past: [&Value; 2]) -> (Value, Value, Value) {
-        for v in [self, key, value, past[0], past[1]] {
-            v.expect_rank("Attention", 4);
-        }
-        let rows = &past[0].dim(2) + &key.dim(2);
-        let present = (self.dtype(), vec![key.dim(0), key.dim(1), rows, key.dim(3)]);
-        let results = vec![(self.dtype(), self.shape().to_vec()), present.clone(), present];
-        let inputs = [Some(self), Some(key), Some(value), Some(visible), Some(past[0]), Some(past[1])];
-        let outputs = self.scope.node("Attention", &inputs, vec![], results);
-        (outputs[0].clone(), outputs[1].clone(), outputs[2].clone())
-    }
-
     /// The same elements as `shape`. Dimensions that are not known are copied from the same place of the input where
     /// the names agree; one more may be inferred.
     #[must_use]
@@ -423,10 +414,11 @@ impl Value {
         self.one("Slice", &[start, end, &axes], vec![], self.dtype(), shape)
     }
 
-    /// The last row along `axis`, which stays as a dimension of 1.
+    /// The last row along `axis`, which stays as a dimension of 1. Not a slice: NVIDIA's parser does not see that its result
+    /// has one row.
     #[must_use]
     pub fn last(&self, axis: usize) -> Value {
-        self.slice(axis, &self.scope.ints(&[-1]), &self.scope.ints(&[i64::MAX]), Dim::Known(1))
+        self.gather_along(axis, &self.scope.ints(&[-1]))
     }
 
     /// `self[indices]` along the first dimension.

@@ -2,6 +2,7 @@
 
 use super::modules::module_path;
 use super::scope::{GraphData, NodeData};
+use super::serialize::QuantizedLinear;
 use super::{Scope, Value};
 use crate::dtype::DType;
 use crate::weights::WeightIndex;
@@ -75,7 +76,10 @@ impl Scope {
             let scope = self.at(module_path(&node.name, &node.op));
             let replacement = self.matrix_use(&scope, &node, &by_id).and_then(|matrix| replace(&scope, &matrix));
             match (replacement, &node.outputs[..]) {
-                (Some(value), &[output]) => self.take_place(&value, output),
+                (Some(value), &[output]) => {
+                    self.take_place(&value, output);
+                    self.graph.borrow_mut().replaced.extend(node.replaced_linear(&by_id, output));
+                }
                 _ => self.graph.borrow_mut().nodes.push(node),
             }
         }
@@ -146,7 +150,25 @@ impl Scope {
     }
 }
 
+/// A linear layer whose matrix was replaced.
+pub(super) struct ReplacedLinear {
+    matrix: String,
+    bias: Option<String>,
+    /// The value that holds the rows, `[rows, in]`.
+    rows: usize,
+    /// The value that holds their product, `[rows, out]`.
+    product: usize,
+}
+
 impl NodeData {
+    /// What the node, which yielded the value `product`, was, if it was a linear layer.
+    fn replaced_linear(&self, matrices: &HashMap<usize, &str>, product: usize) -> Option<ReplacedLinear> {
+        let linear = self.linear(matrices)?;
+        let bias = self.inputs.get(2).copied().flatten().and_then(|bias| matrices.get(&bias));
+        let (matrix, bias) = (linear.weight.to_owned(), bias.map(|&name| name.to_owned()));
+        Some(ReplacedLinear { matrix, bias, rows: linear.input, product })
+    }
+
     /// Whether the node looks up rows of its first input.
     fn is_row_lookup(&self) -> bool {
         let along_rows = self.attributes.iter().all(|(name, value)| *name != "axis" || *value == 0_i64.into());
@@ -155,6 +177,18 @@ impl NodeData {
 }
 
 impl GraphData {
+    /// Every linear layer whose matrix was replaced, in the order of the graph.
+    pub(super) fn quantized_linears(&self) -> Vec<QuantizedLinear> {
+        let name = |id: usize| self.values[id].name.clone();
+        let linear = |linear: &ReplacedLinear| QuantizedLinear {
+            matrix: linear.matrix.clone(),
+            bias: linear.bias.clone(),
+            rows: name(linear.rows),
+            product: name(linear.product),
+        };
+        self.replaced.iter().map(linear).collect()
+    }
+
     /// Removes casts of tensors that nothing reads any more, the tensors that nothing reads, and the functions that nothing
     /// calls.
     pub(super) fn drop_unused_tensors(&mut self) {

@@ -1,6 +1,7 @@
 //! Scopes and values: the two handles a graph is built with.
 
 use super::function::{Function, Operator};
+use super::rewrite::ReplacedLinear;
 use super::{Attribute, BuildError, Dim, shape};
 use crate::dtype::DType;
 use crate::weights::{WeightIndex, WeightRef};
@@ -35,6 +36,8 @@ pub(super) struct GraphData {
     pub(super) inputs: Vec<usize>,
     pub(super) outputs: Vec<usize>,
     pub(super) taps: Vec<(String, usize)>,
+    /// Linear layers whose matrix was replaced.
+    pub(super) replaced: Vec<ReplacedLinear>,
     pub(super) linked: BTreeMap<String, (usize, WeightRef)>,
     pub(super) constants: Vec<(usize, Constant)>,
     pub(super) functions: BTreeMap<&'static str, Function>,
@@ -93,6 +96,7 @@ impl Scope {
             inputs: Vec::new(),
             outputs: Vec::new(),
             taps: Vec::new(),
+            replaced: Vec::new(),
             linked: BTreeMap::new(),
             constants: Vec::new(),
             functions: BTreeMap::new(),

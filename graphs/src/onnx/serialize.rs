@@ -27,6 +27,20 @@ pub struct ValueInfo {
     pub shape: Vec<String>,
 }
 
+/// A linear layer over a quantized matrix.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuantizedLinear {
+    /// The matrix, as the checkpoint calls it.
+    pub matrix: String,
+    /// The bias, as the checkpoint calls it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bias: Option<String>,
+    /// The value in the graph that is multiplied, `[rows, in]`.
+    pub rows: String,
+    /// The value in the graph that comes of it, `[rows, out]`.
+    pub product: String,
+}
+
 /// What a graph takes, gives and needs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GraphSignature {
@@ -42,6 +56,9 @@ pub struct GraphSignature {
     /// Matrix of the checkpoint -> the values whose rows linear layers multiply by it; older bundles do not say.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub linears: BTreeMap<String, Vec<String>>,
+    /// Linear layers over quantized matrices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub quantized: Vec<QuantizedLinear>,
     /// Number of nodes.
     pub nodes: usize,
     /// What these nodes are, by module in the order of the graph; older bundles do not say.
@@ -181,6 +198,7 @@ impl GraphData {
             weights: self.linked.keys().cloned().collect(),
             taps: self.taps.iter().map(|(tap, id)| (tap.clone(), info(id))).collect(),
             linears: self.linear_inputs(),
+            quantized: self.quantized_linears(),
             nodes: self.nodes.len(),
             modules: modules(&self.nodes),
             functions: self
@@ -191,12 +209,12 @@ impl GraphData {
         }
     }
 
-    /// The graph of a node: its constants are initializers, and it links to no weights.
+    /// The graph of a node: it links to no weights, and its constants are nodes, because NVIDIA's parser misreads
+    /// initializers there.
     pub(super) fn to_proto(&self) -> GraphProto {
         GraphProto {
             name: self.name.clone(),
-            node: self.operator_nodes().collect(),
-            initializer: self.constants.iter().map(|(id, c)| c.to_proto(&self.values[*id].name)).collect(),
+            node: self.constant_nodes().chain(self.operator_nodes()).collect(),
             input: self.inputs.iter().map(|&id| self.value_info_proto(id)).collect(),
             output: self.outputs.iter().map(|&id| self.value_info_proto(id)).collect(),
             ..GraphProto::default()

@@ -6,7 +6,7 @@ use super::{EXP2, Simd};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(__m256);
+pub(crate) struct Avx2(pub(crate) __m256);
 
 // SAFETY (every block): the callers guarantee AVX2, FMA and valid pointers, as the trait demands.
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -104,5 +104,13 @@ impl Simd for Avx2 {
                 _mm256_storeu_ps(to.add((4 + j) * to_stride), high);
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        unsafe { _mm256_stream_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn fence() {
+        unsafe { _mm_sfence() };
     }
 }

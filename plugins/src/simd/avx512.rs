@@ -6,7 +6,7 @@ use super::{EXP2, Simd};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(crate) __m512);
 
 // SAFETY (every block): the callers guarantee AVX-512 F and DQ and valid pointers, as the trait demands.
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -100,5 +100,13 @@ impl Simd for Avx512 {
                 _mm512_storeu_ps(to.add((12 + j) * to_stride), _mm512_shuffle_f32x4::<0xdd>(b, d));
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        unsafe { _mm512_stream_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn fence() {
+        unsafe { _mm_sfence() };
     }
 }

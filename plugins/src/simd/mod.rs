@@ -97,4 +97,45 @@ pub(crate) trait Simd: Copy {
     /// Transposes the `LANES` x `LANES` block at `from` (row stride `stride` elements) to `to` (row stride
     /// `to_stride`).
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize);
+    /// As `store`, without fetching what is overwritten into a cache, where the processor can. `to` is aligned to the
+    /// vector, and other threads may only look after this one has called `fence`.
+    unsafe fn stream(self, to: *mut f32);
+    /// Everything streamed is written.
+    unsafe fn fence();
+}
+
+/// How many bytes ahead weights are asked for that are read once: their rows are too short for the processor to notice in
+/// time how the reading goes on.
+pub(crate) const AHEAD: usize = 8192;
+
+/// Asks for the cache line at `at`, which need not be memory at all.
+#[inline(always)]
+pub(crate) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 processor has the instruction, and it does nothing where there is no memory.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// The sum of all lanes, by halves.
+///
+/// # Safety
+///
+/// The instruction set of `V` is there.
+#[inline(always)]
+pub(crate) unsafe fn total<V: Simd>(lanes: V) -> f32 {
+    let mut values = [0.0f32; 16];
+    // SAFETY: no vector has more than 16 lanes.
+    unsafe { lanes.store(values.as_mut_ptr()) };
+    let mut width = V::LANES;
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            values[i] += values[i + width];
+        }
+    }
+    values[0]
 }

@@ -3,7 +3,7 @@
 use super::{EXP2, Simd};
 
 #[derive(Clone, Copy)]
-pub(crate) struct Portable([f32; 4]);
+pub(crate) struct Portable(pub(crate) [f32; 4]);
 
 macro_rules! lanewise {
     ($f:expr) => {{
@@ -71,6 +71,13 @@ impl Simd for Portable {
             }
         }
     }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: passed on from the caller.
+        unsafe { self.store(to) }
+    }
+    #[inline(always)]
+    unsafe fn fence() {}
 }
 
 #[inline(always)]

@@ -6,6 +6,7 @@ use accordion::bundle::{Bundle, Method};
 use accordion::checkpoint::Tokenizer;
 use accordion::pipeline;
 use accordion::verify::bundle::{Input, Plan};
+use accordion::verify::recording::RecordedInput;
 use accordion_graphs::architecture::Compressor;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
@@ -14,7 +15,7 @@ use accordion_graphs::plan::sharedllm::{ChunkPolicy, SharedLlmSettings};
 use anyhow::Context;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Rows of a plain check, unless said otherwise.
 const PLAIN_CONTEXT: usize = 512;
@@ -35,13 +36,43 @@ pub(super) struct Chosen {
 }
 
 impl Chosen {
-    pub(super) fn new(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<Self> {
+    /// Every sample that the arguments ask for.
+    pub(super) fn samples(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<Vec<Self>> {
         let method = &bundle.manifest().method;
         let tokens = Tokens::new(bundle, arguments, output)?;
         let lengths = lengths(method, arguments, &tokens)?;
         let plan = plan(bundle, method, lengths, output)?;
-        let ids = tokens.take(lengths.total() + usize::from(arguments.steps))?;
-        Ok(Self { plan, lengths, ids, width: arguments.width, source: tokens.source() })
+        let all = usize::from(arguments.samples);
+        let samples = (0..all).map(|sample| {
+            let ids = tokens.take(lengths.total() + usize::from(arguments.steps), sample, all)?;
+            Ok(Self { plan: plan.clone(), lengths, ids, width: arguments.width, source: tokens.source() })
+        });
+        samples.collect()
+    }
+
+    /// The first of them.
+    pub(super) fn first(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<Self> {
+        let samples = Self::samples(bundle, arguments, output)?;
+        samples.into_iter().next().context("there is no sample")
+    }
+
+    /// What somebody recorded.
+    pub(super) fn recorded(
+        bundle: &Bundle,
+        recorded: RecordedInput,
+        file: &Path,
+        width: usize,
+        output: &Output,
+    ) -> anyhow::Result<Self> {
+        let RecordedInput { lengths, ids } = recorded;
+        let plan = plan(bundle, &bundle.manifest().method, lengths, output)?;
+        Ok(Self {
+            plan,
+            lengths,
+            ids,
+            width,
+            source: ("text".to_owned(), format!("as recorded in {}", file.display())),
+        })
     }
 
     pub(super) fn input(&self) -> Input<'_> {
@@ -187,15 +218,20 @@ impl Tokens {
         })
     }
 
-    /// The first `count` tokens.
-    fn take(&self, count: usize) -> anyhow::Result<Vec<u32>> {
+    /// `count` tokens for sample number `sample` of `samples`: windows of the text, as far from each other as it is long.
+    fn take(&self, count: usize, sample: usize, samples: usize) -> anyhow::Result<Vec<u32>> {
         match self {
-            Self::Text { path, ids } => match ids.get(..count) {
-                Some(ids) => Ok(ids.to_vec()),
-                None => anyhow::bail!("{} has {} tokens, {count} are needed", path.display(), ids.len()),
-            },
+            Self::Text { path, ids } => {
+                let room = ids.len().checked_sub(count).filter(|&room| room + 1 >= samples);
+                let Some(room) = room else {
+                    let needed = count.saturating_add(samples - 1);
+                    anyhow::bail!("{} has {} tokens, {needed} are needed", path.display(), ids.len())
+                };
+                let start = room.checked_div(samples - 1).unwrap_or(0) * sample;
+                Ok(ids[start..start + count].to_vec())
+            }
             Self::Random { seed, vocab_size } => {
-                let mut generator = ChaCha8Rng::seed_from_u64(*seed);
+                let mut generator = ChaCha8Rng::seed_from_u64(seed.wrapping_add(sample as u64));
                 // The bias of the remainder is nothing here.
                 let mut next = || (generator.next_u64() % (*vocab_size).max(1) as u64) as u32;
                 Ok((0..count).map(|_| next()).collect())

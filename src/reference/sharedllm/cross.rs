@@ -7,7 +7,6 @@ use super::super::rope::{Frequencies, Rotary};
 use super::super::weights::{Linear, Weights, rms_norm};
 use super::super::{ReferenceError, Result};
 use super::Injected;
-use crate::tensor::Tensor;
 use accordion_graphs::architecture;
 use accordion_graphs::plan::sharedllm::Quirks;
 use ndarray::{Array1, Array2};
@@ -20,11 +19,7 @@ pub(super) struct CrossAttention {
 }
 
 impl CrossAttention {
-    pub(super) fn load<F, E>(upper: &architecture::Llama, layer: usize, weights: &Weights<F>) -> Result<Self>
-    where
-        F: Fn(&str) -> std::result::Result<Tensor, E>,
-        E: Into<Box<dyn std::error::Error + Send + Sync>>,
-    {
+    pub(super) fn load(upper: &architecture::Llama, layer: usize, weights: &Weights<'_>) -> Result<Self> {
         let at = |name: &str| format!("model.layers.{layer}.cross_attn.{name}");
         let (hidden, queries) = (upper.hidden_size, upper.num_heads * upper.head_dim);
         Ok(Self {

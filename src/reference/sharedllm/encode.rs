@@ -8,7 +8,7 @@ use super::super::{ReferenceError, Result, expect_length};
 use super::cross::{key_positions, query_position};
 use super::tree::{Node, grow};
 use super::{Prompt, SharedLlm};
-use crate::taps::{NoTaps, TapSink};
+use crate::taps::TapSink;
 use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
 use ndarray::{Array3, Array4};
 
@@ -78,7 +78,11 @@ pub fn compress(
     // By level, node and layer.
     let mut encoded = Vec::with_capacity(tree.len());
     for (w, nodes) in tree.iter().enumerate() {
-        let level = nodes.iter().map(|node| encode(&model.lower, node)).collect::<Result<Vec<_>>>()?;
+        let encoded_nodes = nodes
+            .iter()
+            .enumerate()
+            .map(|(i, node)| encode(&model.lower, node, &mut taps.within(&format!("tree.{w}.nodes.{i}."))));
+        let level = encoded_nodes.collect::<Result<Vec<_>>>()?;
         for layer in 0..model.cross.len() {
             let nodes: Vec<&KeyValue> = level.iter().map(|layers| &layers[layer]).collect();
             tap_stacked(&mut taps.within(&format!("tree.{w}.layers.{layer}.")), &nodes)?;
@@ -93,14 +97,13 @@ pub fn compress(
 }
 
 /// Keys and values of `node` in every layer, `[G, l, d]`. Padded rows have some too.
-fn encode(lower: &Llama, node: &Node) -> Result<Vec<KeyValue>> {
-    let mut no_taps = NoTaps;
-    let mut taps = Scope::new(&mut no_taps, "");
+fn encode(lower: &Llama, node: &Node, taps: &mut Scope<'_>) -> Result<Vec<KeyValue>> {
     let rotary = lower.rotary(&(0..node.ids.len() as i64).collect::<Vec<_>>());
     let tokens: Vec<usize> = (0..node.ids.len()).filter(|&row| node.mask[row]).collect();
     let mut hidden = lower.embed(&node.ids)?;
     let mut layers = Vec::new();
     for layer in 0..lower.architecture().num_layers {
+        let mut taps = taps.within(&format!("layers.{layer}."));
         let [q, k, v] = lower.project(layer, &hidden);
         let (attended, kv) = attend_among(&tokens, &q, &k, v, &rotary, &mut taps)?;
         let residual = lower.add_attended(layer, &hidden, &attended, &mut taps)?;

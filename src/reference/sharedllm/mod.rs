@@ -15,10 +15,10 @@ use super::array::Scope;
 use super::cache::Cache;
 use super::decode::argmax;
 use super::llama::Llama;
+use super::quantize::Weight;
 use super::weights::Weights;
 use super::{ReferenceError, Result};
 use crate::taps::TapSink;
-use crate::tensor::Tensor;
 use accordion_graphs::architecture::{self, SharedLlmModel};
 use ndarray::{Array2, ArrayView1};
 
@@ -50,12 +50,13 @@ impl SharedLlm {
     /// # Errors
     ///
     /// As [`Llama::load`]; or the two models have different heads, or fewer layers than are injected.
-    pub fn load<E>(
+    pub fn load<W, E>(
         architecture: &architecture::Llama,
         model: &SharedLlmModel,
-        source: impl Fn(&str) -> std::result::Result<Tensor, E>,
+        source: impl Fn(&str) -> std::result::Result<W, E>,
     ) -> Result<Self>
     where
+        W: Into<Weight>,
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         check(architecture, model)?;

@@ -5,7 +5,6 @@ use super::super::array::Scope;
 use super::super::llama::Llama;
 use super::super::{Result, expect_length};
 use super::{Prompt, SharedLlm};
-use crate::taps::NoTaps;
 use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
 use ndarray::{Array1, Array2, ArrayView};
 
@@ -86,7 +85,8 @@ fn leaves(halves: Vec<[Node; 2]>, quirks: Quirks) -> Vec<Node> {
 fn query(model: &SharedLlm, prompt: Prompt<'_>, taps: &mut Scope<'_>) -> Result<Array1<f32>> {
     let widths = [&model.lower, &model.upper].map(|model| model.architecture().hidden_size);
     expect_length("width of the lower model that is compared with the upper one", widths[0], widths[1])?;
-    let query = after_layer_zero(&model.upper, prompt.running)?.row(prompt.query_index).to_owned();
+    let all = after_layer_zero(&model.upper, prompt.running, &mut taps.within("query."))?;
+    let query = all.row(prompt.query_index).to_owned();
     taps.tap("query.vector", &query)?;
     Ok(query)
 }
@@ -104,7 +104,11 @@ fn most_similar(
         [0, 1].iter().flat_map(|&side| halves.iter().map(move |halves| &halves[side].ids[..])).collect();
     let vectors = candidates
         .iter()
-        .map(|ids| Ok(after_layer_zero(&model.lower, ids)?.row(ids.len() - 1).to_owned()))
+        .enumerate()
+        .map(|(i, ids)| {
+            let mut taps = taps.within(&format!("halves.{i}."));
+            Ok(after_layer_zero(&model.lower, ids, &mut taps)?.row(ids.len() - 1).to_owned())
+        })
         .collect::<Result<Vec<Array1<f32>>>>()?;
     let similarity: Vec<f32> = vectors.iter().map(|vector| unit(query).dot(&unit(vector))).collect();
 
@@ -127,10 +131,9 @@ fn most_similar(
 
 /// `ids` after the first layer of `model` and its final norm, `[L, D]`. Padding counts as tokens, and the upper model's
 /// first layer does without its cross attention.
-fn after_layer_zero(model: &Llama, ids: &[u32]) -> Result<Array2<f32>> {
+fn after_layer_zero(model: &Llama, ids: &[u32], taps: &mut Scope<'_>) -> Result<Array2<f32>> {
     let rotary = model.rotary(&(0..ids.len() as i64).collect::<Vec<_>>());
-    let mut no_taps = NoTaps;
-    let mut taps = Scope::new(&mut no_taps, "");
+    let mut taps = taps.within("layers.0.");
     let attended = model.attention_half(0, &model.embed(ids)?, &rotary, None, &mut taps)?;
     Ok(model.final_norm(&model.mlp_half(0, &attended.residual, &mut taps)?))
 }

@@ -2,7 +2,7 @@
 
 use super::super::judge::{Detail, Findings, Judge};
 use super::super::order::model_order;
-use super::super::verdict::Bounds;
+use super::super::verdict::{Bounds, TapResult};
 use super::{Tensors, VerifyError, argmax, checkpoint, exported};
 use crate::bundle::{Bundle, MethodSettings};
 use crate::checkpoint::config_json;
@@ -14,12 +14,13 @@ use crate::reference::decode::{ContinuationOffset, EndOfText};
 use crate::reference::llama::Llama;
 use crate::reference::rope::Frequencies;
 use crate::reference::{self, plain, to_tensor};
-use crate::taps::{NoTaps, TapSink};
+use crate::taps::NoTaps;
 use crate::tensor::Tensor;
 use accordion_graphs::blocks::{Target, rope};
 use accordion_graphs::plan::homer::HomerPlan;
 use ndarray::{Array2, Axis, Slice};
 use std::path::Path;
+use std::rc::Rc;
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
@@ -210,24 +211,24 @@ fn plain_rows(case: &HomerCase) -> Option<usize> {
 
 /// Compares what `case` holds of the tree, its result, the teacher's tokens after it and the plain model with `found`.
 /// Generated text is left to the teacher's tokens, which take the same way without depending on each other.
-pub(super) fn compare(name: &str, case: &HomerCase, plan: &HomerPlan, found: Tensors) -> Findings {
+pub(super) fn compare(name: &str, case: &HomerCase, plan: &HomerPlan, found: &Tensors) -> Findings {
     let dtype = case.dtype;
-    let mut judge = Judge::new(Detail::All, move |kind| Bounds::golden(kind, dtype));
+    let mut judge = Judge::new(Rc::new(move |kind| Bounds::golden(kind, dtype)));
     judge.prefix = format!("{name}.");
-    for (tap, value) in found {
-        // Only what the authors' code recorded is asked for: the graphs have far more.
-        if case.expected.contains_key(&tap) && judge.expects(&tap) {
-            judge.offer(&tap, value);
-        }
-    }
-    let mut recorded: Vec<&String> = case.expected.keys().filter(|name| judge.expects(name)).collect();
+    // Only what the authors' code recorded is asked for: the graphs have far more.
+    let mut recorded: Vec<&String> = case.expected.keys().filter(|name| Detail::All.includes(name)).collect();
     recorded.sort_by(|a, b| model_order(a, b));
     let mut part = |scope: &str, diverged: bool| {
         judge.begin(diverged);
         for &tap in recorded.iter().filter(|tap| tap.starts_with(scope)) {
-            judge.record(tap, case.expected[tap].clone());
+            let expected = &case.expected[tap];
+            match found.get(tap) {
+                _ if judge.diverged() => judge.leave_out(1),
+                Some(found) => judge.compare(tap, found, expected),
+                None => judge.tell(TapResult::missing(&format!("{name}.{tap}"), expected.shape(), "the actual side")),
+            }
         }
-        judge.end(scope)
+        judge.diverged()
     };
     let mut diverged: Vec<bool> = Vec::with_capacity(plan.nodes.len());
     for node in &plan.nodes {

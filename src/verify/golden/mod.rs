@@ -8,7 +8,7 @@ pub mod rcc;
 pub mod sharedllm;
 
 use super::error::VerifyError;
-use super::judge::{Detail, Findings, Judge};
+use super::judge::{Findings, Judge};
 use super::verdict::{Bounds, TapKind, TapResult, Verdict, judge_as};
 use crate::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
 use crate::checkpoint::Checkpoint;
@@ -23,6 +23,7 @@ use accordion_graphs::plan::sharedllm::Quirks;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Tensors by golden name.
@@ -105,7 +106,7 @@ impl GoldenCase {
     /// The reference cannot be run.
     pub fn compare_reference(&self) -> Result<Findings, VerifyError> {
         match self {
-            Self::Homer(case, plan) => Ok(homer::compare("reference", case, plan, homer::reference(case, plan)?)),
+            Self::Homer(case, plan) => Ok(homer::compare("reference", case, plan, &homer::reference(case, plan)?)),
             Self::Rcc(case) => Ok(rcc::compare("reference", case, &rcc::reference(case)?, &|_| false)),
             Self::SharedLlm(case, quirks) => {
                 let found = sharedllm::reference(case, *quirks)?;
@@ -126,7 +127,9 @@ impl GoldenCase {
         width: usize,
     ) -> Result<Findings, VerifyError> {
         match self {
-            Self::Homer(case, plan) => Ok(homer::compare(name, case, plan, homer::graphs(case, plan, engines, width)?)),
+            Self::Homer(case, plan) => {
+                Ok(homer::compare(name, case, plan, &homer::graphs(case, plan, engines, width)?))
+            }
             Self::Rcc(case) => Ok(rcc::compare(name, case, &rcc::graphs(case, engines, width)?, &rcc::not_in_graphs)),
             Self::SharedLlm(case, quirks) => {
                 let found = sharedllm::graphs(case, engines, *quirks, width)?;
@@ -203,7 +206,7 @@ struct Held<'a> {
 
 impl<'a> Held<'a> {
     fn new(side: &'a str, found: &'a Tensors, dtype: DType) -> Self {
-        let mut judge = Judge::new(Detail::All, move |kind| Bounds::golden(kind, dtype));
+        let mut judge = Judge::new(Rc::new(move |kind| Bounds::golden(kind, dtype)));
         judge.prefix = format!("{side}.");
         judge.begin(false);
         Self { judge, side, found }

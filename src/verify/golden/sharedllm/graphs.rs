@@ -9,7 +9,6 @@ use crate::pipeline::sharedllm::{Context, inject};
 use crate::pipeline::{self, Engines, Injected};
 use crate::taps::NoTaps;
 use crate::tensor::Tensor;
-use crate::verify::judge::Detail;
 use accordion_graphs::plan::sharedllm::Quirks;
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
@@ -21,7 +20,7 @@ pub(super) fn run(case: &SharedLlmCase, engines: &mut Engines<'_>, quirks: Quirk
     let mask = padded.then_some(case.context_mask.as_slice());
     let context = Context { ids: &case.context_ids, mask, running: &case.running_ids, query_index: case.query_index };
 
-    let mut found = tree(case, tree_taps(engines, &plan, context, Detail::All)?)?;
+    let mut found = tree(case, tree_taps(engines, &plan, context, &|_| true)?)?;
     // Without taps, in calls of the width that was asked for.
     let injected = inject(engines, &plan, context, width, &mut NoTaps, &mut |_| {})?;
     running(case, engines, &injected, quirks, &mut found)?;

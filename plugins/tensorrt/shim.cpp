@@ -1,0 +1,365 @@
+#include "shim.h"
+
+#include <NvInfer.h>
+#include <NvOnnxParser.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+namespace {
+
+// An error on its way out of this file; no exception leaves it.
+struct Failure : std::runtime_error {
+    Failure(AccordionStatus status, std::string const& text) : std::runtime_error(text), status(status) {}
+    AccordionStatus status;
+};
+
+template <typename Body>
+int32_t guarded(char* message, size_t capacity, Body&& body) noexcept {
+    auto const refused = [&](int32_t status, char const* text) {
+        if (message != nullptr && capacity > 0) {
+            std::strncpy(message, text, capacity - 1);
+            message[capacity - 1] = '\0';
+        }
+        return status;
+    };
+    try {
+        body();
+        return ACCORDION_OK;
+    } catch (Failure const& failure) {
+        return refused(failure.status, failure.what());
+    } catch (std::exception const& error) {
+        return refused(ACCORDION_BUILD, error.what());
+    }
+}
+
+// Passes messages on, and keeps the errors: NVIDIA's calls return null and say why only here.
+class Logger final : public nvinfer1::ILogger {
+public:
+    explicit Logger(AccordionObserver observer) : observer_(observer) {}
+
+    void log(Severity severity, nvinfer1::AsciiChar const* text) noexcept override {
+        if (severity <= Severity::kERROR) {
+            try {
+                std::lock_guard<std::mutex> const lock(mutex_);
+                if (!errors_.empty()) {
+                    errors_ += "; ";
+                }
+                errors_ += text;
+            } catch (std::exception const&) {
+                // Out of memory: the message is lost, the failure is not.
+            }
+        }
+        if (observer_.log != nullptr) {
+            observer_.log(observer_.user, static_cast<int32_t>(severity), text);
+        }
+    }
+
+    std::string errors() const {
+        std::lock_guard<std::mutex> const lock(mutex_);
+        return errors_.empty() ? "no reason given" : errors_;
+    }
+
+private:
+    AccordionObserver observer_;
+    mutable std::mutex mutex_;
+    std::string errors_;
+};
+
+// What a call of NVIDIA's returned, or why it returned nothing.
+template <typename Object>
+std::unique_ptr<Object> owned(Object* object, AccordionStatus status, Logger const& logger) {
+    if (object == nullptr) {
+        throw Failure(status, logger.errors());
+    }
+    return std::unique_ptr<Object>(object);
+}
+
+class Monitor final : public nvinfer1::IProgressMonitor {
+public:
+    explicit Monitor(AccordionObserver observer) : observer_(observer) {}
+
+    void phaseStart(char const* phase, char const*, int32_t steps) noexcept override {
+        try {
+            std::lock_guard<std::mutex> const lock(mutex_);
+            steps_[phase] = steps;
+        } catch (std::exception const&) {
+            // The phase is shown without its length.
+        }
+        tell(phase, 0);
+    }
+
+    bool stepComplete(char const* phase, int32_t step) noexcept override { return tell(phase, step + 1); }
+
+    void phaseFinish(char const*) noexcept override {}
+
+private:
+    bool tell(char const* phase, int32_t step) noexcept {
+        if (observer_.progress == nullptr) {
+            return true;
+        }
+        int32_t steps = 0;
+        {
+            std::lock_guard<std::mutex> const lock(mutex_);
+            auto const found = steps_.find(phase);
+            steps = found == steps_.end() ? 0 : found->second;
+        }
+        return observer_.progress(observer_.user, phase, step, steps) != 0;
+    }
+
+    AccordionObserver observer_;
+    std::mutex mutex_;
+    std::unordered_map<std::string, int32_t> steps_;
+};
+
+template <typename Function>
+Function* symbol(void* library, char const* path, char const* name) {
+    void* const address = dlsym(library, name);
+    if (address == nullptr) {
+        throw Failure(ACCORDION_LIBRARY, std::string(path) + ": there is no " + name);
+    }
+    return reinterpret_cast<Function*>(address);
+}
+
+void* opened(char const* path) {
+    // Visible to what is opened next: the parser takes symbols of the library from here.
+    void* const library = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+    if (library == nullptr) {
+        throw Failure(ACCORDION_LIBRARY, dlerror());
+    }
+    return library;
+}
+
+std::string version_text(int32_t version) {
+    std::ostringstream text;
+    text << version / 10000 << '.' << version / 100 % 100 << '.' << version % 100;
+    return text.str();
+}
+
+AccordionBytes copied(void const* data, size_t size) {
+    void* const copy = std::malloc(std::max<size_t>(size, 1));
+    if (copy == nullptr) {
+        throw std::bad_alloc();
+    }
+    std::memcpy(copy, data, size);
+    return {copy, size};
+}
+
+std::string shape_text(nvinfer1::Dims const& dims) {
+    std::ostringstream text;
+    text << '[';
+    for (int32_t i = 0; i < dims.nbDims; ++i) {
+        text << (i > 0 ? ", " : "") << dims.d[i];
+    }
+    text << ']';
+    return text.str();
+}
+
+AccordionRange const& range_of(AccordionRange const* ranges, size_t count, char const* what, nvinfer1::ITensor& input) {
+    auto const* const end = ranges + count;
+    auto const* const found
+        = std::find_if(ranges, end, [&](auto const& range) { return std::strcmp(range.name, input.getName()) == 0; });
+    if (found == end) {
+        throw Failure(ACCORDION_PROFILE, std::string("input '") + input.getName() + "' of shape "
+                + shape_text(input.getDimensions()) + " has no range of " + what);
+    }
+    return *found;
+}
+
+nvinfer1::Dims dims_of(int64_t const* extents, int32_t rank) {
+    nvinfer1::Dims dims{};
+    dims.nbDims = rank;
+    std::copy_n(extents, rank, dims.d);
+    return dims;
+}
+
+void set_range(nvinfer1::IOptimizationProfile& target, AccordionProfile const& profile, nvinfer1::ITensor& input) {
+    using nvinfer1::OptProfileSelector;
+    std::string const name = input.getName();
+    auto const refused = [&] {
+        return Failure(ACCORDION_PROFILE, "input '" + name + "': its range is refused");
+    };
+    nvinfer1::Dims const dims = input.getDimensions();
+    if (std::any_of(dims.d, dims.d + std::max(dims.nbDims, 0), [](int64_t extent) { return extent < 0; })) {
+        auto const& range = range_of(profile.shapes, profile.num_shapes, "shapes", input);
+        if (range.count != dims.nbDims) {
+            throw Failure(ACCORDION_PROFILE, "input '" + name + "' has shape " + shape_text(dims) + ", and its range "
+                    + std::to_string(range.count) + " dimensions");
+        }
+        if (!target.setDimensions(name.c_str(), OptProfileSelector::kMIN, dims_of(range.min, range.count))
+            || !target.setDimensions(name.c_str(), OptProfileSelector::kOPT, dims_of(range.opt, range.count))
+            || !target.setDimensions(name.c_str(), OptProfileSelector::kMAX, dims_of(range.max, range.count))) {
+            throw refused();
+        }
+    }
+    if (input.isShapeTensor()) {
+        auto const& range = range_of(profile.values, profile.num_values, "values, which decide shapes", input);
+        if (!target.setShapeValuesV2(name.c_str(), OptProfileSelector::kMIN, range.min, range.count)
+            || !target.setShapeValuesV2(name.c_str(), OptProfileSelector::kOPT, range.opt, range.count)
+            || !target.setShapeValuesV2(name.c_str(), OptProfileSelector::kMAX, range.max, range.count)) {
+            throw refused();
+        }
+    }
+}
+
+std::string parse_errors(nvonnxparser::IParser const& parser) {
+    std::ostringstream text;
+    for (int i = 0; i < parser.getNbErrors(); ++i) {
+        nvonnxparser::IParserError const* const error = parser.getError(i);
+        text << (i > 0 ? "; " : "") << "node '" << error->nodeName() << "' (" << error->nodeOperator()
+             << "): " << error->desc();
+    }
+    return text.str().empty() ? "no reason given" : text.str();
+}
+
+// There are dedicated kernels for attention in 16 bits only, and for some shapes. The builder refuses all other attention unless it
+// may put it together from several kernels.
+void allow_decomposition(nvinfer1::INetworkDefinition& network) {
+#if defined(TRT_MAJOR_RTX) || NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 14)
+    for (int32_t i = 0; i < network.getNbLayers(); ++i) {
+        nvinfer1::ILayer* const layer = network.getLayer(i);
+        if (layer->getType() == nvinfer1::LayerType::kATTENTION_INPUT) {
+            static_cast<nvinfer1::IAttentionInputLayer*>(layer)->getAttention()->setDecomposable(true);
+        }
+    }
+#else
+    (void)network; // the parser of older versions puts attention together itself
+#endif
+}
+
+} // namespace
+
+struct AccordionTensorRt {
+    decltype(createInferBuilder_INTERNAL)* create_builder;
+    decltype(createInferRuntime_INTERNAL)* create_runtime;
+    decltype(createNvOnnxParser_INTERNAL)* create_parser;
+    decltype(getPluginRegistry)* plugin_registry;
+    decltype(getInferLibVersion)* library_version;
+};
+
+extern "C" int32_t accordion_tensorrt_open(
+    char const* library, char const* parser, AccordionTensorRt** result, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        void* const infer = opened(library);
+        auto* const version = symbol<decltype(getInferLibVersion)>(infer, library, "getInferLibVersion");
+        // Newer libraries append to these classes and never reorder them, within a major version.
+        int32_t const found = version();
+        if (found / 10000 != NV_TENSORRT_MAJOR || found < static_cast<int32_t>(NV_TENSORRT_VERSION)) {
+            throw Failure(ACCORDION_LIBRARY, std::string(library) + " is version " + version_text(found)
+                    + ", and the headers are those of " + version_text(NV_TENSORRT_VERSION));
+        }
+        void* const onnx = opened(parser);
+        *result = new AccordionTensorRt{
+            symbol<decltype(createInferBuilder_INTERNAL)>(infer, library, "createInferBuilder_INTERNAL"),
+            symbol<decltype(createInferRuntime_INTERNAL)>(infer, library, "createInferRuntime_INTERNAL"),
+            symbol<decltype(createNvOnnxParser_INTERNAL)>(onnx, parser, "createNvOnnxParser_INTERNAL"),
+            symbol<decltype(getPluginRegistry)>(infer, library, "getPluginRegistry"),
+            version,
+        };
+    });
+}
+
+extern "C" void accordion_tensorrt_versions(AccordionTensorRt const* tensorrt, int32_t* headers, int32_t* library) {
+    *headers = NV_TENSORRT_VERSION;
+    *library = tensorrt->library_version();
+}
+
+extern "C" int32_t accordion_tensorrt_load_plugins(
+    AccordionTensorRt* tensorrt, char const* path, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        nvinfer1::IPluginRegistry* const registry = tensorrt->plugin_registry();
+        if (registry == nullptr || registry->loadLibrary(path) == nullptr) {
+            throw Failure(ACCORDION_PLUGINS, std::string(path) + ": the plugin registry refuses it");
+        }
+    });
+}
+
+extern "C" int32_t accordion_tensorrt_build(AccordionTensorRt* tensorrt, AccordionBuildRequest const* request,
+    AccordionObserver observer, AccordionBytes* plan, AccordionBytes* timing_cache, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        Logger logger(observer);
+        Monitor monitor(observer);
+        auto const builder = owned(
+            static_cast<nvinfer1::IBuilder*>(tensorrt->create_builder(&logger, NV_TENSORRT_VERSION)), ACCORDION_START,
+            logger);
+#if NV_TENSORRT_MAJOR == 10
+        uint32_t const flags = 1U << static_cast<uint32_t>(nvinfer1::NetworkDefinitionCreationFlag::kSTRONGLY_TYPED);
+#else
+        uint32_t const flags = 0; // types are always the graph's own
+#endif
+        auto const network = owned(builder->createNetworkV2(flags), ACCORDION_START, logger);
+#ifndef TRT_MAJOR_RTX
+        std::unique_ptr<nvinfer1::ITimingCache> cache; // outlives the configuration that refers to it
+#endif
+        auto const config = owned(builder->createBuilderConfig(), ACCORDION_START, logger);
+        auto const parser = owned(static_cast<nvonnxparser::IParser*>(
+                                      tensorrt->create_parser(network.get(), &logger, NV_ONNX_PARSER_VERSION)),
+            ACCORDION_START, logger);
+        if (!parser->parse(request->model, request->model_bytes, request->model_path)) {
+            throw Failure(ACCORDION_PARSE, parse_errors(*parser));
+        }
+        allow_decomposition(*network);
+
+        for (size_t p = 0; p < request->num_profiles; ++p) {
+            nvinfer1::IOptimizationProfile* const profile = builder->createOptimizationProfile();
+            for (int32_t i = 0; i < network->getNbInputs(); ++i) {
+                set_range(*profile, request->profiles[p], *network->getInput(i));
+            }
+            if (!profile->isValid() || config->addOptimizationProfile(profile) < 0) {
+                throw Failure(ACCORDION_PROFILE, logger.errors());
+            }
+        }
+        config->setProgressMonitor(&monitor);
+        if (request->workspace_bytes > 0) {
+            config->setMemoryPoolLimit(nvinfer1::MemoryPoolType::kWORKSPACE, request->workspace_bytes);
+        }
+        if (request->allow_tf32 == 0) {
+            config->clearFlag(nvinfer1::BuilderFlag::kTF32);
+        }
+#ifndef TRT_MAJOR_RTX
+        // A cache that belongs to another device or version is refused, and begun anew.
+        auto const fresh = [&](void const* blob, size_t size) {
+            return std::unique_ptr<nvinfer1::ITimingCache>(config->createTimingCache(blob, size));
+        };
+        cache = fresh(request->timing_cache, request->timing_cache_bytes);
+        if (cache == nullptr || !config->setTimingCache(*cache, false)) {
+            cache = fresh(nullptr, 0);
+            if (cache == nullptr || !config->setTimingCache(*cache, false)) {
+                throw Failure(ACCORDION_START, logger.errors());
+            }
+        }
+#endif
+        auto const serialized = owned(builder->buildSerializedNetwork(*network, *config), ACCORDION_BUILD, logger);
+        *timing_cache = {nullptr, 0};
+#ifndef TRT_MAJOR_RTX
+        if (std::unique_ptr<nvinfer1::IHostMemory> const measured{cache->serialize()}) {
+            *timing_cache = copied(measured->data(), measured->size());
+        }
+#endif
+        *plan = copied(serialized->data(), serialized->size());
+    });
+}
+
+extern "C" int32_t accordion_tensorrt_load(AccordionTensorRt* tensorrt, void const* plan, size_t plan_bytes,
+    AccordionObserver observer, int32_t* tensors, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        Logger logger(observer);
+        auto const runtime = owned(
+            static_cast<nvinfer1::IRuntime*>(tensorrt->create_runtime(&logger, NV_TENSORRT_VERSION)), ACCORDION_START,
+            logger);
+        auto const engine = owned(runtime->deserializeCudaEngine(plan, plan_bytes), ACCORDION_START, logger);
+        *tensors = engine->getNbIOTensors();
+    });
+}
+
+extern "C" void accordion_tensorrt_free(AccordionBytes bytes) { std::free(bytes.data); }
+
+extern "C" void accordion_tensorrt_close(AccordionTensorRt* tensorrt) { delete tensorrt; }

@@ -1,0 +1,273 @@
+//! One CUDA device: its facts, its memory, and one stream on which everything happens in order.
+
+use super::calls::Address;
+use super::compile::Architecture;
+use super::error::{CudaError, Doing as _};
+use super::libraries::require;
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr as _, DriverError, sys};
+use std::ffi::CStr;
+use std::sync::Arc;
+
+/// The driver's functions that are used here, by `cudarc` or directly.
+const FUNCTIONS: &[&CStr] = &[
+    c"cuCtxGetCurrent",
+    c"cuCtxSetCurrent",
+    c"cuDeviceGet",
+    c"cuDeviceGetAttribute",
+    c"cuDeviceGetCount",
+    c"cuDeviceGetName",
+    c"cuDevicePrimaryCtxRelease_v2",
+    c"cuDevicePrimaryCtxRetain",
+    c"cuDeviceTotalMem_v2",
+    c"cuEventCreate",
+    c"cuEventDestroy_v2",
+    c"cuEventElapsedTime_v2",
+    c"cuEventRecord",
+    c"cuEventSynchronize",
+    c"cuGetErrorName",
+    c"cuGetErrorString",
+    c"cuGraphDestroy",
+    c"cuGraphExecDestroy",
+    c"cuGraphInstantiateWithFlags",
+    c"cuGraphLaunch",
+    c"cuInit",
+    c"cuLaunchKernel",
+    c"cuMemAllocAsync",
+    c"cuMemAlloc_v2",
+    c"cuMemFreeAsync",
+    c"cuMemFree_v2",
+    c"cuMemGetInfo_v2",
+    c"cuMemcpyDtoDAsync_v2",
+    c"cuMemcpyDtoHAsync_v2",
+    c"cuMemcpyHtoDAsync_v2",
+    c"cuMemsetD8Async",
+    c"cuModuleGetFunction",
+    c"cuModuleLoadData",
+    c"cuModuleUnload",
+    c"cuStreamBeginCapture_v2",
+    c"cuStreamCreate",
+    c"cuStreamDestroy_v2",
+    c"cuStreamEndCapture",
+    c"cuStreamSynchronize",
+];
+
+/// A device with a stream. Its parts live as long as it is used.
+#[derive(Debug, Clone)]
+pub struct Device {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) stream: Arc<CudaStream>,
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct DeviceFacts {
+    /// `NVIDIA H200`.
+    pub name: String,
+    /// `9.0`.
+    pub compute_capability: String,
+    /// Its memory in bytes.
+    pub memory_bytes: u64,
+    /// Bytes of it that are free.
+    pub free_bytes: u64,
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of its second-level cache.
+    pub l2_bytes: u64,
+    /// The fastest its processors run, in MHz.
+    pub clock_mhz: f64,
+    /// What its memory moves at most by its clock and width, in bytes per second; 0 where the driver does not say.
+    pub memory_bandwidth: f64,
+}
+
+/// Bytes on a device, freed when dropped.
+#[derive(Debug)]
+pub struct Buffer(Option<CudaSlice<u8>>, Address);
+
+impl Buffer {
+    /// Where it begins, at a multiple of 256 bytes; 0 if it has no bytes.
+    pub fn address(&self) -> Address {
+        self.1
+    }
+}
+
+/// A point of time in the stream.
+#[derive(Debug)]
+pub struct Moment(CudaEvent);
+
+impl Moment {
+    /// Milliseconds from here to a later one, for which this waits.
+    ///
+    /// # Errors
+    ///
+    /// What was under way has failed.
+    pub fn milliseconds_to(&self, later: &Moment) -> Result<f64, CudaError> {
+        self.0.elapsed_ms(&later.0).map(f64::from).doing("wait for the device")
+    }
+}
+
+/// Work of the stream, recorded to be repeated.
+pub struct Graph(cudarc::driver::CudaGraph);
+
+impl Graph {
+    /// Starts the work once more.
+    ///
+    /// # Errors
+    ///
+    /// The driver refuses.
+    pub fn launch(&self) -> Result<(), CudaError> {
+        self.0.launch().doing("launch a CUDA graph")
+    }
+}
+
+impl Device {
+    /// The device of that number, counted from 0.
+    ///
+    /// # Errors
+    ///
+    /// There is no driver or no such device, or it does not start.
+    pub fn open(ordinal: usize) -> Result<Device, CudaError> {
+        let missing = |reason: String| CudaError::Driver { reason };
+        require("cuda", "NVIDIA driver", FUNCTIONS).map_err(missing)?;
+        let count =
+            CudaContext::device_count().map_err(|e| missing(format!("the NVIDIA driver does not start: {e}")))?;
+        if ordinal >= usize::try_from(count).unwrap_or_default() {
+            return Err(missing(format!("there is no GPU {ordinal}: the NVIDIA driver has {count}")));
+        }
+        let context = CudaContext::new(ordinal).doing(format!("open GPU {ordinal}"))?;
+        // SAFETY: everything happens on one stream, in order, so that buffers need no events of their own.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().doing("make a stream")?;
+        Ok(Device { context, stream })
+    }
+
+    /// What it is.
+    ///
+    /// # Errors
+    ///
+    /// The driver does not say.
+    pub fn facts(&self) -> Result<DeviceFacts, CudaError> {
+        let facts = || {
+            let attribute =
+                |attribute: Attribute| self.context.attribute(attribute).map(|value| f64::from(value.max(0)));
+            let (free_bytes, memory_bytes) = self.context.mem_get_info()?;
+            let (major, minor) = self.context.compute_capability()?;
+            let khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+            let bits = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+            Ok(DeviceFacts {
+                name: self.context.name()?,
+                compute_capability: format!("{major}.{minor}"),
+                memory_bytes: memory_bytes as u64,
+                free_bytes: free_bytes as u64,
+                multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+                l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as u64,
+                clock_mhz: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)? / 1e3,
+                // Two transfers in every cycle.
+                memory_bandwidth: khz * 1e3 * 2.0 * bits / 8.0,
+            })
+        };
+        facts().doing("ask the device what it is")
+    }
+
+    /// What its kernels are compiled for.
+    ///
+    /// # Errors
+    ///
+    /// The driver does not say.
+    pub fn architecture(&self) -> Result<Architecture, CudaError> {
+        let (major, minor) = self.context.compute_capability().doing("ask for the compute capability")?;
+        Ok(Architecture { major: major.max(0) as u32, minor: minor.max(0) as u32 })
+    }
+
+    /// A buffer of zeros.
+    ///
+    /// # Errors
+    ///
+    /// There is not as much memory.
+    pub fn zeros(&self, bytes: usize) -> Result<Buffer, CudaError> {
+        if bytes == 0 {
+            return Ok(Buffer(None, 0));
+        }
+        let slice = self.stream.alloc_zeros::<u8>(bytes).doing(format!("take {bytes} bytes of device memory"))?;
+        Ok(self.buffer(slice))
+    }
+
+    /// A buffer with these bytes.
+    ///
+    /// # Errors
+    ///
+    /// There is not as much memory.
+    pub fn upload(&self, bytes: &[u8]) -> Result<Buffer, CudaError> {
+        if bytes.is_empty() {
+            return Ok(Buffer(None, 0));
+        }
+        let slice = self.stream.clone_htod(bytes).doing(format!("copy {} bytes to the device", bytes.len()))?;
+        // The bytes may be gone as soon as this returns.
+        self.wait()?;
+        Ok(self.buffer(slice))
+    }
+
+    fn buffer(&self, slice: CudaSlice<u8>) -> Buffer {
+        let address = slice.device_ptr(&self.stream).0;
+        Buffer(Some(slice), address)
+    }
+
+    /// The bytes of a buffer, once everything before is done.
+    ///
+    /// # Errors
+    ///
+    /// What was under way has failed.
+    pub fn download(&self, buffer: &Buffer) -> Result<Vec<u8>, CudaError> {
+        let Some(slice) = &buffer.0 else { return Ok(Vec::new()) };
+        let mut bytes = vec![0; slice.len()];
+        self.stream.memcpy_dtoh(slice, &mut bytes).doing(format!("copy {} bytes from the device", slice.len()))?;
+        self.wait()?;
+        Ok(bytes)
+    }
+
+    /// Copies a buffer to another of the same size, on the device.
+    ///
+    /// # Errors
+    ///
+    /// The driver refuses.
+    pub fn copy(&self, from: &Buffer, to: &mut Buffer) -> Result<(), CudaError> {
+        match (&from.0, &mut to.0) {
+            (Some(from), Some(to)) => self.stream.memcpy_dtod(from, to).doing("copy on the device"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until everything is done.
+    ///
+    /// # Errors
+    ///
+    /// What was under way has failed.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.stream.synchronize().doing("wait for the device")
+    }
+
+    /// Now, as far as the stream is.
+    ///
+    /// # Errors
+    ///
+    /// The driver refuses.
+    pub fn moment(&self) -> Result<Moment, CudaError> {
+        let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        event.map(Moment).doing("record an event")
+    }
+
+    /// Records what `work` puts on the stream instead of doing it.
+    ///
+    /// # Errors
+    ///
+    /// Those of `work`, or it does something that cannot be recorded.
+    pub fn capture(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Graph, CudaError> {
+        self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).doing("begin a capture")?;
+        let done = work();
+        // Ended in any case: nothing else could be done on the stream.
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).doing("end a capture");
+        done?;
+        let nothing = || DriverError(sys::CUresult::CUDA_ERROR_ILLEGAL_STATE);
+        graph?.map(Graph).ok_or_else(nothing).doing("record work as a CUDA graph")
+    }
+}

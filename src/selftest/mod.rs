@@ -1,0 +1,142 @@
+//! Tries the CUDA kernels on a real device: their results against the CPU's, and their times against a copy's. Needs the
+//! driver, and for products cuBLASLt; no model, no network.
+//!
+//! The same cases run in this project's tests, by an emulator of the device.
+
+pub mod compress;
+mod host;
+mod numbers;
+pub mod prune;
+mod schema;
+mod times;
+
+pub use host::Host;
+pub use numbers::{encode, identities};
+pub use schema::{Check, Report, SCHEMA, Time};
+
+use crate::cuda::{CublasLt, CudaError, Device, Kernels, Origin};
+use crate::environment::Nvidia;
+use accordion_plugins::topk_prune::PruneError;
+use host::{Gpu, Recorded};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What to try.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Number of the device.
+    pub device: usize,
+    /// Where the kernels come from.
+    pub kernels: Origin,
+    /// Whether to measure times.
+    pub times: bool,
+}
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SelftestError {
+    /// The device, its driver or a library.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// A case that the CPU's implementation refuses.
+    #[error("the case {case}: {source}")]
+    Case {
+        /// Which one.
+        case: String,
+        /// Why.
+        source: PruneError,
+    },
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress<'a> {
+    /// What is tried now.
+    pub what: &'a str,
+    /// Steps done.
+    pub done: usize,
+    /// Steps in all.
+    pub of: usize,
+}
+
+/// Tries everything. `on_step` hears what comes next.
+///
+/// # Errors
+///
+/// There is no driver, device or code for it, or the device fails. A kernel that computes something else is no error but a
+/// check that has not passed.
+pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<Report, SelftestError> {
+    let unix_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (pruned, compressed) = (prune::cases(), compress::cases());
+    let of = pruned.len() + compressed.len() + 1;
+    let device = Device::open(options.device)?;
+    let facts = device.facts()?;
+    let kernels = Kernels::load(&device, &options.kernels)?;
+    let mut missing = vec![
+        "TopKPrune against TopK and Gather: it takes a runtime that has them, ONNX Runtime with CUDA or TensorRT"
+            .to_owned(),
+    ];
+    let cublaslt = CublasLt::open(&device).map_err(|error| missing.push(format!("products: {error}"))).ok();
+    let gpu = Gpu { device, kernels, cublaslt };
+
+    let mut checks = Vec::new();
+    for (case, tried) in pruned {
+        on_step(Progress { what: &case, done: checks.len(), of });
+        let tensors = tried.tensors();
+        let expected = tried.expected(&tensors).map_err(|source| SelftestError::Case { case: case.clone(), source })?;
+        checks.push(Check::of("TopKPrune", case, tried.on(&gpu, &tensors)?.difference(&expected)));
+    }
+    for (case, tried) in compressed {
+        on_step(Progress { what: &case, done: checks.len(), of });
+        let tensors = tried.tensors();
+        let difference = tried.on(&gpu, &tensors)?.difference(&tried.expected(&tensors));
+        checks.push(Check::of("StridedCompress", case, difference));
+    }
+    checks.extend(recorded(&gpu)?);
+    let (mut copy_bandwidth, mut times) = (None, Vec::new());
+    if options.times {
+        on_step(Progress { what: "times", done: of - 1, of });
+        let meter = times::Meter::new(&gpu, &facts)?;
+        copy_bandwidth = Some(meter.copy_bandwidth);
+        times = meter.all(&mut missing)?;
+    }
+    let (driver, cuda) = match Nvidia::probe() {
+        Nvidia::Present { driver, cuda, .. } => (driver, cuda),
+        Nvidia::Absent { .. } => (String::new(), String::new()),
+    };
+    Ok(Report {
+        schema: SCHEMA.to_owned(),
+        accordion: env!("CARGO_PKG_VERSION").to_owned(),
+        unix_time,
+        driver,
+        cuda,
+        device: facts,
+        kernels: match &options.kernels {
+            Origin::Folder(folder) => format!("compiled, from {}", folder.display()),
+            Origin::Compiler(_) => "compiled here by NVRTC".to_owned(),
+        },
+        passed: checks.iter().all(|check| check.passed),
+        checks,
+        copy_bandwidth,
+        times,
+        missing,
+    })
+}
+
+/// One case of each operator, recorded as a CUDA graph.
+fn recorded(gpu: &Gpu) -> Result<[Check; 2], SelftestError> {
+    let case = || "recorded as a CUDA graph".to_owned();
+    let tensors = prune::SMALL.tensors();
+    let expected = prune::SMALL.expected(&tensors).map_err(|source| SelftestError::Case { case: case(), source })?;
+    let pruned = prune::SMALL.on(&Recorded(gpu), &tensors)?.difference(&expected);
+    let tensors = compress::SMALL.tensors();
+    let compressed = compress::SMALL.on(&Recorded(gpu), &tensors)?.difference(&compress::SMALL.expected(&tensors));
+    Ok([Check::of("TopKPrune", case(), pruned), Check::of("StridedCompress", case(), compressed)])
+}
+
+impl Check {
+    fn of(operator: &str, case: String, difference: Option<String>) -> Check {
+        let passed = difference.is_none();
+        Check { operator: operator.to_owned(), case, passed, difference: difference.unwrap_or_default() }
+    }
+}

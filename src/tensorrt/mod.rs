@@ -1,0 +1,20 @@
+//! `TensorRT` and `TensorRT-RTX`: from a bundle's graphs to engines, which NVIDIA calls plans.
+//!
+//! NVIDIA's builder and parser are C++ and come from packages of their own. A [`shim`] in C is compiled on the user's
+//! machine, once per flavour and version, with the headers that belong to the library ([`toolkit`]); nothing is linked. Every
+//! graph gets optimization profiles from the plan of the method ([`ranges`]), and what is built is kept in the bundle with
+//! its hash ([`engines`]), because a plan is executable content.
+
+mod build;
+mod compile;
+pub mod engines;
+mod error;
+mod model;
+pub mod ranges;
+pub mod shim;
+mod sys;
+pub mod toolkit;
+
+pub use build::{BuildOptions, Built, BuiltProfile, build_graph, devices};
+pub use error::TensorRtError;
+pub use toolkit::Flavour;

@@ -1,0 +1,62 @@
+//! The interface of `plugins/tensorrt/shim.h`, name for name.
+
+use std::ffi::{c_char, c_void};
+
+#[repr(C)]
+pub(super) struct TensorRt {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(super) struct Range {
+    pub(super) name: *const c_char,
+    pub(super) count: i32,
+    pub(super) min: *const i64,
+    pub(super) opt: *const i64,
+    pub(super) max: *const i64,
+}
+
+#[repr(C)]
+pub(super) struct Profile {
+    pub(super) shapes: *const Range,
+    pub(super) num_shapes: usize,
+    pub(super) values: *const Range,
+    pub(super) num_values: usize,
+}
+
+#[repr(C)]
+pub(super) struct Request {
+    pub(super) model: *const c_void,
+    pub(super) model_bytes: usize,
+    pub(super) model_path: *const c_char,
+    pub(super) profiles: *const Profile,
+    pub(super) num_profiles: usize,
+    pub(super) timing_cache: *const c_void,
+    pub(super) timing_cache_bytes: usize,
+    pub(super) workspace_bytes: usize,
+    pub(super) allow_tf32: i32,
+}
+
+#[repr(C)]
+pub(super) struct Observer {
+    pub(super) user: *mut c_void,
+    pub(super) log: Option<unsafe extern "C" fn(*mut c_void, i32, *const c_char)>,
+    pub(super) progress: Option<unsafe extern "C" fn(*mut c_void, *const c_char, i32, i32) -> i32>,
+}
+
+#[repr(C)]
+pub(super) struct Bytes {
+    pub(super) data: *mut c_void,
+    pub(super) size: usize,
+}
+
+pub(super) type Open =
+    unsafe extern "C" fn(*const c_char, *const c_char, *mut *mut TensorRt, *mut c_char, usize) -> i32;
+pub(super) type Versions = unsafe extern "C" fn(*const TensorRt, *mut i32, *mut i32);
+pub(super) type LoadPlugins = unsafe extern "C" fn(*mut TensorRt, *const c_char, *mut c_char, usize) -> i32;
+pub(super) type Build =
+    unsafe extern "C" fn(*mut TensorRt, *const Request, Observer, *mut Bytes, *mut Bytes, *mut c_char, usize) -> i32;
+pub(super) type Load =
+    unsafe extern "C" fn(*mut TensorRt, *const c_void, usize, Observer, *mut i32, *mut c_char, usize) -> i32;
+pub(super) type Free = unsafe extern "C" fn(Bytes);
+pub(super) type Close = unsafe extern "C" fn(*mut TensorRt);

@@ -1,0 +1,21 @@
+//! NVIDIA's libraries, as far as they work without a GPU: `prepare` beside this file puts them into target/tensorrt.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod graphs;
+mod plugins;
+mod ranges;
+mod refusals;
+
+use std::path::{Path, PathBuf};
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+}
+
+/// Where `prepare` put things.
+fn prepared(what: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tensorrt").join(what);
+    assert!(path.exists(), "{} is not there: run tests/tensorrt/prepare", path.display());
+    path
+}
