@@ -6,7 +6,9 @@ use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
 use accordion::precision::Recipe;
 use accordion::verify::golden::{rcc, sharedllm};
 use accordion_graphs::blocks::Target;
+use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::sharedllm::Quirks;
+use accordion_graphs::precision::Precision;
 use onnx_protobuf::{ModelProto, NodeProto};
 use protobuf::Message;
 use safetensors::SafeTensors;
@@ -550,4 +552,52 @@ fn what_cannot_be_compared_is_said_with_exit_code_2() {
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
         assert!(error.contains(message), "{arguments:?}: {error}");
     }
+}
+
+/// Sets every number of the tensor `name` of a checkpoint.
+fn fill(checkpoint: &Path, name: &str, value: f32) {
+    let opened = Checkpoint::open(checkpoint).unwrap();
+    let weight = opened.weights().get(name).unwrap().clone();
+    drop(opened);
+    let file = checkpoint.join("model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let number = match weight.dtype {
+        DType::F32 => value.to_le_bytes().to_vec(),
+        DType::F16 => half::f16::from_f32(value).to_le_bytes().to_vec(),
+        other => panic!("{name} is {other}"),
+    };
+    let start = weight.offset as usize;
+    for place in bytes[start..start + weight.len as usize].chunks_exact_mut(number.len()) {
+        place.copy_from_slice(&number);
+    }
+    fs::remove_file(&file).unwrap();
+    fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn where_half_precision_runs_out_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(folder.path());
+    // The weights are numbers of half precision, what they make of the rows is not.
+    fill(&checkpoint, "model.layers.1.mlp.up_proj.weight", 3_000.0);
+    fill(&checkpoint, "model.layers.1.mlp.down_proj.weight", 30_000.0);
+    let bundle = |precision, name: &str| {
+        let out = folder.path().join(name);
+        let options = ExportOptions {
+            method: MethodSettings::Plain,
+            target: Target::Portable,
+            weights: WeightStorage::Copy,
+            recipe: Recipe::of(precision),
+            force: false,
+        };
+        export(&Checkpoint::open(&checkpoint).unwrap(), &out, &options).unwrap();
+        out
+    };
+    let (_, report) = run(&bundle(Precision::Fp32, "fp32"), &[]);
+    assert_eq!(report["first_non_finite"], Value::Null, "{report:#}");
+    let half = bundle(Precision::Fp16, "fp16");
+    let (code, report) = run(&half, &[]);
+    assert_eq!((code, &report["first_non_finite"]), (Some(1), &"layers.1.mlp.out".into()), "{report:#}");
+    let text = String::from_utf8(verify(&[half.to_str().unwrap()]).stdout).unwrap();
+    assert!(text.contains("the first with a NaN or an infinity is layers.1.mlp.out"), "{text}");
 }
