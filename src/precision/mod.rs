@@ -142,16 +142,12 @@ impl Quantization {
     pub(crate) fn stored(&self, tensors: Vec<NamedShape>) -> Vec<(NamedShape, Option<DType>)> {
         let mut stored = Vec::with_capacity(tensors.len());
         for (name, shape) in tensors {
-            match (self.matrices.get(&name), &shape[..]) {
-                (Some(form), &[out, inner]) => stored.extend(
-                    form.parts([out, inner])
-                        .into_iter()
-                        .map(|(part, dtype, shape)| ((form.part_name(&name, part), shape), Some(dtype))),
-                ),
-                _ => {
-                    let rounded = self.rounding.as_ref().filter(|rounding| rounding.tensors.contains(&name));
-                    stored.push(((name, shape), rounded.map(|rounding| rounding.format)));
-                }
+            if let (Some(form), &[out, inner]) = (self.matrices.get(&name), &shape[..]) {
+                let parts = form.parts([out, inner]).into_iter();
+                stored.extend(parts.map(|(part, dtype, shape)| ((form.part_name(&name, part), shape), Some(dtype))));
+            } else {
+                let rounded = self.rounding.as_ref().filter(|rounding| rounding.tensors.contains(&name));
+                stored.push(((name, shape), rounded.map(|rounding| rounding.format)));
             }
         }
         stored

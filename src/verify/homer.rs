@@ -60,7 +60,9 @@ pub fn engine_parts(
         let mut on_node = |node: &HomerNode| {
             let scope = node.tap_scope();
             let taps = waiting.borrow_mut().remove(&scope).unwrap_or_default();
-            taps.into_iter().for_each(|(name, value)| shared.record(&name, value));
+            for (name, value) in taps {
+                shared.record(&name, value);
+            }
             shared.end_part(&scope);
             done += 1;
             on_progress(done);

@@ -215,7 +215,7 @@ fn a_state_in_eight_bits_is_a_quarter_and_close() {
                     let (exact, small) = (column(exact), column(small));
                     let step = exact.iter().fold(0.0_f32, |max, x| max.max(x.abs())) / 127.0;
                     for (exact, small) in exact.iter().zip(&small) {
-                        differs |= exact != small;
+                        differs |= exact.to_bits() != small.to_bits();
                         assert!((exact - small).abs() <= step * 0.501, "{name}, head {head}, channel {channel}");
                     }
                 }
