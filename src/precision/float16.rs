@@ -11,7 +11,7 @@ use accordion_graphs::methods::Graphs;
 use accordion_graphs::precision::{Arithmetic, Decision, Keep, Precision, float16};
 use half::f16;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// Other text than that of the table may reach this much further.
@@ -30,7 +30,7 @@ pub struct Rounding {
     /// What decided which parts of the graphs stay in fp32.
     pub decided_by: Basis,
     /// The tensors that are stored in the format.
-    pub tensors: Vec<String>,
+    pub tensors: BTreeSet<String>,
 }
 
 /// What decides which parts of a graph stay in fp32.

@@ -211,7 +211,7 @@ fn sixteen_bits_are_emulated_for_portable_graphs_alone() {
     }
     workspace.export("plain", "emulated", &["--precision", "bf16", "--target", "portable", "--emulate"]).output();
     workspace.export("plain", "native", &["--precision", "bf16", "--target", "portable"]).output();
-    let run = |name: &str| Run::of(command().arg("verify").arg(workspace.path(name)));
+    let run = |name: &str| Run::of(command().args(["verify", "--quiet"]).arg(workspace.path(name)));
     let error = run("native").error();
     assert!(error.contains("does not compute in bf16") && error.contains("--emulate"), "{error}");
 }

@@ -33,8 +33,8 @@ pub(super) struct PrecisionArguments {
     #[arg(long)]
     emulate: bool,
     /// Matrices that stay as they are: those with this word in their names; may be given several times
-    #[arg(long = "keep-float", value_name = "WORD")]
-    keep: Vec<String>,
+    #[arg(long, value_name = "WORD")]
+    keep_float: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -72,7 +72,7 @@ impl PrecisionArguments {
         Recipe {
             precision,
             block: self.block,
-            keep: self.keep.clone(),
+            keep: self.keep_float.clone(),
             ranges: self.ranges.clone(),
             calibrator: self.calibrator,
             smooth: !self.no_smoothing,
