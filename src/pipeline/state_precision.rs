@@ -25,8 +25,11 @@ pub(super) fn quantized(x: &Tensor) -> Result<[Tensor; 2], TensorError> {
     let (numbers, shape) = (x.as_f32()?, x.shape());
     let (plane, width) = plane_and_width(shape);
     let mut entries = vec![0_i8; numbers.len()];
-    let mut scales = Vec::with_capacity(numbers.len() / plane * width);
-    for (numbers, entries) in numbers.chunks_exact(plane).zip(entries.chunks_exact_mut(plane)) {
+    let heads: usize = shape.iter().rev().skip(2).product();
+    let mut scales = Vec::with_capacity(heads * width);
+    for head in 0..heads {
+        let plane = head * plane..(head + 1) * plane;
+        let (numbers, entries) = (&numbers[plane.clone()], &mut entries[plane]);
         let mut scale = vec![0.0_f32; width];
         for row in numbers.chunks_exact(width) {
             scale.iter_mut().zip(row).for_each(|(scale, x)| *scale = scale.max(x.abs()));
@@ -53,7 +56,7 @@ pub(super) fn quantized(x: &Tensor) -> Result<[Tensor; 2], TensorError> {
 pub(super) fn dequantized(entries: &Tensor, scales: &Tensor) -> Result<Tensor, TensorError> {
     let (plane, width) = plane_and_width(entries.shape());
     let mut numbers = entries.to_f32();
-    for (plane, scale) in numbers.chunks_exact_mut(plane).zip(scales.as_f32()?.chunks_exact(width)) {
+    for (plane, scale) in numbers.chunks_exact_mut(plane.max(width)).zip(scales.as_f32()?.chunks_exact(width)) {
         for row in plane.chunks_exact_mut(width) {
             row.iter_mut().zip(scale).for_each(|(x, scale)| *x *= scale);
         }
@@ -64,7 +67,7 @@ pub(super) fn dequantized(entries: &Tensor, scales: &Tensor) -> Result<Tensor, T
 /// Numbers of one head, and of one of its rows.
 fn plane_and_width(shape: &[usize]) -> (usize, usize) {
     let width = shape.last().copied().unwrap_or(1).max(1);
-    (shape.iter().rev().take(2).product::<usize>().max(width), width)
+    (shape.iter().rev().take(2).product(), width)
 }
 
 #[cfg(test)]
