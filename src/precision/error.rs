@@ -90,7 +90,7 @@ pub enum PrecisionError {
     Staging(#[from] StagingError),
 }
 
-/// Fewer would store more scales than weights.
-pub(super) const MIN_BLOCK: usize = 8;
+/// What the kernels take, as a lower bound: fewer would store more scales than weights.
+pub(super) const MIN_BLOCK: usize = 16;
 /// More have no use: a row is not longer.
 pub(super) const MAX_BLOCK: usize = 1024;

@@ -126,7 +126,7 @@ fn forms_that_do_not_fit_the_model_are_refused() {
         (json!({"form": "block", "bits": 8, "block": 0}), &["blocks of 0", "power of two"]),
         (json!({"form": "block", "bits": 8, "block": 24}), &["blocks of 24", "power of two"]),
         (json!({"form": "block", "bits": 4, "block": 1024}), &["blocks of 1024", "divides its rows"]),
-        (json!({"form": "block", "bits": 4, "block": 1_u64 << 60}), &["power of two from 8 to 1024"]),
+        (json!({"form": "block", "bits": 4, "block": 1_u64 << 60}), &["power of two from 16 to 1024"]),
     ] {
         let scene = Scene::new(Precision::WeightInt8);
         scene.set_form(form);
