@@ -58,7 +58,7 @@ fn comparisons(profile: &ProfileReport) -> Option<Table> {
         };
         let interval = format!("{:.3} to {:.3}", found.low, found.high);
         vec![
-            Cell::text(format!("A: {}", pair.a)).with_detail(format!("B: {}", pair.b)),
+            Cell { class: "pair", ..Cell::text(format!("A: {}", pair.a)).with_detail(format!("B: {}", pair.b)) },
             Cell::number(Some(pair.prompt.context as f64), |_| tokens(pair.prompt.context)),
             Cell::text(&found.quantity),
             Cell::number(Some(found.a_ms), latency),

@@ -51,7 +51,9 @@ pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
         charts(html, &profile.rows.iter().filter(same).collect::<Vec<_>>());
     }
     measurements(profile).html(html);
-    details::open(profile).iter().for_each(|table| table.html(html));
+    for table in details::open(profile) {
+        table.html(html);
+    }
     for table in details::folded(profile) {
         html.element("details", &[("class", &"breakdown")], |html| {
             html.leaf("summary", &[], &table.caption);
