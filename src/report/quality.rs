@@ -88,6 +88,9 @@ fn none() -> Cell {
 
 /// Five decimals as long as these say something.
 fn decimals(nats: f64) -> String {
+    if nats.is_infinite() {
+        return "∞".to_owned();
+    }
     if nats == 0.0 || (1e-4..1e6).contains(&nats) { format!("{nats:.5}") } else { format!("{nats:.1e}") }
 }
 
