@@ -223,3 +223,11 @@ fn a_profile_shows_what_bounds_it_and_where_the_time_went() {
     assert!(page.contains("B: faster</td>") && page.contains("B: slower</td>"));
     assert!(page.contains(&report().profiles[0].trust.as_ref().unwrap().sentence));
 }
+
+#[test]
+fn precisions_are_read_from_what_verify_writes() {
+    let [found] = &report().qualities[..] else { panic!("one of them") };
+    let mut read = Report::default();
+    read.add_result("quality.json", &serde_json::to_vec_pretty(found).unwrap()).unwrap();
+    assert_eq!(read.qualities, [found.clone()], "infinite divergences too");
+}
