@@ -3,6 +3,8 @@
 //!
 //! All sides are loaded at once and take turns, so that what disturbs one disturbs the others as well.
 
+pub mod report;
+
 use super::EvalError;
 use super::attempt::{OnRow, predictions};
 use super::stats::{Mean, mean};
@@ -14,7 +16,7 @@ use crate::pipeline::compress::Compression;
 use crate::pipeline::decode::{Continuation, Sequence};
 use crate::pipeline::sampling::LogitsError;
 use crate::pipeline::{Engines, PipelineError};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeSet;
 use std::time::Instant;
 
@@ -53,6 +55,7 @@ pub struct Quality {
     /// Tokens predicted.
     pub tokens: usize,
     /// `exp` of their mean negative log-likelihood.
+    #[serde(deserialize_with = "infinite_if_null")]
     pub perplexity: f64,
     /// Seconds from a window's past to its state, run by run.
     pub prefill_seconds: Vec<f64>,
@@ -66,12 +69,15 @@ pub struct Quality {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Against {
     /// Its perplexity divided by the first one's, less one.
+    #[serde(deserialize_with = "infinite_if_null")]
     pub perplexity_increase: f64,
     /// Increase of the negative log-likelihood, window by window.
     pub loss_increase: Option<Mean>,
     /// Mean Kullback-Leibler divergence of its predictions from the first one's, in nats.
+    #[serde(deserialize_with = "infinite_if_null")]
     pub divergence: f64,
     /// The divergence that 99 of 100 tokens do not exceed.
+    #[serde(deserialize_with = "infinite_if_null")]
     pub divergence_p99: f64,
     /// Share of tokens at which both hold the same for the likeliest.
     pub same_best: f64,
@@ -79,6 +85,11 @@ pub struct Against {
     pub prefill_speedup: Option<Speedup>,
     /// How often faster tokens are generated.
     pub decode_speedup: Option<Speedup>,
+}
+
+/// JSON knows no infinity; it is written as null.
+fn infinite_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::INFINITY))
 }
 
 /// The first side's time divided by the other's, in runs next to each other.

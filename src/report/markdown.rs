@@ -5,7 +5,7 @@
 
 use super::format::grouped;
 use super::table::{Cell, Table};
-use super::{Report, evaluation, generation, kept, operators, performance};
+use super::{Report, details, evaluation, generation, kept, operators, performance, quality};
 use crate::profile::schema::ProfileReport;
 use crate::verify::schema::VerifyReport;
 use crate::verify::verdict::{TapResult, Verdict};
@@ -24,10 +24,17 @@ pub fn markdown(report: &Report) -> String {
     }
     for profile in &report.profiles {
         sections.push(format!("## Latency and memory: {}\n", code(&profile.model)));
+        sections.extend(profile.trust.as_ref().map(|trust| prose(&trust.sentence) + "\n"));
         sections.extend(warnings(profile));
         sections.push(table(&performance::measurements(profile)));
+        sections.extend(details::open(profile).iter().map(captioned));
+        sections.extend(details::folded(profile).iter().map(folded));
         let traced = profile.rows.iter().filter(|row| !row.measured.operators.is_empty());
         sections.extend(traced.map(|row| folded(&operators::table(row))));
+    }
+    for found in &report.qualities {
+        sections.push(format!("## Precision: {}\n\n{}\n", prose(&quality::title(found)), prose(&quality::note(found))));
+        sections.push(table(&quality::table(found)));
     }
     for summary in &report.evaluations {
         sections.push(format!("## {}\n\n{}\n", prose(&evaluation::title(summary)), evaluation::note(summary)));

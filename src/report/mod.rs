@@ -3,10 +3,11 @@
 //!
 //! - [`Report`]: what goes in. [`render`]: the page. [`markdown`]: the same results as text for a pull request.
 //! - `html`: the only place that writes markup; everything it is given as text is escaped.
-//! - `page`, `parity`, `performance`, `operators`, `evaluation`, `kept`, `plan`, `generation`: the sections. `chart`: the
+//! - `page`, `parity`, `performance`, `details`, `operators`, `quality`, `evaluation`, `kept`, `plan`, `generation`: the sections. `chart`: the
 //!   plots. `table`: tables, for the page and for Markdown. `format`: numbers.
 
 mod chart;
+mod details;
 mod evaluation;
 mod format;
 mod generation;
@@ -18,6 +19,7 @@ mod page;
 mod parity;
 mod performance;
 mod plan;
+mod quality;
 mod result;
 mod table;
 
@@ -27,6 +29,7 @@ pub use result::{GenerationRecord, LevelNode, PlanSummary, ResultError};
 
 use crate::environment::Provenance;
 use crate::eval::kept::KeptText;
+use crate::eval::quality::report::QualityReport;
 use crate::eval::schema::Summary;
 use crate::profile::schema::ProfileReport;
 use crate::verify::schema::VerifyReport;
@@ -45,6 +48,9 @@ pub struct Report {
     pub verifications: Vec<VerifyReport>,
     /// Measurements.
     pub profiles: Vec<ProfileReport>,
+    /// Precisions side by side.
+    #[serde(default)]
+    pub qualities: Vec<QualityReport>,
     /// Evaluations.
     #[serde(default)]
     pub evaluations: Vec<Summary>,

@@ -2,7 +2,7 @@
 
 use super::format::{bytes, grouped, latency, significant, tokens};
 use super::html::{Html, embeddable_json};
-use super::{Report, evaluation, generation, kept, parity, performance, plan};
+use super::{Report, evaluation, generation, kept, parity, performance, plan, quality};
 use crate::eval::kept::KeptText;
 use crate::profile::schema::ProfileRow;
 use crate::verify::schema::VerifyReport;
@@ -92,10 +92,11 @@ fn header(html: &mut Html, report: &Report) {
 }
 
 /// The sections in order, and whether there is anything to show in each.
-fn outline(report: &Report) -> [(&'static str, &'static str, bool); 7] {
+fn outline(report: &Report) -> [(&'static str, &'static str, bool); 8] {
     [
         ("parity", "Parity", !report.verifications.is_empty()),
         ("performance", "Latency and memory", !report.profiles.is_empty()),
+        ("precision", "Precision", !report.qualities.is_empty()),
         ("evaluations", "Evaluations", !report.evaluations.is_empty()),
         ("kept", "What was kept", !report.kept.is_empty()),
         ("plan", "Plan", !report.plans.is_empty()),
@@ -120,6 +121,7 @@ fn sections(html: &mut Html, report: &Report, shown: &Shown) {
                     .zip(&shown.verifications)
                     .for_each(|(full, listed)| parity::section(html, full, listed)),
                 "performance" => report.profiles.iter().for_each(|profile| performance::section(html, profile)),
+                "precision" => report.qualities.iter().for_each(|found| quality::section(html, found)),
                 "evaluations" => report.evaluations.iter().for_each(|summary| evaluation::section(html, summary)),
                 "kept" => shown.kept.iter().enumerate().for_each(|(number, text)| kept::section(html, text, number)),
                 "plan" => report.plans.iter().for_each(|summary| plan::section(html, summary)),

@@ -3,9 +3,9 @@
 use super::chart::{Chart, Point, Series, draw};
 use super::format::{bytes, grouped, latency, percent, significant, tokens};
 use super::html::Html;
-use super::operators;
 use super::page::pairs;
 use super::table::{Cell, Column, Table};
+use super::{details, operators};
 use crate::profile::schema::{ProfileReport, ProfileRow};
 use crate::profile::stats::LatencyStats;
 
@@ -16,6 +16,9 @@ const WARNINGS_SHOWN: usize = 4;
 
 pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
     html.leaf("h3", &[], &profile.model);
+    if let Some(trust) = &profile.trust {
+        html.leaf("p", &[("class", &"lead")], &trust.sentence);
+    }
     if !profile.warnings.is_empty() {
         html.element("div", &[("class", &"note warn"), ("role", &"note")], |html| {
             html.leaf("strong", &[], "Read with care");
@@ -48,6 +51,15 @@ pub(super) fn section(html: &mut Html, profile: &ProfileReport) {
         charts(html, &profile.rows.iter().filter(same).collect::<Vec<_>>());
     }
     measurements(profile).html(html);
+    for table in details::open(profile) {
+        table.html(html);
+    }
+    for table in details::folded(profile) {
+        html.element("details", &[("class", &"breakdown")], |html| {
+            html.leaf("summary", &[], &table.caption);
+            table.html(html);
+        });
+    }
     profile.rows.iter().for_each(|row| operators::section(html, row));
     html.leaf("h3", &[], "How it was measured");
     let mut described: Vec<(&str, &str)> = Vec::new();

@@ -120,9 +120,10 @@ pub enum ResultError {
     },
 }
 
-const SCHEMAS: [&str; 7] = [
+const SCHEMAS: [&str; 8] = [
     crate::verify::schema::SCHEMA,
     crate::profile::schema::SCHEMA,
+    crate::eval::quality::report::SCHEMA,
     crate::eval::schema::SCHEMA,
     crate::eval::kept::SCHEMA,
     PLAN,
@@ -152,6 +153,9 @@ impl Report {
                     self.verifications.push(serde_json::from_value(value).map_err(malformed)?);
                 }
                 crate::profile::schema::SCHEMA => self.profiles.push(serde_json::from_value(value).map_err(malformed)?),
+                crate::eval::quality::report::SCHEMA => {
+                    self.qualities.push(serde_json::from_value(value).map_err(malformed)?);
+                }
                 crate::eval::schema::SCHEMA if cells.is_some() => {
                     self.evaluations.push(serde_json::from_value(value).map_err(malformed)?);
                 }

@@ -47,6 +47,6 @@ fn the_page_works_in_a_browser() {
     let (document, console) = open(&chromium, &harness, &folder.path().join("profile"));
     let (_, result) = document.split_once("<pre id=\"result\">").expect("the harness's document");
     let (result, _) = result.split_once("</pre>").unwrap();
-    assert_eq!(result, "all 18 checks hold", "console: {console:#?}");
+    assert_eq!(result, "all 21 checks hold", "console: {console:#?}");
     assert_eq!(console, Vec::<String>::new());
 }

@@ -1,11 +1,16 @@
 //! A report of the size of a real one: 30 layers, a HOMER tree with 32 leaves, 4 context lengths, 2 methods.
 
 use accordion::eval::kept::{KeptLevel, KeptText, Part, SCHEMA as KEPT};
+use accordion::eval::quality::report::{QualityReport, QualityRow, SCHEMA as QUALITY};
+use accordion::eval::quality::{Against, Quality, Speedup};
 use accordion::eval::schema::{
     BucketPerplexity, Cell, CellResult, Comparison, LevelSurvival, MethodSettings, SCHEMA as EVAL, Summary,
 };
 use accordion::eval::stats::{Interval, Mean, wilson};
-use accordion::profile::details::Details;
+use accordion::profile::ceilings::Ceilings;
+use accordion::profile::details::{DecodedSpan, Details, StageTime};
+use accordion::profile::paired::{Comparison as Paired, Difference};
+use accordion::profile::roofline::Demand;
 use accordion::profile::schema::{Configuration, Measurement, ProfileReport};
 use accordion::profile::stats::LatencyStats;
 use accordion::profile::trace::OperatorTime;
@@ -129,16 +134,112 @@ fn profile() -> ProfileReport {
                 operations: Some((if plain { plain_s } else { homer_s } * 9e10) as u64),
                 floor_fraction: (!plain).then_some(0.87),
                 operators: if context == 8192 { operators() } else { Vec::new() },
-                details: Details::default(),
+                details: details(context),
             });
         }
     }
+    let ceilings = Ceilings { linear_flops: 4.5e11, attention_flops: 3.9e11, read_bytes: 5.8e10 };
+    let measurements: Vec<Measurement> = measurements.into_iter().map(|m| m.bounded_by(ceilings)).collect();
     ProfileReport::new(
         "SmolLM2-135M".into(),
         pairs(&[("CPU", "2 cores"), ("Memory", "16 GB")]),
         &measurements,
         Vec::new(),
     )
+    .with_comparisons(comparisons())
+}
+
+/// As a run with several `--new-tokens` leaves them.
+fn details(context: usize) -> Details {
+    let stage = |graph: &str, calls, total_ms| StageTime { graph: graph.into(), calls, total_ms };
+    let span = |from, to| DecodedSpan { from, to, cache_rows: 2048 + to, per_token: latency(26.0, 0.04) };
+    Details {
+        stages: vec![stage("leaf", context / 1024, 1900.0), stage("merge", 3, 500.0), stage(HOSTILE, 1, 80.0)],
+        host_ms: Some(20.0),
+        token_host_ms: Some(0.2),
+        load_ms: Some(410.0),
+        first_run_ms: Some(3100.0),
+        decoded: vec![span(0, 32), span(32, 128)],
+        prefix_demand: Some(Demand {
+            linear_operations: 250_000_000 * context as u64,
+            attention_operations: 30_000_000 * context as u64,
+            read_bytes: 540_000_000,
+        }),
+        token_demand: Some(Demand {
+            linear_operations: 270_000_000,
+            attention_operations: 7_000_000,
+            read_bytes: 600_000_000,
+        }),
+        others_busy: Some(0.013),
+        ..Details::default()
+    }
+}
+
+/// One that is faster, one that is slower, one of which nothing can be said.
+fn comparisons() -> Vec<Paired> {
+    let of = |quantity: &str, ratio: f64, scatter: f64| {
+        let pair = |i: usize| [100.0, 100.0 * ratio * (1.0 + scatter * f64::from(noise(i) - 0.5))];
+        Difference::of(quantity, &(0..8).map(pair).collect::<Vec<_>>()).unwrap()
+    };
+    vec![Paired {
+        a: "homer (portable)".into(),
+        b: HOSTILE.into(),
+        prompt: PromptLengths { prefix: 5, context: 4096, suffix: 17 },
+        pairs: 8,
+        differences: vec![
+            of("time to context state", 0.8, 0.02),
+            of("first token", 1.2, 0.02),
+            of("each further token", 1.0, 0.05),
+        ],
+    }]
+}
+
+/// Three precisions: one that is faster, one that is slower and worse.
+fn quality() -> QualityReport {
+    let speedup = |median: f64, spread: f64| Some(Speedup { median, low: median - spread, high: median + spread });
+    let against = |increase: f64, reads, generates| Against {
+        perplexity_increase: increase,
+        loss_increase: Some(Mean {
+            n: 8,
+            mean: increase,
+            interval: Some(Interval { low: increase - 0.002, high: increase + 0.002 }),
+        }),
+        divergence: increase.abs(),
+        divergence_p99: f64::INFINITY,
+        same_best: 0.98,
+        prefill_speedup: reads,
+        decode_speedup: generates,
+    };
+    let row = |bundle: &str, precision: &str, weight_bytes, against: Option<Against>| QualityRow {
+        bundle: format!("bundles/{bundle}").into(),
+        method: "homer".into(),
+        precision: precision.into(),
+        quality: Quality {
+            weight_bytes,
+            resident_bytes: Some(weight_bytes + 100_000_000),
+            tokens: 4096,
+            perplexity: 21.4 * (1.0 + against.as_ref().map_or(0.0, |found| found.perplexity_increase)),
+            prefill_seconds: vec![0.4, 0.41, 0.39],
+            decode_seconds: vec![0.025, 0.024, 0.026],
+            against,
+        },
+    };
+    QualityReport {
+        schema: QUALITY.into(),
+        text: HOSTILE.into(),
+        text_sha256: "0".repeat(64),
+        windows: 8,
+        window_len: 1024,
+        predicted: 512,
+        rounds: 3,
+        seed: 0,
+        environment: pairs(&[("CPU", "2 cores")]),
+        bundles: vec![
+            row("fp32", "fp32", 538_000_000, None),
+            row("w8", "weight-int8", 170_000_000, Some(against(0.0004, speedup(1.02, 0.05), speedup(2.4, 0.1)))),
+            row("w4", "weight-int4", 98_000_000, Some(against(0.093, speedup(0.84, 0.03), speedup(2.9, 0.1)))),
+        ],
+    }
 }
 
 /// As of a traced run: 60 modules, several operators in each.
@@ -324,6 +425,7 @@ pub(crate) fn report() -> Report {
         ]),
         verifications: verifications(),
         profiles: vec![profile()],
+        qualities: vec![quality()],
         evaluations: evaluations(),
         kept: kept(),
         plans: vec![PlanSummary::from(&plan())],

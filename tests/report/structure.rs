@@ -23,7 +23,7 @@ fn a_full_report_is_small_balanced_and_complete() {
     assert!(page.len() < 2_000_000, "{} bytes", page.len());
     let tags = tags(&page);
     assert_eq!(count(&tags, "h1"), 1);
-    assert_eq!(count(&tags, "section"), 7);
+    assert_eq!(count(&tags, "section"), 8);
     // Five of latency and memory, one of perplexity.
     assert_eq!(tags.iter().filter(|tag| has_class(tag, "chart")).count(), 6);
     assert_eq!(tags.iter().filter(|tag| has_class(tag, "node")).count(), 63);
@@ -103,6 +103,15 @@ fn absurd_numbers_from_files_do_no_harm() {
     row.measured.per_token.median_ms = 1e308;
     row.measured.operations = Some(u64::MAX);
     row.prefix_speedup = Some(-1e300);
+    let details = &mut row.measured.details;
+    details.stages[0].total_ms = -1e308;
+    details.stages[1].calls = usize::MAX;
+    (details.decoded[0].from, details.decoded[0].cache_rows) = (usize::MAX, usize::MAX);
+    details.prefix_demand.as_mut().unwrap().linear_operations = u64::MAX;
+    details.prefix_limit.as_mut().unwrap().fraction = 1e300;
+    absurd.profiles[0].comparisons[0].differences[0].ratio = 1e308;
+    absurd.qualities[0].bundles[1].quality.perplexity = f64::MAX;
+    absurd.qualities[0].bundles[1].quality.against.as_mut().unwrap().perplexity_increase = -1e308;
     absurd.verifications[0].scopes[0].taps[0].bound_use = Some(-1e300);
     for cell in &mut absurd.evaluations[0].cells {
         cell.length = usize::MAX;
@@ -175,4 +184,50 @@ fn of_a_long_text_all_tokens_are_accounted_for() {
     // Every level has its button, and one shows all of them.
     let radios = tags(&page).iter().filter(|tag| tag.attributes.contains(&("name", "kept-0"))).count();
     assert_eq!(radios, full.levels.len() + 1);
+}
+
+/// The body of the table with `caption`.
+fn table<'p>(page: &'p str, caption: &str) -> &'p str {
+    let (_, rest) = page.split_once(&format!("<caption>{caption}</caption>")).unwrap_or_else(|| panic!("no {caption}"));
+    rest.split_once("<tbody>").unwrap().1.split_once("</tbody>").unwrap().0
+}
+
+#[test]
+fn precisions_say_in_words_where_they_lose_and_where_nothing_is_certain() {
+    let page = render(&report());
+    let rows: Vec<&str> = table(&page, "Precisions").split("<tr>").skip(1).collect();
+    let [_, bytes, blocks] = rows[..] else { panic!("{rows:#?}") };
+    for said in ["170 MB", "270 MB", "+0.04 % <small>−0.16 % to +0.24 %, no difference for certain", "98.0 %"] {
+        assert!(bytes.contains(said), "{said} is not in {bytes}");
+    }
+    assert!(bytes.contains("1.02× <small>0.97 to 1.07, no difference for certain"), "{bytes}");
+    assert!(bytes.contains("2.40× <small>2.30 to 2.50, faster"), "{bytes}");
+    assert!(blocks.contains("to +9.97 %, worse") && blocks.contains("0.84× <small>0.81 to 0.87, slower"), "{blocks}");
+}
+
+#[test]
+fn a_profile_shows_what_bounds_it_and_where_the_time_went() {
+    let page = render(&report());
+    let rows = report().profiles[0].rows.len();
+    for (caption, rows, said) in [
+        ("Which of two is faster, measured in turns", 3, "no difference that these runs can show"),
+        ("How far from the limits of the machine", 2 * rows, "<td class=\"words\">memory</td>"),
+        ("Before, between and beside the graphs", rows, "1.30 %"),
+        ("Where the time of a context state goes, by graph", 4 * rows, "(between the graphs)"),
+        ("Each token, as the cache grows", 2 * rows, "2\u{202f}176"),
+    ] {
+        let body = table(&page, caption);
+        assert_eq!(body.matches("<tr>").count(), rows, "{caption}");
+        assert!(body.contains(said), "{caption}: {said} is not in {body}");
+    }
+    assert!(page.contains("B: faster</td>") && page.contains("B: slower</td>"));
+    assert!(page.contains(&report().profiles[0].trust.as_ref().unwrap().sentence));
+}
+
+#[test]
+fn precisions_are_read_from_what_verify_writes() {
+    let [found] = &report().qualities[..] else { panic!("one of them") };
+    let mut read = Report::default();
+    read.add_result("quality.json", &serde_json::to_vec_pretty(found).unwrap()).unwrap();
+    assert_eq!(read.qualities, [found.clone()], "infinite divergences too");
 }

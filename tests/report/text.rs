@@ -16,6 +16,8 @@ fn every_section_has_its_tables_and_they_are_rectangular() {
         "# HOMER on SmolLM2-135M",
         "## Parity",
         "## Latency and memory: `SmolLM2-135M`",
+        "## Precision: homer, 3 bundles",
+        "**How far from the limits of the machine**",
         "## Passkey, model 9f2c6b1de847",
     ] {
         assert!(text.lines().any(|line| line == heading), "{heading}");
@@ -29,9 +31,9 @@ fn every_section_has_its_tables_and_they_are_rectangular() {
         assert!(table.len() >= 3 && table[1].starts_with("|--"), "{table:#?}");
         assert!(table.iter().all(|line| cells(line) == cells(table[0])), "{table:#?}");
     }
-    // Verdicts, failures of two, measurements, operators of two; 3 grids, 1 table and 1 of survival of passkey, 2 of
+    // Verdicts, failures of two, measurements with 3 tables behind them and 2 folded, operators of two; precisions; 3 grids, 1 table and 1 of survival of passkey, 2 of
     // perplexity, 1 of reconstruct, 2 of the hostile task; levels of two texts; environment.
-    assert_eq!(tables, 3 + 1 + 2 + 5 + 2 + 1 + 2 + 2 + 1);
+    assert_eq!(tables, 3 + 6 + 2 + 1 + 5 + 2 + 1 + 2 + 2 + 1);
     for line in [
         "| ❌ FAIL | `SmolLM2-135M` | `homer` | `ort-cpu fp32` | `reference` |",
         "| `layers.21.attn.out` |",

@@ -5,19 +5,18 @@ use super::super::compression::own_compression;
 use super::super::output::Output;
 use super::super::report::write_aside;
 use super::super::text::{bytes, grouped, table};
-use super::{Arguments, Environment, machine};
+use super::{Arguments, machine};
 use accordion::bundle::Bundle;
 use accordion::checkpoint::Tokenizer;
 use accordion::eval::Task;
 use accordion::eval::haystack::Haystack;
 use accordion::eval::perplexity::{Perplexity, Protocol};
-use accordion::eval::quality::{DECODED, Pace, Quality, Side, Speedup, compare};
+use accordion::eval::quality::report::{QualityReport, QualityRow, SCHEMA};
+use accordion::eval::quality::{DECODED, Pace, Side, Speedup, compare};
 use accordion::fetch::{Cache, asset};
 use accordion::pipeline::prompt::leading_ids;
-use accordion_graphs::precision::Precision;
 use anyhow::{Context, ensure};
 use clap::Args;
-use serde::Serialize;
 use std::path::{Path, PathBuf};
 
 /// Tokens that are kept whole at either end of a past.
@@ -39,34 +38,6 @@ pub(super) struct QualityArguments {
     /// Runs of every bundle that are timed
     #[arg(long, value_name = "N", default_value_t = 5, requires = "quality", value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
-}
-
-/// The result, as it is printed where JSON is wanted.
-#[derive(Debug, Serialize)]
-struct Report {
-    schema: &'static str,
-    /// Where the text comes from.
-    text: String,
-    /// SHA-256 of the text.
-    text_sha256: String,
-    windows: u32,
-    window_len: u32,
-    /// Tokens that are predicted of every window.
-    predicted: usize,
-    rounds: u32,
-    seed: u64,
-    environment: Environment,
-    /// The bundle, and those that are held against it.
-    bundles: Vec<Row>,
-}
-
-#[derive(Debug, Serialize)]
-struct Row {
-    bundle: PathBuf,
-    method: &'static str,
-    precision: Precision,
-    #[serde(flatten)]
-    quality: Quality,
 }
 
 impl QualityArguments {
@@ -111,14 +82,14 @@ impl QualityArguments {
         };
         let qualities = compare(&mut sides, &task, self.rounds as usize, &mut on_step)?;
         bar.finish_and_clear();
-        let rows = paths.iter().zip(&bundles).zip(qualities).map(|((path, bundle), quality)| Row {
+        let rows = paths.iter().zip(&bundles).zip(qualities).map(|((path, bundle), quality)| QualityRow {
             bundle: path.to_path_buf(),
-            method: bundle.manifest().method.name(),
-            precision: bundle.manifest().precision,
+            method: bundle.manifest().method.name().to_owned(),
+            precision: bundle.manifest().precision.to_string(),
             quality,
         });
-        let report = Report {
-            schema: "accordion.quality/1",
+        let report = QualityReport {
+            schema: SCHEMA.to_owned(),
             text: name,
             text_sha256: text.sha256.clone(),
             windows: self.windows,
@@ -172,7 +143,7 @@ fn check_same_model(first: &Bundle, other: &Bundle) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn shown(report: &Report) -> String {
+fn shown(report: &QualityReport) -> String {
     let rows: Vec<[String; 9]> = report.bundles.iter().map(row).collect();
     let header = [
         "precision",
@@ -185,7 +156,7 @@ fn shown(report: &Report) -> String {
         ">prefill",
         ">decode",
     ];
-    let first = report.bundles.first().map_or(Precision::Fp32, |row| row.precision);
+    let first = report.bundles.first().map_or("the first", |row| row.precision.as_str());
     let mut notes = Vec::new();
     for row in &report.bundles {
         let Some(against) = &row.quality.against else { continue };
@@ -213,8 +184,8 @@ fn shown(report: &Report) -> String {
     )
 }
 
-fn row(row: &Row) -> [String; 9] {
-    let Row { precision, quality, .. } = row;
+fn row(row: &QualityRow) -> [String; 9] {
+    let QualityRow { precision, quality, .. } = row;
     let none = || "-".to_owned();
     let percent = |share: f64| format!("{:+.2} %", 100.0 * share);
     let speed = |speedup: Option<Speedup>, seconds: &[f64], unit: &str| match speedup {
@@ -228,7 +199,7 @@ fn row(row: &Row) -> [String; 9] {
         format!("{}{}", percent(against.perplexity_increase), around.unwrap_or_default())
     });
     [
-        precision.to_string(),
+        precision.clone(),
         bytes(quality.weight_bytes),
         quality.resident_bytes.map_or_else(none, bytes),
         format!("{:.3}", quality.perplexity),

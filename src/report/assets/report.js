@@ -83,3 +83,11 @@ download();
 one(".tools").hidden = false;
 all("table.sortable").forEach(sorting);
 all("form.filter").forEach(filtering);
+
+// What is folded would be missing on paper.
+let unfolded = [];
+addEventListener("beforeprint", () => {
+  unfolded = all("details:not([open])");
+  unfolded.forEach((details) => { details.open = true; });
+});
+addEventListener("afterprint", () => unfolded.forEach((details) => { details.open = false; }));
