@@ -3,6 +3,7 @@
 use crate::markup::{Tag, tags};
 use crate::sample::{HOSTILE, report};
 use accordion::eval::kept::{KeptText, Part};
+use accordion::eval::quality::report::QualityRow;
 use accordion::eval::schema::CellResult;
 use accordion::eval::stats::{Interval, Mean};
 use accordion::report::{Report, markdown, render};
@@ -229,5 +230,13 @@ fn precisions_are_read_from_what_verify_writes() {
     let [found] = &report().qualities[..] else { panic!("one of them") };
     let mut read = Report::default();
     read.add_result("quality.json", &serde_json::to_vec_pretty(found).unwrap()).unwrap();
-    assert_eq!(read.qualities, std::slice::from_ref(found), "infinite divergences too");
+    let [read] = &read.qualities[..] else { panic!("one of them") };
+    assert_eq!(read.bundles.len(), found.bundles.len());
+    for (read, found) in read.bundles.iter().zip(&found.bundles) {
+        assert_eq!((&read.bundle, &read.precision), (&found.bundle, &found.precision));
+        // Decimal fractions may come back as their neighbour.
+        assert!((read.quality.perplexity - found.quality.perplexity).abs() < 1e-9);
+        let p99 = |row: &QualityRow| row.quality.against.as_ref().map(|against| against.divergence_p99);
+        assert_eq!(p99(read).map(f64::is_infinite), p99(found).map(f64::is_infinite), "what is infinite stays so");
+    }
 }
