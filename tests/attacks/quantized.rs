@@ -155,7 +155,7 @@ fn a_form_whose_parts_are_other_ones_is_refused() {
     assert_names(&scene.refusal(), &[&format!("{MATRIX}.smoothing")]);
     // As many scales as rows are not as many as blocks.
     let scene = Scene::new(Precision::Int8PerToken);
-    scene.set_form(json!({"form": "block", "bits": 8, "block": 8}));
+    scene.set_form(json!({"form": "block", "bits": 8, "block": 16}));
     assert_names(&scene.refusal(), &[&format!("{MATRIX}.scale"), "shape"]);
     let scene = Scene::new(Precision::WeightInt8);
     scene.edit_manifest(|m| drop(m.as_object_mut().unwrap().remove("quantization")));
