@@ -2,7 +2,7 @@
 //!
 //! - [`ranges`]: the ranges of activations, from which INT8 scales are made.
 //! - [`significance`]: the expected attention logit by layer and distance, which HOMER subtracts before it prunes.
-//! - [`file`]: what can be wrong with a table's file.
+//! - [`mod@file`]: what can be wrong with a table's file.
 //! - [`quantize`]: weight matrices as integers and scales.
 //! - [`sensitivity`]: what a layer loses when it alone is quantized.
 //! - [`smoothquant`]: activations made easier to quantize.

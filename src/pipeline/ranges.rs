@@ -159,7 +159,7 @@ fn longest_text(arch: &Architecture) -> usize {
 /// Measures the ranges of the activations of `bundle` in the runtime of `loader`, while `compression` and its decoder read
 /// windows of `texts`. `on_window` hears how many of how many windows are done.
 ///
-/// A plain bundle's decoder reads whole windows. Else the window is compressed except for its last [`RUNNING_TOKENS`] at
+/// A plain bundle's decoder reads whole windows. Else the window is compressed except for its last `RUNNING_TOKENS` at
 /// most, which the decoder reads behind it.
 ///
 /// The same arguments give the same table; the runtime's number of threads may change it in the last bits.
