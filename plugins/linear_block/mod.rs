@@ -152,7 +152,7 @@ thread_local! {
 }
 
 /// `output[r, o] = sum_i x[r, i] * numbers[o, i] * scale[o, i / block]`. The weight is read once, and expanded for every
-/// [`ROWS_AT_ONCE`] rows.
+/// `ROWS_AT_ONCE` rows.
 ///
 /// # Errors
 ///
