@@ -16,6 +16,8 @@ use accordion_graphs::dtype::DType;
 use accordion_graphs::functions;
 use accordion_graphs::onnx::{Dim, Model, Scope, Value};
 use accordion_graphs::plan::OperationCount;
+use accordion_graphs::precision::{self, MatrixForm, MatrixPart};
+use accordion_graphs::weights::{WeightIndex, WeightRef};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -75,6 +77,28 @@ impl Ceilings {
     }
 }
 
+/// Form and shape of matrices that are quantized.
+type Forms = BTreeMap<String, (MatrixForm, [usize; 2])>;
+
+/// The tensors of the model that `bundle` is of, under their own names. Those that are quantized lie where their entries do, which
+/// serves for nothing but building a graph that is then rewritten.
+fn matrices(bundle: &Bundle) -> (WeightIndex, Forms) {
+    let stored = bundle.weights().index();
+    let quantized = bundle.manifest().quantization.iter().flat_map(|quantization| &quantization.matrices);
+    let mut forms = Forms::new();
+    let mut tensors: BTreeMap<String, WeightRef> =
+        stored.iter().map(|(name, weight)| (name.to_owned(), weight.clone())).collect();
+    for (name, form) in quantized {
+        if let Some(entries) = stored.get(&form.part_name(name, MatrixPart::Entries))
+            && let &[out, inner] = &entries.shape[..]
+        {
+            forms.insert(name.clone(), (*form, [out, inner]));
+            tensors.insert(name.clone(), WeightRef { dtype: DType::F32, ..entries.clone() });
+        }
+    }
+    (WeightIndex::new(stored.files().to_vec(), tensors), forms)
+}
+
 /// A small graph, loaded, with its inputs.
 struct Probe {
     engine: Box<dyn Engine>,
@@ -83,15 +107,15 @@ struct Probe {
 }
 
 impl Probe {
-    /// The linear layers of the decoder's first layer, whatever they are called, and the operations of all of them over
-    /// `rows` rows.
+    /// The linear layers of the decoder's first layer, whatever they are called, in the bundle's precision, and the operations
+    /// of all of them over `rows` rows.
     fn linear(
         loader: &dyn Loader,
         bundle: &Bundle,
         arch: &Architecture,
         rows: usize,
     ) -> Result<(Self, u64), ProfileError> {
-        let index = bundle.weights().index();
+        let (index, forms) = matrices(bundle);
         let g = Scope::new("linear_rate", Rc::new(index.clone()));
         let layer = format!("{}.layers.0.", Transformer::body_of(arch));
         let mut inputs: BTreeMap<usize, Value> = BTreeMap::new();
@@ -106,6 +130,9 @@ impl Probe {
             g.output(&output, &product);
             outputs.push(output);
             elements += (to * from) as u64;
+        }
+        if !forms.is_empty() {
+            precision::quantize(&g, bundle.manifest().target, &forms, &Rc::new(bundle.weights().index().clone()));
         }
         let inputs = inputs.into_keys().map(|width| Ok((width_name(width), varied([rows, width])?)));
         let inputs = inputs.collect::<Result<_, ProfileError>>()?;

@@ -1,5 +1,6 @@
 //! `accordion profile` on a bundle of a few kilobytes: rows, files and refusals.
 
+use super::tiny::Tiny;
 use crate::program::{Run, Workspace, accordion, command};
 use std::fs;
 
@@ -213,4 +214,32 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
     assert!(Run::of(&mut profile).error().contains("was exported for plain; export it with `accordion export homer`"));
     let missing = workspace.path("missing");
     assert!(accordion(["profile", missing.to_str().unwrap()]).error().contains("bundle.json"));
+}
+
+/// The limits of a machine are measured in the precision of the bundle.
+#[test]
+fn a_quantized_bundle_is_held_against_the_rates_of_its_precision() {
+    let tiny = Tiny::new();
+    for precision in ["weight-int8", "weight-int4", "int8-per-token", "fp16"] {
+        let export = ["export", "plain", "checkpoint", "quantized", "--precision", precision, "--force"];
+        tiny.succeed(&export);
+        let flags = [
+            "--context",
+            "24",
+            "--prefix",
+            "2",
+            "--suffix",
+            "2",
+            "--new-tokens",
+            "2",
+            "--min-runs",
+            "2",
+            "--min-time",
+            "0",
+        ];
+        let report: serde_json::Value =
+            serde_json::from_str(&tiny.succeed(&[&["profile", "quantized", "--json"], &flags[..]].concat())).unwrap();
+        let rate = &report["rows"][0]["ceilings"]["linear_flops"];
+        assert!(rate.as_f64().is_some_and(|rate| rate > 0.0), "{precision}: {}", report["rows"][0]);
+    }
 }
