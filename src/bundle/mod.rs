@@ -10,9 +10,8 @@ pub use manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile};
 
 pub use crate::staging::Placement as WeightStorage;
 
-use crate::checkpoint::{CheckpointError, WeightMaps, add_aliases, check_parts, check_tensors, read_index};
+use crate::checkpoint::{WeightMaps, add_aliases, check_parts, check_tensors, read_index};
 use crate::precision;
-use crate::tensor::Tensor;
 use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::architecture::{Architecture, Llama};
 use accordion_graphs::onnx::GraphSignature;
@@ -95,18 +94,6 @@ impl Bundle {
                 &self.dir.join(MANIFEST_FILE),
                 format!("architecture {other:?} is not supported"),
             )),
-        }
-    }
-
-    /// The tensor `name` of the model: of a matrix that is quantized, what its integers stand for.
-    ///
-    /// # Errors
-    ///
-    /// There is no such tensor.
-    pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
-        match &self.manifest.quantization {
-            Some(quantization) => precision::weight(&self.weights, quantization, name),
-            None => self.weights.tensor(name),
         }
     }
 

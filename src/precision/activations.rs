@@ -45,10 +45,10 @@ pub(super) fn read_table(
     path: &Path,
     checkpoint: &Checkpoint,
 ) -> Result<(RangeTable, RangesUsed), PrecisionError> {
-    let table = RangeTable::load(path).map_err(|error| PrecisionError::Table(Box::new(error)))?;
+    let (table, bytes) = RangeTable::load_with_bytes(path).map_err(|error| PrecisionError::Table(Box::new(error)))?;
     table.check_matches(&model_identity(checkpoint)).map_err(PrecisionError::TableMismatch)?;
     let used = RangesUsed {
-        sha256: format!("{:x}", Sha256::digest(std::fs::read(path).unwrap_or_default())),
+        sha256: format!("{:x}", Sha256::digest(bytes)),
         calibrator: recipe.calibrator.to_string(),
         windows: table.windows(),
     };

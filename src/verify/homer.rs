@@ -3,7 +3,7 @@
 
 use super::error::VerifyError;
 use super::judge::{Detail, Findings};
-use super::lockstep::{Expected, Terms, compare};
+use super::lockstep::against_reference;
 use super::order::scope;
 use super::parts::{Parts, RESULT, Shared};
 use crate::pipeline::decode::{Continuation, Sequence};
@@ -151,7 +151,6 @@ pub fn compare_homer(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let expected = Expected::Computed(Box::new(|parts| reference_parts(reference, input, parts)));
-    let terms = Terms::of(detail, engines.bundle());
-    Ok(compare(&terms, expected, |parts| engine_parts(engines, input, parts, on_progress))?.0)
+    let expected = Box::new(|parts: &mut dyn Parts| reference_parts(reference, input, parts));
+    against_reference(engines, detail, expected, |engines, parts| engine_parts(engines, input, parts, on_progress))
 }

@@ -11,6 +11,7 @@ use super::quantized::bounds_of;
 use super::recording::Recording;
 use super::verdict::{Bounds, TapKind, TapResult};
 use crate::bundle::Bundle;
+use crate::pipeline::Engines;
 use crate::taps::TapSink;
 use crate::tensor::Tensor;
 use accordion_graphs::dtype::DType;
@@ -114,6 +115,21 @@ pub fn compare(
         cost.actual_seconds = began.elapsed().as_secs_f64() - cost.expected_seconds - cost.compare_seconds;
         Ok((judge.into_findings(), cost))
     })
+}
+
+/// Compares what `actual` makes `engines` compute with what the reference does, at the bounds for the engines' bundle.
+///
+/// # Errors
+///
+/// A side cannot be run.
+pub fn against_reference<'b>(
+    engines: &mut Engines<'b>,
+    detail: Detail,
+    reference: Walk<'_>,
+    actual: impl FnOnce(&mut Engines<'b>, &mut dyn Parts) -> Result<(), VerifyError>,
+) -> Result<Findings, VerifyError> {
+    let terms = Terms::of(detail, engines.bundle());
+    Ok(compare(&terms, Expected::Computed(reference), |parts| actual(engines, parts))?.0)
 }
 
 /// The expected side's sink: hands over a part, and waits until it is asked for the next one.

@@ -4,7 +4,7 @@
 
 use super::error::VerifyError;
 use super::judge::{Detail, Findings};
-use super::lockstep::{Expected, Terms, compare};
+use super::lockstep::against_reference;
 use super::parts::Parts;
 use super::sides::{Decoder, EngineRows, ReferenceRows};
 use crate::pipeline::Engines;
@@ -59,7 +59,8 @@ pub fn compare_plain(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let expected = Expected::Computed(Box::new(|parts| reference_parts(reference, [ids, teacher], parts)));
-    let terms = Terms::of(detail, engines.bundle());
-    Ok(compare(&terms, expected, |parts| engine_parts(engines, [ids, teacher], parts, on_progress))?.0)
+    let expected = Box::new(|parts: &mut dyn Parts| reference_parts(reference, [ids, teacher], parts));
+    against_reference(engines, detail, expected, |engines, parts| {
+        engine_parts(engines, [ids, teacher], parts, on_progress)
+    })
 }

@@ -5,7 +5,7 @@
 use super::bundle::sharedllm_model;
 use super::error::VerifyError;
 use super::judge::{Detail, Findings, is_score};
-use super::lockstep::{Expected, Terms, compare};
+use super::lockstep::against_reference;
 use super::parts::Parts;
 use super::sides::{EngineRows, ReferenceRows, Running};
 use crate::pipeline::Engines;
@@ -109,9 +109,8 @@ pub fn compare_sharedllm(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let expected = Expected::Computed(Box::new(|parts| reference_parts(reference, input, parts)));
-    let terms = Terms::of(detail, engines.bundle());
-    Ok(compare(&terms, expected, |parts| engine_parts(engines, input, parts, on_progress))?.0)
+    let expected = Box::new(|parts: &mut dyn Parts| reference_parts(reference, input, parts));
+    against_reference(engines, detail, expected, |engines, parts| engine_parts(engines, input, parts, on_progress))
 }
 
 /// The taps of `context`'s tree under the reference's names and in its shapes, as far as they are wanted.

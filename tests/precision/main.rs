@@ -14,7 +14,8 @@ use accordion::runtime::locate::{LoadOptions, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::verify::bundle::{Input, engine_parts, reference_parts};
 use accordion::verify::linears::LinearCheck;
-use accordion::verify::lockstep::{Expected, Terms, compare};
+use accordion::verify::lockstep::against_reference;
+use accordion::verify::parts::Parts;
 use accordion::verify::quantized::weights_of;
 use accordion::verify::verdict::{TapResult, Verdict};
 use accordion::verify::{Detail, Findings};
@@ -36,8 +37,9 @@ fn engines(bundle: &Bundle, fused_operators: bool) -> Engines<'_> {
 /// Everything that `engines` compute of `input` against the reference.
 fn compare_whole(engines: &mut Engines<'_>, input: Input<'_>, detail: Detail) -> Findings {
     let bundle = engines.bundle();
-    let expected = Expected::Computed(Box::new(move |parts| reference_parts(bundle, &input, parts)));
-    compare(&Terms::of(detail, bundle), expected, |parts| engine_parts(engines, &input, parts, &mut |_| {})).unwrap().0
+    let expected = Box::new(move |parts: &mut dyn Parts| reference_parts(bundle, &input, parts));
+    against_reference(engines, detail, expected, |engines, parts| engine_parts(engines, &input, parts, &mut |_| {}))
+        .unwrap()
 }
 
 /// What is found of `bundle`: of its linear layers, and of the whole.

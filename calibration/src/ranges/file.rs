@@ -114,8 +114,20 @@ impl RangeTable {
     ///
     /// The file cannot be read or is not a valid table of this format.
     pub fn load(path: &Path) -> Result<Self, TableError> {
+        Self::load_with_bytes(path).map(|(table, _)| table)
+    }
+
+    /// As [`Self::load`], with the file's bytes, by whose hash the table can be told from others.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load`].
+    pub fn load_with_bytes(path: &Path) -> Result<(Self, Vec<u8>), TableError> {
         let name = format!("{} {}", KIND.name, path.display());
-        let read = || Self::from_bytes(name, &KIND.read(path)?);
+        let read = || {
+            let bytes = KIND.read(path)?;
+            Ok((Self::from_bytes(name, &bytes)?, bytes))
+        };
         read().map_err(|problem| KIND.error(path, problem))
     }
 

@@ -59,17 +59,12 @@ impl Scope {
         weights: &Rc<WeightIndex>,
         mut replace: impl FnMut(&Scope, &MatrixUse<'_>) -> Option<Value>,
     ) {
+        let names: HashMap<usize, String> =
+            self.graph.borrow().matrices().into_iter().map(|(id, name)| (id, name.to_owned())).collect();
         let nodes = {
             let mut graph = self.graph.borrow_mut();
             graph.weights = Rc::clone(weights);
             std::mem::take(&mut graph.nodes)
-        };
-        let names: HashMap<usize, String> = {
-            let mut graph = self.graph.borrow_mut();
-            graph.nodes.clone_from(&nodes);
-            let names = graph.matrices().into_iter().map(|(id, name)| (id, name.to_owned())).collect();
-            graph.nodes.clear();
-            names
         };
         let by_id: HashMap<usize, &str> = names.iter().map(|(&id, name)| (id, name.as_str())).collect();
         for node in nodes {

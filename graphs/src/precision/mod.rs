@@ -35,18 +35,6 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// All of them.
-    pub const ALL: [Self; 8] = [
-        Self::Fp32,
-        Self::Fp16,
-        Self::Bf16,
-        Self::Int8,
-        Self::Int8PerToken,
-        Self::WeightInt8,
-        Self::WeightInt4,
-        Self::Fp8,
-    ];
-
     /// The word for it, in flags, bundles and reports.
     pub const fn name(self) -> &'static str {
         match self {

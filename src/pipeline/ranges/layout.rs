@@ -5,7 +5,6 @@ use crate::bundle::Bundle;
 use crate::pipeline::observe::Observer;
 use crate::tensor::Tensor;
 use accordion_calibration::ranges::{Observation, RangeEstimator, SiteLayout};
-use accordion_graphs::dtype::DType;
 use accordion_graphs::onnx::GraphSignature;
 use accordion_graphs::precision::Precision;
 use std::borrow::Cow;
@@ -68,7 +67,7 @@ impl Layout {
         let mut taps: Vec<String> = Vec::new();
         if with_taps {
             let of_graphs = manifest.graphs.values().flat_map(|entry| entry.signature.taps.iter());
-            let floats = of_graphs.filter(|(_, info)| is_float(info.dtype)).map(|(tap, _)| tap.clone());
+            let floats = of_graphs.filter(|(_, info)| info.dtype.is_float()).map(|(tap, _)| tap.clone());
             taps = floats.collect::<BTreeSet<_>>().into_iter().collect();
             for (graph, entry) in &manifest.graphs {
                 for (tap, info) in &entry.signature.taps {
@@ -80,10 +79,6 @@ impl Layout {
         }
         Ok(Self { sites, taps, values })
     }
-}
-
-fn is_float(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::Bf16)
 }
 
 /// Feeds what graphs compute to the estimator.
