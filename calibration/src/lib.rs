@@ -17,4 +17,4 @@ pub mod significance;
 pub mod smoothquant;
 pub mod windows;
 
-pub use identity::ModelIdentity;
+pub use identity::{ModelIdentity, ModelMismatch};

@@ -207,7 +207,7 @@ fn a_table_of_another_model_or_without_a_site_is_refused_by_name() {
     assert_eq!(table.check_matches(&model()), Ok(()));
     let other = ModelIdentity { fingerprint: "ffff".into(), ..model() };
     let error = table.check_matches(&other).unwrap_err();
-    assert!(matches!(&error, MismatchError::Model { expected, .. } if expected == "ffff"));
+    assert!(matches!(&error, MismatchError::Model(model) if model.expected == "ffff"));
     assert!(error.to_string().contains("smollm.safetensors"), "{error}");
     assert_eq!(table.expect_site("q", 3).unwrap().rows(), 20);
     for (weight, columns, expected) in

@@ -238,7 +238,7 @@ fn a_table_of_another_model_is_refused_by_name() {
         (ModelIdentity { rope: other_rope.into(), ..model() }, other_rope),
     ] {
         let error = table.check_matches(&other).unwrap_err();
-        assert!(matches!(&error, MismatchError::Model { expected: e, .. } if e == expected));
+        assert!(matches!(&error, MismatchError::Model(model) if model.expected == expected));
         assert!(error.to_string().contains("smollm.safetensors") && error.to_string().contains(expected), "{error}");
     }
 }

@@ -1,6 +1,7 @@
 //! The range table: what it says, what it may be used for and how two become one.
 
 use super::{ModelIdentity, Site, TapRange};
+use crate::identity::ModelMismatch;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -46,17 +47,8 @@ pub struct RangeTable {
 #[non_exhaustive]
 pub enum MismatchError {
     /// Made for another model or another rotary scaling.
-    #[error("{table} was made for {what} {found}, expected {expected}: calibrate again for this model")]
-    Model {
-        /// The table.
-        table: String,
-        /// The property that differs.
-        what: &'static str,
-        /// Its value in the table.
-        found: String,
-        /// Its value in the model.
-        expected: String,
-    },
+    #[error(transparent)]
+    Model(#[from] ModelMismatch),
     /// A matrix is not in the table.
     #[error("{table} has no range for the input of {weight}: calibrate with a bundle of the same method")]
     Missing {
@@ -166,15 +158,7 @@ impl RangeTable {
     ///
     /// It was made for another checkpoint or another rotary embedding.
     pub fn check_matches(&self, model: &ModelIdentity) -> Result<(), MismatchError> {
-        match self.provenance.model.difference(model) {
-            None => Ok(()),
-            Some((what, found, expected)) => Err(MismatchError::Model {
-                table: self.name.clone(),
-                what,
-                found: found.to_owned(),
-                expected: expected.to_owned(),
-            }),
-        }
+        Ok(self.provenance.model.check(&self.name, model)?)
     }
 
     /// The site of the matrix `weight`, which has `columns` columns.

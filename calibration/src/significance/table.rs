@@ -1,7 +1,7 @@
 //! The significance table: what it says and what it may be used for.
 
 use super::Smoothing;
-use crate::identity::ModelIdentity;
+use crate::identity::{ModelIdentity, ModelMismatch};
 use serde::{Deserialize, Serialize};
 
 /// Where a table comes from: what it takes to make it again.
@@ -37,17 +37,8 @@ pub struct SignificanceTable {
 #[non_exhaustive]
 pub enum MismatchError {
     /// Made for another model or another rotary scaling.
-    #[error("{table} was made for {what} {found}, expected {expected}: calibrate again for this model")]
-    Model {
-        /// The table.
-        table: String,
-        /// The property that differs.
-        what: &'static str,
-        /// Its value in the table.
-        found: String,
-        /// Its value in the model.
-        expected: String,
-    },
+    #[error(transparent)]
+    Model(#[from] ModelMismatch),
     /// Too few layers or distances.
     #[error("{table} has {found} {what}, {expected} are needed")]
     Size {
@@ -124,15 +115,7 @@ impl SignificanceTable {
     ///
     /// It was made for another checkpoint or another rotary embedding.
     pub fn check_matches(&self, model: &ModelIdentity) -> Result<(), MismatchError> {
-        match self.provenance.model.difference(model) {
-            None => Ok(()),
-            Some((what, found, expected)) => Err(MismatchError::Model {
-                table: self.name.clone(),
-                what,
-                found: found.to_owned(),
-                expected: expected.to_owned(),
-            }),
-        }
+        Ok(self.provenance.model.check(&self.name, model)?)
     }
 
     /// Checks that there are entries for `num_layers` layers and distances `0 ..= max_distance`.
