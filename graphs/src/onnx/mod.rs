@@ -17,6 +17,7 @@ mod scope;
 mod serialize;
 mod shape;
 mod subgraph;
+mod unused;
 
 pub use attribute::Attribute;
 pub use cut::{Part, PartNode, Point};
@@ -31,6 +32,7 @@ pub use serialize::{GraphSignature, Model, QuantizedLinear, ValueInfo, tap_outpu
 pub use shape::Dim;
 pub(crate) use shape::product;
 pub use subgraph::{Step, Subgraph};
+pub use unused::without_unused;
 
 /// Opset of the default ONNX domain that all graphs use.
 pub const OPSET: i64 = 23;
