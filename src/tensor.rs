@@ -1,17 +1,38 @@
-//! The tensor that travels between checkpoints, engines, the reference and the comparison: host memory, row-major,
-//! cheap to clone.
+//! The tensor that travels between checkpoints, engines, the reference and the comparison: row-major, cheap to clone, on
+//! the host or wherever an engine left it until the host reads it.
 
 use accordion_graphs::dtype::DType;
 use accordion_graphs::fp8;
 use half::{bf16, f16};
+use std::any::Any;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Memory that a [`Tensor`] may point into: a vector, a file mapping, a value a runtime owns.
-pub trait Storage: Send + Sync {
-    /// All bytes of the storage, aligned for the element type of the tensors that point into it.
+/// Memory that a [`Tensor`] may point into: a vector, a file mapping, a value a runtime owns, a buffer on a device.
+pub trait Storage: Any + Send + Sync {
+    /// All bytes of the storage, aligned for the element type of the tensors that point into it. Those of a device are
+    /// copied here first; where [`Self::fetch`] would fail, every bit is set, which as a floating-point number is NaN.
     fn bytes(&self) -> &[u8];
+
+    /// How many bytes there are.
+    fn byte_len(&self) -> usize {
+        self.bytes().len()
+    }
+
+    /// Whether a tensor may begin at the byte `offset` if its first element must lie at a multiple of `alignment`.
+    fn allows(&self, offset: usize, alignment: usize) -> bool {
+        (self.bytes().as_ptr().addr() + offset).is_multiple_of(alignment)
+    }
+
+    /// Makes sure that the bytes are on the host.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn fetch(&self) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 macro_rules! vector_storage {
@@ -27,7 +48,7 @@ macro_rules! vector_storage {
 }
 vector_storage!(u8, i8, f32, f16, bf16, i64, i32);
 
-/// A dense row-major tensor on the host. Clones share the memory.
+/// A dense row-major tensor. Clones share the memory.
 #[derive(Clone)]
 pub struct Tensor {
     dtype: DType,
@@ -56,6 +77,9 @@ pub enum TensorError {
         /// Element type.
         dtype: DType,
     },
+    /// It lies on a device and cannot be copied to the host.
+    #[error("a tensor cannot be copied from the device: {0}")]
+    Device(String),
     /// Read as another type than it has.
     #[error("the tensor is {found}, expected {expected}")]
     WrongType {
@@ -73,6 +97,7 @@ macro_rules! typed_view {
             if self.dtype != DType::$dtype {
                 return Err(TensorError::WrongType { found: self.dtype, expected: DType::$dtype });
             }
+            self.storage.fetch().map_err(TensorError::Device)?;
             let bytes = self.bytes();
             // SAFETY: `from_storage` checked the alignment of the first element and that all of them lie inside the
             // storage, which `self` keeps alive; every bit pattern is a valid number.
@@ -99,12 +124,12 @@ impl Tensor {
         offset: usize,
     ) -> Result<Self, TensorError> {
         let shape = shape.into();
-        let available = storage.bytes().len().saturating_sub(offset);
+        let available = storage.byte_len().saturating_sub(offset);
         let fits = dtype.bytes_of_shape(&shape).is_some_and(|needed| needed <= available);
         if !fits {
             return Err(TensorError::TooShort { dtype, shape, available });
         }
-        if !(storage.bytes().as_ptr().addr() + offset).is_multiple_of(dtype.size()) {
+        if !storage.allows(offset, dtype.size()) {
             return Err(TensorError::Misaligned { dtype });
         }
         Ok(Self { dtype, shape, storage, offset })
@@ -134,10 +159,31 @@ impl Tensor {
         self.len() == 0
     }
 
-    /// The raw little-endian bytes.
+    /// The raw little-endian bytes; those of a device are copied to the host, once.
     pub fn bytes(&self) -> &[u8] {
-        let len = self.dtype.bytes_of_shape(&self.shape).unwrap_or(0);
-        &self.storage.bytes()[self.offset..self.offset + len]
+        &self.storage.bytes()[self.offset..self.offset + self.byte_len()]
+    }
+
+    /// How many bytes the elements take.
+    pub fn byte_len(&self) -> usize {
+        self.dtype.bytes_of_shape(&self.shape).unwrap_or(0)
+    }
+
+    /// The same tensor, whose bytes the host can read from now on.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be copied from the device.
+    pub fn on_host(self) -> Result<Self, TensorError> {
+        self.storage.fetch().map_err(TensorError::Device)?;
+        Ok(self)
+    }
+
+    /// The memory and the byte at which the tensor begins, if the memory is of the kind `S`: how an engine recognises what
+    /// it has made itself.
+    pub fn stored_in<S: Storage>(&self) -> Option<(&S, usize)> {
+        let storage: &dyn Any = self.storage.as_ref();
+        storage.downcast_ref().map(|storage| (storage, self.offset))
     }
 
     /// Rows `range` of the first dimension, sharing the memory. A row must begin at a byte of its own.
@@ -152,7 +198,7 @@ impl Tensor {
             "rows {range:?} of a tensor of shape {:?}",
             self.shape
         );
-        let row_bytes = self.bytes().len().checked_div(self.shape[0]).unwrap_or(0);
+        let row_bytes = self.byte_len().checked_div(self.shape[0]).unwrap_or(0);
         let mut shape = self.shape.clone();
         shape[0] = range.len();
         Self {
@@ -171,8 +217,8 @@ impl Tensor {
     pub fn reshaped(&self, shape: impl Into<Vec<usize>>) -> Result<Self, TensorError> {
         let shape = shape.into();
         match self.dtype.bytes_of_shape(&shape) {
-            Some(n) if n == self.bytes().len() => Ok(Self { shape, ..self.clone() }),
-            _ => Err(TensorError::TooShort { dtype: self.dtype, shape, available: self.bytes().len() }),
+            Some(n) if n == self.byte_len() => Ok(Self { shape, ..self.clone() }),
+            _ => Err(TensorError::TooShort { dtype: self.dtype, shape, available: self.byte_len() }),
         }
     }
 

@@ -133,7 +133,7 @@ impl Sequence {
         let mut results = self.cache.run(engine, new, &inputs, &outputs, &[])?;
         self.next_position += new as i64;
         let tapped = results.split_off(1);
-        let logits = results.swap_remove(0);
+        let logits = results.swap_remove(0).on_host()?;
         Ok((logits.rows(0..1).reshaped(&logits.shape()[1..])?, tapped))
     }
 

@@ -279,6 +279,7 @@ impl Walk<'_, '_, '_> {
         let all = self.taps.wants("prefix.logits");
         let hidden = if all { root.hidden.clone() } else { last_row(&root.hidden)? };
         let logits = self.engines.get(HEAD, &[])?.run(&[("hidden", &hidden)], &mut [], &["logits"])?.swap_remove(0);
+        let logits = logits.on_host()?;
         let logits = entry(&logits, 0)?;
         let cache: Vec<[Tensor; 2]> = {
             let kv = entry(&root.kv, 0)?;

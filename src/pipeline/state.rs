@@ -58,6 +58,6 @@ impl ContextState {
     pub fn cache_bytes(&self) -> u64 {
         let injected = self.injected.iter().flat_map(|injected| &injected.layers);
         let injected = injected.flat_map(|layer| [Some(&layer.key), layer.single_key.as_ref(), Some(&layer.value)]);
-        self.cache.iter().flatten().chain(injected.flatten()).map(|t| t.bytes().len() as u64).sum()
+        self.cache.iter().flatten().chain(injected.flatten()).map(|t| t.byte_len() as u64).sum()
     }
 }

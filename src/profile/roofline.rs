@@ -82,7 +82,7 @@ impl Demand {
         let mut operations =
             OperationCount::layer_after(arch, past, 1, 1).times(arch.num_layers()) + OperationCount::lm_head(arch, 1);
         let rows_held = state.cache.first().map_or(0, |[key, _]| key.shape().get(2).copied().unwrap_or(0)).max(1);
-        let held: u64 = state.cache.iter().flatten().map(|tensor| tensor.bytes().len() as u64).sum();
+        let held: u64 = state.cache.iter().flatten().map(|tensor| tensor.byte_len() as u64).sum();
         let mut cache = held / rows_held as u64 * past as u64;
         let width = arch.num_heads() * arch.head_dim();
         for layer in state.injected.iter().flat_map(|injected| &injected.layers) {

@@ -5,6 +5,7 @@
 pub(crate) mod dylib;
 pub mod locate;
 pub mod ort_cpu;
+pub mod resident;
 
 use crate::tensor::{Tensor, TensorError};
 

@@ -1,0 +1,151 @@
+//! Tensors that stay where an engine made them: on a device, until the host reads them.
+
+use crate::tensor::{Storage, Tensor, TensorError};
+use accordion_graphs::dtype::DType;
+use std::sync::{Arc, OnceLock};
+
+/// Memory of a device that a tensor keeps alive.
+pub trait DeviceMemory: Send + Sync + 'static {
+    /// Copies all of it into `bytes`, which has its length, once everything that writes it is done.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn download(&self, bytes: &mut [u8]) -> Result<(), String>;
+}
+
+/// Device memory, and its copy on the host once somebody has read it.
+pub struct Resident<M> {
+    memory: M,
+    byte_len: usize,
+    host: OnceLock<Result<HostBytes, String>>,
+    /// What is read where the copy failed.
+    lost: OnceLock<HostBytes>,
+}
+
+/// Bytes that are aligned for every element type.
+struct HostBytes(Vec<u64>);
+
+impl HostBytes {
+    fn filled(byte_len: usize, byte: u8) -> Self {
+        Self(vec![u64::from_ne_bytes([byte; 8]); byte_len.div_ceil(8)])
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: integers have no padding; the length is the vector's own.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), size_of_val(self.0.as_slice())) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above; every bit pattern is an integer.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), size_of_val(self.0.as_slice())) }
+    }
+}
+
+impl<M: DeviceMemory> Resident<M> {
+    /// A tensor of `memory`, from its first byte on.
+    ///
+    /// # Errors
+    ///
+    /// The number of bytes of the shape overflows.
+    pub fn tensor(dtype: DType, shape: impl Into<Vec<usize>>, memory: M) -> Result<Tensor, TensorError> {
+        let shape = shape.into();
+        let Some(byte_len) = dtype.bytes_of_shape(&shape) else {
+            return Err(TensorError::TooShort { dtype, shape, available: 0 });
+        };
+        let resident = Self { memory, byte_len, host: OnceLock::new(), lost: OnceLock::new() };
+        Tensor::from_storage(dtype, shape, Arc::new(resident), 0)
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    fn host(&self) -> &Result<HostBytes, String> {
+        self.host.get_or_init(|| {
+            let mut host = HostBytes::filled(self.byte_len, 0);
+            self.memory.download(&mut host.bytes_mut()[..self.byte_len])?;
+            Ok(host)
+        })
+    }
+}
+
+impl<M: DeviceMemory> Storage for Resident<M> {
+    fn bytes(&self) -> &[u8] {
+        let host = match self.host() {
+            Ok(host) => host,
+            Err(_) => self.lost.get_or_init(|| HostBytes::filled(self.byte_len, 0xff)),
+        };
+        &host.bytes()[..self.byte_len]
+    }
+
+    fn byte_len(&self) -> usize {
+        self.byte_len
+    }
+
+    fn allows(&self, offset: usize, alignment: usize) -> bool {
+        offset.is_multiple_of(alignment)
+    }
+
+    fn fetch(&self) -> Result<(), String> {
+        self.host().as_ref().map(|_| ()).map_err(Clone::clone)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[derive(Default)]
+    struct Memory {
+        bytes: Vec<u8>,
+        broken: bool,
+        downloads: Arc<AtomicUsize>,
+    }
+
+    impl DeviceMemory for Memory {
+        fn download(&self, bytes: &mut [u8]) -> Result<(), String> {
+            self.downloads.fetch_add(1, Ordering::Relaxed);
+            if self.broken {
+                return Err("unspecified launch failure".to_owned());
+            }
+            bytes.copy_from_slice(&self.bytes);
+            Ok(())
+        }
+    }
+
+    fn numbers() -> Vec<u8> {
+        [1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0].iter().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn only_reading_copies_and_only_once() {
+        let memory = Memory { bytes: numbers(), ..Memory::default() };
+        let downloads = Arc::clone(&memory.downloads);
+        let tensor = Resident::tensor(DType::F32, [3, 2], memory).unwrap();
+        let row = tensor.rows(1..2).reshaped([2]).unwrap();
+        assert_eq!(row.stored_in::<Resident<Memory>>().map(|(_, offset)| offset), Some(8));
+        assert_eq!(downloads.load(Ordering::Relaxed), 0);
+        assert_eq!(row.as_f32().unwrap(), [3.0, 4.0]);
+        assert_eq!(tensor.to_f32(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(downloads.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_copy_that_fails_is_an_error_and_never_a_number() {
+        let memory = Memory { broken: true, ..Memory::default() };
+        let tensor = Resident::tensor(DType::F32, [2], memory).unwrap();
+        assert_eq!(tensor.as_f32().unwrap_err(), TensorError::Device("unspecified launch failure".to_owned()));
+        assert!(tensor.to_f32().iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn memory_of_the_host_is_not_a_devices() {
+        let tensor = Tensor::from_f32([1], vec![1.0]).unwrap();
+        assert!(tensor.stored_in::<Resident<Memory>>().is_none());
+    }
+}
