@@ -27,7 +27,7 @@ pub(crate) use retype::{FloatNode, Operand, Ports, Source, Width};
 pub(crate) use rewrite::MatrixUse;
 pub use rewrite::Uses;
 pub use scope::{Scope, Value};
-pub use serialize::{GraphSignature, Model, QuantizedLinear, ValueInfo, tap_outputs};
+pub use serialize::{GraphSignature, Model, QuantizedLinear, ValueInfo, tap_outputs, typed_outputs};
 pub use shape::Dim;
 pub(crate) use shape::product;
 pub use subgraph::{Step, Subgraph};
