@@ -92,7 +92,7 @@ pub enum TensorRtError {
     },
     /// Nothing was built for this flavour and version.
     #[error(
-        "there are no engines of {flavour} {version} ({} does not exist): {}", dir.display(), build_command(flavour, dir)
+        "there are no engines of {flavour} {version} ({} does not exist): {}", dir.display(), build_command(*flavour, dir)
     )]
     NotBuilt {
         /// The package.

@@ -323,8 +323,8 @@ fn in_words(misfit: &Misfit, graph: &str, signature: &GraphSignature, method: &M
     }
 }
 
-/// The folder, for a message.
-pub(super) fn build_command(flavour: &Flavour, dir: &Path) -> String {
+/// The command that builds the engines in `dir`.
+pub(super) fn build_command(flavour: Flavour, dir: &Path) -> String {
     let bundle = dir.parent().and_then(Path::parent).unwrap_or(dir).display();
     format!("accordion build {bundle} --runtime {}", flavour.word())
 }

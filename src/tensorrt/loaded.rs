@@ -48,7 +48,7 @@ pub(super) struct LoadedEngine {
 }
 
 struct OpenContext {
-    context: NonNull<sys::Context>,
+    raw: NonNull<sys::Context>,
     memory_bytes: usize,
 }
 
@@ -133,20 +133,19 @@ impl LoadedEngine {
     pub(super) fn context(&mut self, profile: usize, stream: *mut c_void) -> Result<Context<'_>, String> {
         let calls = self.calls;
         let slot = self.contexts.get_mut(profile).ok_or_else(|| format!("there is no profile {profile}"))?;
-        let open = match slot {
-            Some(open) => open,
-            None => {
-                let (mut context, mut bytes) = (null_mut(), 0);
-                // SAFETY: the engine is open, the stream is one of the device, and the results' places live over the call.
-                message(|text, size| unsafe {
-                    let (context, bytes) = (&raw mut context, &raw mut bytes);
-                    (calls.context_open)(self.engine.as_ptr(), profile as i32, stream, context, bytes, text, size)
-                })?;
-                let context = NonNull::new(context).ok_or("the library gave no execution context")?;
-                slot.insert(OpenContext { context, memory_bytes: usize::try_from(bytes).unwrap_or_default() })
-            }
+        let open = if let Some(open) = slot {
+            open
+        } else {
+            let (mut context, mut bytes) = (null_mut(), 0);
+            // SAFETY: the engine is open, the stream is one of the device, and the results' places live over the call.
+            message(|text, size| unsafe {
+                let (context, bytes) = (&raw mut context, &raw mut bytes);
+                (calls.context_open)(self.engine.as_ptr(), profile as i32, stream, context, bytes, text, size)
+            })?;
+            let raw = NonNull::new(context).ok_or("the library gave no execution context")?;
+            slot.insert(OpenContext { raw, memory_bytes: usize::try_from(bytes).unwrap_or_default() })
         };
-        Ok(Context { context: open.context, memory_bytes: open.memory_bytes, calls, stream, _engine: PhantomData })
+        Ok(Context { raw: open.raw, memory_bytes: open.memory_bytes, calls, stream, _engine: PhantomData })
     }
 
     /// Its name, for messages.
@@ -159,7 +158,7 @@ impl Drop for LoadedEngine {
     fn drop(&mut self) {
         for open in self.contexts.drain(..).flatten() {
             // SAFETY: opened once and closed once, before the engine.
-            unsafe { (self.calls.context_close)(open.context.as_ptr()) };
+            unsafe { (self.calls.context_close)(open.raw.as_ptr()) };
         }
         // SAFETY: as above.
         unsafe { (self.calls.engine_close)(self.engine.as_ptr()) };
@@ -168,7 +167,7 @@ impl Drop for LoadedEngine {
 
 /// An engine with the shapes of one profile.
 pub(super) struct Context<'e> {
-    context: NonNull<sys::Context>,
+    raw: NonNull<sys::Context>,
     memory_bytes: usize,
     calls: Calls,
     stream: *mut c_void,
@@ -188,7 +187,7 @@ impl Context<'_> {
     /// At `address` there are [`Self::memory_bytes`] of device memory, until what is enqueued is done.
     pub(super) unsafe fn set_memory(&mut self, address: Address) {
         // SAFETY: the caller's promise.
-        unsafe { (self.calls.set_memory)(self.context.as_ptr(), pointer(address), self.memory_bytes as i64) };
+        unsafe { (self.calls.set_memory)(self.raw.as_ptr(), pointer(address), self.memory_bytes as i64) };
     }
 
     /// Sets the shape of an input.
@@ -201,7 +200,7 @@ impl Context<'_> {
         // SAFETY: the name and the extents live over the call.
         message(|text, size| unsafe {
             let (name, extents) = (port.c_name.as_ptr(), shape.as_ptr());
-            (self.calls.set_shape)(self.context.as_ptr(), name, extents, shape.len() as i32, text, size)
+            (self.calls.set_shape)(self.raw.as_ptr(), name, extents, shape.len() as i32, text, size)
         })
     }
 
@@ -218,7 +217,7 @@ impl Context<'_> {
     pub(super) unsafe fn set_address(&mut self, port: &Port, address: Address) -> Result<(), String> {
         // SAFETY: the name lives over the call; the memory is the caller's promise.
         message(|text, size| unsafe {
-            (self.calls.set_address)(self.context.as_ptr(), port.c_name.as_ptr(), pointer(address), text, size)
+            (self.calls.set_address)(self.raw.as_ptr(), port.c_name.as_ptr(), pointer(address), text, size)
         })
     }
 
@@ -229,7 +228,7 @@ impl Context<'_> {
     /// An input has no shape or no value yet, or they do not go together.
     pub(super) fn infer_shapes(&mut self) -> Result<(), String> {
         // SAFETY: the context is open; what is on the host is there by the promise of `set_address`.
-        message(|text, size| unsafe { (self.calls.infer_shapes)(self.context.as_ptr(), text, size) })
+        message(|text, size| unsafe { (self.calls.infer_shapes)(self.raw.as_ptr(), text, size) })
     }
 
     /// The shape of an output, once shapes have been inferred.
@@ -242,7 +241,7 @@ impl Context<'_> {
         // SAFETY: the name and the places of results live over the call, which writes no more than the header says.
         message(|text, size| unsafe {
             let (name, extents) = (port.c_name.as_ptr(), shape.as_mut_ptr());
-            (self.calls.shape)(self.context.as_ptr(), name, extents, &raw mut rank, text, size)
+            (self.calls.shape)(self.raw.as_ptr(), name, extents, &raw mut rank, text, size)
         })?;
         let extents = shape.get(..usize::try_from(rank).unwrap_or(usize::MAX));
         let known = extents.and_then(|e| e.iter().map(|&n| usize::try_from(n).ok()).collect::<Option<Vec<_>>>());
@@ -256,7 +255,7 @@ impl Context<'_> {
     /// The library or the device refuses.
     pub(super) fn enqueue(&mut self) -> Result<(), String> {
         // SAFETY: every address is what `set_address` and `set_memory` were promised.
-        message(|text, size| unsafe { (self.calls.enqueue)(self.context.as_ptr(), self.stream, text, size) })
+        message(|text, size| unsafe { (self.calls.enqueue)(self.raw.as_ptr(), self.stream, text, size) })
     }
 }
 

@@ -186,9 +186,10 @@ pub(super) fn widened_by(method: &Method, graph: &str, name: &str) -> &'static s
         ("batch" | "segments" | "slots", _) => "--width",
         ("chunks", _) => "--width or --context",
         ("past", _) if graph == "decoder" => "--context or --new-tokens",
-        ("sequence" | "num_logits_to_keep", Method::Homer { .. } | Method::Rcc { .. }) => "--suffix",
+        ("suffix_length", _) | ("sequence" | "num_logits_to_keep", Method::Homer { .. } | Method::Rcc { .. }) => {
+            "--suffix"
+        }
         ("prefix_length", _) => "--prefix",
-        ("suffix_length", _) => "--suffix",
         _ => "--context",
     }
 }
