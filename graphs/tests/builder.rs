@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use accordion_graphs::dtype::DType;
-use accordion_graphs::onnx::{Dim, Model, Scope, Step, Value, tap_outputs};
+use accordion_graphs::onnx::{Dim, Model, Scope, Step, Value, tap_outputs, without_unused};
 use accordion_graphs::weights::{WeightIndex, WeightRef};
 use onnx_protobuf::{Message, ModelProto};
 use std::collections::{BTreeMap, BTreeSet};
@@ -130,6 +130,41 @@ fn taps_become_outputs_by_appending_bytes() {
     assert_eq!(rest.graph.as_ref(), Some(&onnx_protobuf::GraphProto::default()));
     rest.graph = protobuf::MessageField::none();
     assert_eq!(rest, ModelProto::default());
+}
+
+#[test]
+fn what_no_output_needs_is_left_out() {
+    let g = Scope::new("graph", weights(&[]));
+    let x = rows(&g, "x", 4);
+    let doubled = &x + &x;
+    let tapped = doubled.sigmoid() * &x;
+    g.tap("tapped", &tapped);
+    g.output("y", &doubled);
+    let mut model = g.finish(&[]).unwrap();
+    let whole = model.bytes.clone();
+    model.bytes = without_unused(&whole).into_owned();
+    let mut graph = parsed(&model).graph.unwrap();
+    let operators: Vec<&str> = graph.node.iter().map(|n| n.op_type.as_str()).collect();
+    assert_eq!(operators, ["Add"]);
+    assert_eq!(*without_unused(&model.bytes), model.bytes, "nothing is left to leave out");
+
+    // A branch reads values of the graph around it without naming them as inputs.
+    let name = graph.node[0].output[0].clone();
+    let within = onnx_protobuf::NodeProto { input: vec![name], output: vec!["z".into()], ..Default::default() };
+    let branch = onnx_protobuf::GraphProto { node: vec![within], ..Default::default() };
+    let attribute = onnx_protobuf::AttributeProto { g: Some(branch).into(), ..Default::default() };
+    graph.node.push(onnx_protobuf::NodeProto {
+        attribute: vec![attribute],
+        output: vec!["chosen".into()],
+        ..Default::default()
+    });
+    graph.output[0].name = "chosen".into();
+    let branching = ModelProto { graph: Some(graph).into(), ..Default::default() }.write_to_bytes().unwrap();
+    assert_eq!(*without_unused(&branching), branching, "a branch needs the sum");
+
+    let declared = [whole, tap_outputs(&[&model.signature.taps["tapped"].name])].concat();
+    assert_eq!(*without_unused(&declared), declared, "a tap that is an output is needed");
+    assert_eq!(&*without_unused(b"no model"), b"no model");
 }
 
 #[test]

@@ -5,9 +5,12 @@
 
 use super::vectors::Expand;
 use super::{Bits, ROWS_AT_ONCE, SIDE_BY_SIDE};
-use crate::simd::{AHEAD, Level, Portable, prefetch, total};
+use crate::simd::{AHEAD, Level, Portable, prefetch};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
+
+/// Scales in a cache line.
+const SCALES_OF_LINE: usize = 16;
 
 /// What [`dots`] reads.
 #[derive(Clone, Copy)]
@@ -90,11 +93,17 @@ impl Kernels {
 /// The row `x` in the order in which [`Expand`] gives the weights, with zeros behind its end.
 #[inline(always)]
 fn arrange<V: Expand>(x: &[f32], to: &mut [f32]) {
-    to.fill(0.0);
-    for (x, to) in x.chunks(4 * V::LANES).zip(to.chunks_exact_mut(4 * V::LANES)) {
-        for (i, x) in x.iter().enumerate() {
-            to[i % 4 * V::LANES + i / 4] = *x;
+    let place = |i: usize| i % 4 * V::LANES + i / 4;
+    let (from, rest) = x.split_at(x.len() / (4 * V::LANES) * 4 * V::LANES);
+    let (whole, last) = to.split_at_mut(from.len());
+    for (from, to) in from.chunks_exact(4 * V::LANES).zip(whole.chunks_exact_mut(4 * V::LANES)) {
+        for i in 0..4 * V::LANES {
+            to[place(i)] = from[i];
         }
+    }
+    last.fill(0.0);
+    for (i, x) in rest.iter().enumerate() {
+        last[place(i)] = *x;
     }
 }
 
@@ -118,19 +127,21 @@ unsafe fn dots<V: Expand, const BITS: Bits, const ROWS: usize>(
     let shift = block_shift - 2;
     // SAFETY: whole chunks below `inner`; the rest of the weight and its scales go through chunks of their own.
     unsafe {
-        let mut lanes = [[V::splat(0.0); ROWS]; SIDE_BY_SIDE];
+        let mut lanes = [[V::splat(0.0); SIDE_BY_SIDE]; ROWS];
         let weights = rows.map(|row| at.weight.add(bytes::<BITS>(row * at.inner)));
         let scales = rows.map(|row| at.scale.add(row * blocks));
         // A quarter as far: so many fewer bytes than 4-bit numbers in blocks of 32 are their scales.
         for scale in scales {
-            prefetch(scale.wrapping_byte_add(AHEAD / 4));
+            for line in (0..blocks).step_by(SCALES_OF_LINE) {
+                prefetch(scale.wrapping_add(line).wrapping_byte_add(AHEAD / 4));
+            }
         }
         for i in (0..whole).step_by(chunk) {
             let x = at.x.add(i);
             for w in 0..SIDE_BY_SIDE {
                 let (weight, scale) = (weights[w].add(bytes::<BITS>(i)), scales[w].add(i >> block_shift));
                 prefetch(weight.wrapping_add(AHEAD));
-                add::<V, BITS, ROWS>(&mut lanes[w], x, at.x_stride, weight, scale, shift);
+                add::<V, BITS, ROWS>(&mut lanes, w, x, at.x_stride, weight, scale, shift);
             }
         }
         if whole < at.inner {
@@ -140,13 +151,11 @@ unsafe fn dots<V: Expand, const BITS: Bits, const ROWS: usize>(
                 let from = weights[w].add(bytes::<BITS>(whole));
                 std::ptr::copy_nonoverlapping(from, weight.as_mut_ptr(), bytes::<BITS>(at.inner - whole));
                 std::ptr::copy_nonoverlapping(scales[w].add(first), scale.as_mut_ptr(), blocks - first);
-                add::<V, BITS, ROWS>(&mut lanes[w], x, at.x_stride, weight.as_ptr(), scale.as_ptr(), shift);
+                add::<V, BITS, ROWS>(&mut lanes, w, x, at.x_stride, weight.as_ptr(), scale.as_ptr(), shift);
             }
         }
-        for w in 0..SIDE_BY_SIDE {
-            for row in 0..ROWS {
-                sums[row][w] = total(lanes[w][row]);
-            }
+        for row in 0..ROWS {
+            sums[row] = V::totals(lanes[row]);
         }
     }
 }
@@ -157,14 +166,15 @@ fn bytes<const BITS: Bits>(numbers: usize) -> usize {
     numbers * usize::from(BITS) / 8
 }
 
-/// Adds the products of a chunk of a weight row with `ROWS` rows of activations.
+/// Adds the products of a chunk of weight row `w` with `ROWS` rows of activations.
 ///
 /// # Safety
 ///
 /// The instruction set of `V` is there; behind all pointers is a chunk, behind `scale` its scales.
 #[inline(always)]
 unsafe fn add<V: Expand, const BITS: Bits, const ROWS: usize>(
-    lanes: &mut [V; ROWS],
+    lanes: &mut [[V; SIDE_BY_SIDE]; ROWS],
+    w: usize,
     x: *const f32,
     x_stride: usize,
     weight: *const u8,
@@ -181,7 +191,7 @@ unsafe fn add<V: Expand, const BITS: Bits, const ROWS: usize>(
             for j in 1..4 {
                 sum = weights[j].mul_add(V::load(x.add(j * V::LANES)), sum);
             }
-            lanes[row] = sum.mul_add(scale, lanes[row]);
+            lanes[row][w] = sum.mul_add(scale, lanes[row][w]);
         }
     }
 }

@@ -47,9 +47,9 @@ public:
     explicit Logger(AccordionObserver observer) : observer_(observer) {}
 
     void log(Severity severity, nvinfer1::AsciiChar const* text) noexcept override {
+        std::lock_guard<std::mutex> const lock(mutex_);
         if (severity <= Severity::kERROR) {
             try {
-                std::lock_guard<std::mutex> const lock(mutex_);
                 if (!errors_.empty()) {
                     errors_ += "; ";
                 }
@@ -63,20 +63,30 @@ public:
         }
     }
 
-    std::string errors() const {
+    // What went wrong since this was last asked.
+    std::string errors() {
         std::lock_guard<std::mutex> const lock(mutex_);
-        return errors_.empty() ? "no reason given" : errors_;
+        std::string const told = errors_.empty() ? "no reason given" : errors_;
+        errors_.clear();
+        return told;
+    }
+
+    // From here on nobody hears.
+    void detach() {
+        std::lock_guard<std::mutex> const lock(mutex_);
+        observer_ = {};
+        errors_.clear();
     }
 
 private:
     AccordionObserver observer_;
-    mutable std::mutex mutex_;
+    std::mutex mutex_;
     std::string errors_;
 };
 
 // What a call of NVIDIA's returned, or why it returned nothing.
 template <typename Object>
-std::unique_ptr<Object> owned(Object* object, AccordionStatus status, Logger const& logger) {
+std::unique_ptr<Object> owned(Object* object, AccordionStatus status, Logger& logger) {
     if (object == nullptr) {
         throw Failure(status, logger.errors());
     }
@@ -181,6 +191,15 @@ nvinfer1::Dims dims_of(int64_t const* extents, int32_t rank) {
     return dims;
 }
 
+void store(nvinfer1::Dims const& dims, int64_t* extents, int32_t& rank, char const* name) {
+    static_assert(nvinfer1::Dims::MAX_DIMS == ACCORDION_MAX_RANK, "the header says how many dimensions there may be");
+    if (dims.nbDims < 0) {
+        throw Failure(ACCORDION_RUN, std::string("there is no input or output '") + name + "'");
+    }
+    rank = dims.nbDims;
+    std::copy_n(dims.d, dims.nbDims, extents);
+}
+
 void set_range(nvinfer1::IOptimizationProfile& target, AccordionProfile const& profile, nvinfer1::ITensor& input) {
     using nvinfer1::OptProfileSelector;
     std::string const name = input.getName();
@@ -236,6 +255,19 @@ void allow_decomposition(nvinfer1::INetworkDefinition& network) {
 }
 
 } // namespace
+
+// Members are destroyed in reverse order: every object before what it came from.
+struct AccordionEngine {
+    explicit AccordionEngine(AccordionObserver observer) : logger(observer) {}
+    Logger logger;
+    std::unique_ptr<nvinfer1::IRuntime> runtime;
+    std::unique_ptr<nvinfer1::ICudaEngine> engine;
+};
+
+struct AccordionContext {
+    AccordionEngine& engine;
+    std::unique_ptr<nvinfer1::IExecutionContext> context;
+};
 
 struct AccordionTensorRt {
     decltype(createInferBuilder_INTERNAL)* create_builder;
@@ -348,18 +380,115 @@ extern "C" int32_t accordion_tensorrt_build(AccordionTensorRt* tensorrt, Accordi
     });
 }
 
-extern "C" int32_t accordion_tensorrt_load(AccordionTensorRt* tensorrt, void const* plan, size_t plan_bytes,
-    AccordionObserver observer, int32_t* tensors, char* message, size_t capacity) {
-    return guarded(message, capacity, [&] {
-        Logger logger(observer);
-        auto const runtime = owned(
-            static_cast<nvinfer1::IRuntime*>(tensorrt->create_runtime(&logger, NV_TENSORRT_VERSION)), ACCORDION_START,
-            logger);
-        auto const engine = owned(runtime->deserializeCudaEngine(plan, plan_bytes), ACCORDION_START, logger);
-        *tensors = engine->getNbIOTensors();
-    });
-}
-
 extern "C" void accordion_tensorrt_free(AccordionBytes bytes) { std::free(bytes.data); }
 
 extern "C" void accordion_tensorrt_close(AccordionTensorRt* tensorrt) { delete tensorrt; }
+
+extern "C" int32_t accordion_tensorrt_engine_open(AccordionTensorRt* tensorrt, void const* plan, size_t plan_bytes,
+    AccordionObserver observer, AccordionEngine** opened, int32_t* tensors, int32_t* profiles, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        auto engine = std::make_unique<AccordionEngine>(observer);
+        engine->runtime = owned(
+            static_cast<nvinfer1::IRuntime*>(tensorrt->create_runtime(&engine->logger, NV_TENSORRT_VERSION)),
+            ACCORDION_START, engine->logger);
+        engine->engine = owned(engine->runtime->deserializeCudaEngine(plan, plan_bytes), ACCORDION_START, engine->logger);
+        engine->logger.detach();
+        *tensors = engine->engine->getNbIOTensors();
+        *profiles = engine->engine->getNbOptimizationProfiles();
+        *opened = engine.release();
+    });
+}
+
+extern "C" int32_t accordion_tensorrt_engine_tensor(
+    AccordionEngine* opened, int32_t index, AccordionTensor* tensor, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        nvinfer1::ICudaEngine const& engine = *opened->engine;
+        char const* const name = engine.getIOTensorName(index);
+        if (name == nullptr) {
+            throw Failure(ACCORDION_RUN, "there is no input or output " + std::to_string(index));
+        }
+        bool linear = true;
+        for (int32_t profile = 0; profile < engine.getNbOptimizationProfiles(); ++profile) {
+            linear = linear && engine.getTensorFormat(name, profile) == nvinfer1::TensorFormat::kLINEAR;
+        }
+        *tensor = AccordionTensor{};
+        tensor->name = name;
+        tensor->is_input = engine.getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT;
+        tensor->on_host = engine.getTensorLocation(name) == nvinfer1::TensorLocation::kHOST;
+        tensor->type = static_cast<int32_t>(engine.getTensorDataType(name));
+        tensor->is_linear = linear;
+        store(engine.getTensorShape(name), tensor->shape, tensor->rank, name);
+    });
+}
+
+extern "C" void accordion_tensorrt_engine_close(AccordionEngine* engine) { delete engine; }
+
+extern "C" int32_t accordion_tensorrt_context_open(AccordionEngine* engine, int32_t profile, void* stream,
+    AccordionContext** opened, int64_t* memory_bytes, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        // Engines of one stream take turns, so that one piece of memory serves all of them.
+        auto context = owned(
+            engine->engine->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED),
+            ACCORDION_START, engine->logger);
+        if (!context->setOptimizationProfileAsync(profile, static_cast<cudaStream_t>(stream))) {
+            throw Failure(ACCORDION_START, engine->logger.errors());
+        }
+        *memory_bytes = engine->engine->getDeviceMemorySizeForProfileV2(profile);
+        *opened = new AccordionContext{*engine, std::move(context)};
+    });
+}
+
+extern "C" void accordion_tensorrt_context_set_memory(AccordionContext* context, void* memory, int64_t bytes) {
+    context->context->setDeviceMemoryV2(memory, bytes);
+}
+
+extern "C" int32_t accordion_tensorrt_context_set_shape(AccordionContext* context, char const* name, int64_t const* shape,
+    int32_t rank, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        if (rank < 0 || rank > ACCORDION_MAX_RANK || !context->context->setInputShape(name, dims_of(shape, rank))) {
+            throw Failure(ACCORDION_RUN, std::string("input '") + name + "': " + context->engine.logger.errors());
+        }
+    });
+}
+
+extern "C" int32_t accordion_tensorrt_context_set_address(
+    AccordionContext* context, char const* name, void* address, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        if (!context->context->setTensorAddress(name, address)) {
+            throw Failure(ACCORDION_RUN, std::string("'") + name + "': " + context->engine.logger.errors());
+        }
+    });
+}
+
+extern "C" int32_t accordion_tensorrt_context_infer_shapes(AccordionContext* context, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        char const* lacking[4] = {};
+        int32_t const count = context->context->inferShapes(4, lacking);
+        if (count > 0) {
+            std::string text = "these inputs have no shape or no value:";
+            for (int32_t i = 0; i < std::min(count, 4); ++i) {
+                text += std::string(" '") + lacking[i] + "'";
+            }
+            throw Failure(ACCORDION_RUN, text);
+        }
+        if (count < 0) {
+            throw Failure(ACCORDION_RUN, context->engine.logger.errors());
+        }
+    });
+}
+
+extern "C" int32_t accordion_tensorrt_context_shape(
+    AccordionContext* context, char const* name, int64_t* shape, int32_t* rank, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] { store(context->context->getTensorShape(name), shape, *rank, name); });
+}
+
+extern "C" int32_t accordion_tensorrt_context_enqueue(
+    AccordionContext* context, void* stream, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        if (!context->context->enqueueV3(static_cast<cudaStream_t>(stream))) {
+            throw Failure(ACCORDION_RUN, context->engine.logger.errors());
+        }
+    });
+}
+
+extern "C" void accordion_tensorrt_context_close(AccordionContext* context) { delete context; }

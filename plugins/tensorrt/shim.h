@@ -22,6 +22,7 @@ enum AccordionStatus {
     ACCORDION_PROFILE = 4,  // an input has no range of shapes, or not one that fits it
     ACCORDION_BUILD = 5,    // the builder refuses the network, or was stopped
     ACCORDION_PLUGINS = 6,  // the plugin library cannot be loaded
+    ACCORDION_RUN = 7,      // an engine cannot be run: a shape it was not built for, a tensor it does not have, the device
 };
 
 // The libraries of one flavour, open.
@@ -85,12 +86,66 @@ int32_t accordion_tensorrt_load_plugins(
 int32_t accordion_tensorrt_build(AccordionTensorRt* tensorrt, AccordionBuildRequest const* request,
     AccordionObserver observer, AccordionBytes* plan, AccordionBytes* timing_cache, char* message, size_t capacity);
 
-// Loads a serialised engine and counts its inputs and outputs. There must be a driver: without one the library answers with an
-// address that is neither null nor an object.
-int32_t accordion_tensorrt_load(AccordionTensorRt* tensorrt, void const* plan, size_t plan_bytes,
-    AccordionObserver observer, int32_t* tensors, char* message, size_t capacity);
-
 void accordion_tensorrt_free(AccordionBytes bytes);
+
+// Most dimensions of an input or output: NVIDIA's limit.
+enum { ACCORDION_MAX_RANK = 8 };
+
+// A loaded engine.
+typedef struct AccordionEngine AccordionEngine;
+
+// What runs an engine with the shapes of one optimization profile.
+typedef struct AccordionContext AccordionContext;
+
+// An input or output of an engine.
+typedef struct AccordionTensor {
+    char const* name;  // lives as long as the engine
+    int32_t is_input;
+    int32_t on_host;    // whether its values decide shapes: then its memory is the host's
+    int32_t type;       // nvinfer1::DataType
+    int32_t is_linear;  // whether it is row-major in every profile
+    int32_t rank;
+    int64_t shape[ACCORDION_MAX_RANK];  // -1 where a call decides
+} AccordionTensor;
+
+// Loads a serialised engine and says how many inputs and outputs and how many profiles it has. The observer hears of the loading
+// alone. There must be a driver: without one the library answers with an address that is neither null nor an object.
+int32_t accordion_tensorrt_engine_open(AccordionTensorRt* tensorrt, void const* plan, size_t plan_bytes,
+    AccordionObserver observer, AccordionEngine** opened, int32_t* tensors, int32_t* profiles, char* message, size_t capacity);
+
+int32_t accordion_tensorrt_engine_tensor(
+    AccordionEngine* engine, int32_t index, AccordionTensor* tensor, char* message, size_t capacity);
+
+// All of its contexts have been closed, and what they did is done.
+void accordion_tensorrt_engine_close(AccordionEngine* engine);
+
+// A context for `profile`, which is selected on `stream` (a CUstream); a profile has one context at most. `memory_bytes` is what
+// accordion_tensorrt_context_set_memory has to give it.
+int32_t accordion_tensorrt_context_open(AccordionEngine* engine, int32_t profile, void* stream, AccordionContext** opened,
+    int64_t* memory_bytes, char* message, size_t capacity);
+
+// Device memory for intermediate values, in use until what was put on the stream is done.
+void accordion_tensorrt_context_set_memory(AccordionContext* context, void* memory, int64_t bytes);
+
+int32_t accordion_tensorrt_context_set_shape(AccordionContext* context, char const* name, int64_t const* shape, int32_t rank,
+    char* message, size_t capacity);
+
+// Where an input or output is: on the device at a multiple of 256 bytes, or on the host until the context was put on a stream.
+int32_t accordion_tensorrt_context_set_address(
+    AccordionContext* context, char const* name, void* address, char* message, size_t capacity);
+
+// Checks that all inputs have shapes and, where they are on the host, addresses, and computes the shapes of outputs.
+int32_t accordion_tensorrt_context_infer_shapes(AccordionContext* context, char* message, size_t capacity);
+
+// The shape of an input or output, of at most ACCORDION_MAX_RANK dimensions.
+int32_t accordion_tensorrt_context_shape(
+    AccordionContext* context, char const* name, int64_t* shape, int32_t* rank, char* message, size_t capacity);
+
+// Puts the work on `stream` (a CUstream) and does not wait for it.
+int32_t accordion_tensorrt_context_enqueue(AccordionContext* context, void* stream, char* message, size_t capacity);
+
+// What was put on a stream is done.
+void accordion_tensorrt_context_close(AccordionContext* context);
 
 // The libraries themselves stay loaded: their plugin registry outlives every user of it.
 void accordion_tensorrt_close(AccordionTensorRt* tensorrt);

@@ -14,7 +14,7 @@ use crate::checkpoint::{WeightMaps, add_aliases, check_parts, check_tensors, rea
 use crate::precision;
 use accordion_calibration::significance::SignificanceTable;
 use accordion_graphs::architecture::{Architecture, Llama};
-use accordion_graphs::onnx::GraphSignature;
+use accordion_graphs::onnx::{GraphSignature, ValueInfo};
 use std::path::{Path, PathBuf};
 
 /// Name of the file that makes a folder a bundle.
@@ -105,6 +105,15 @@ impl Bundle {
     /// The interface of graph `name`, if the bundle has it.
     pub fn signature(&self, name: &str) -> Option<&GraphSignature> {
         self.manifest.graphs.get(name).map(|entry| &entry.signature)
+    }
+
+    /// Forgets the taps of its graphs whose values `keep` does not want, because what runs them cannot show them.
+    pub fn keep_taps(&mut self, keep: impl Fn(&GraphSignature, &ValueInfo) -> bool) {
+        for entry in self.manifest.graphs.values_mut() {
+            let mut taps = std::mem::take(&mut entry.signature.taps);
+            taps.retain(|_, value| keep(&entry.signature, value));
+            entry.signature.taps = taps;
+        }
     }
 
     /// The ONNX file of graph `name`, checked against the hash that the export recorded.

@@ -48,7 +48,7 @@ impl BisectArguments {
         output: &Output,
     ) -> anyhow::Result<Outcome> {
         let rebuilt = Rebuilt::new(bundle)?;
-        let loader = engine.loader(bundle, output)?;
+        let loader = engine.ort_cpu("--bisect", bundle, output)?;
         let bar = output.bar("Searching", count(input) as u64);
         let mut on_case = |done| bar.set_position(done as u64);
         let found = first_wrong(&loader, &mut on_case, |visit| cases(&rebuilt, input, visit))?;
@@ -76,7 +76,7 @@ pub(crate) fn part_by_part(
     output: &Output,
 ) -> anyhow::Result<Findings> {
     let rebuilt = Rebuilt::new(bundle)?;
-    let loader = engine.loader(bundle, output)?;
+    let loader = engine.ort_cpu("--cumulative", bundle, output)?;
     let bar = output.bar("Comparing part by part", count(input) as u64);
     let mut on_case = |done| bar.set_position(done as u64);
     let all =

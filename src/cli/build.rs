@@ -51,11 +51,14 @@ pub(crate) struct Arguments {
     /// Let products of fp32 be rounded to TF32
     #[arg(long)]
     tf32: bool,
+    /// Make every tap an output, for `accordion verify`; layers are not fused across them then
+    #[arg(long)]
+    taps: bool,
     /// Replace engines that are already there
     #[arg(long)]
     force: bool,
     /// Build nothing: check the engines that are there, and load them where there is a GPU
-    #[arg(long, conflicts_with_all = ["graphs", "plugins", "workspace", "tf32", "force"])]
+    #[arg(long, conflicts_with_all = ["graphs", "plugins", "workspace", "tf32", "taps", "force"])]
     check: bool,
     /// Load engines whose hash is not the recorded one. An engine is a program: do you know who built it?
     #[arg(long, requires = "check")]
@@ -193,7 +196,7 @@ impl Arguments {
         let workspace_bytes =
             self.workspace.unwrap_or_default().checked_mul(1 << 20).context("--workspace is too large")?;
         let plugins = self.plugins.as_ref().map(std::path::absolute).transpose()?;
-        Ok(BuildOptions { workload, plugins, workspace_bytes, allow_tf32: self.tf32 })
+        Ok(BuildOptions { workload, plugins, workspace_bytes, allow_tf32: self.tf32, taps: self.taps })
     }
 
     fn build(
@@ -213,6 +216,7 @@ impl Arguments {
         }
         let devices = devices(flavour)?.into_iter().map(|device| device.name).collect();
         let mut record = Record::new(flavour, version, devices, options.workload, options.allow_tf32);
+        record.taps = options.taps;
         if let Some(path) = &options.plugins {
             let library = std::fs::read(path).with_context(|| path.display().to_string())?;
             record.plugins_sha256 = Some(sha256(&library));

@@ -1,14 +1,19 @@
 //! What several commands share: settings of the methods, opening a bundle with its engines.
 
 use super::output::Output;
+use super::tensorrt::TensorRtArguments;
 use accordion::bundle::Bundle;
 use accordion::pipeline::Engines;
+use accordion::runtime::Loader;
 use accordion::runtime::locate::{self, LoadOptions, LoadedRuntime};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion::tensorrt::Flavour;
 use accordion_graphs::dtype::DType;
+use accordion_graphs::onnx::ValueInfo;
 use accordion_graphs::plan::homer::HomerSettings;
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use clap::{Args, ValueEnum};
+use std::ffi::OsString;
 
 /// HOMER's hyper-parameters on the command line.
 #[derive(Debug, Clone, Args)]
@@ -69,19 +74,57 @@ pub(crate) enum Operators {
     Portable,
 }
 
+/// What runs graphs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EngineName {
+    /// ONNX Runtime on the CPU
+    OrtCpu,
+    /// TensorRT on the GPU: engines that accordion build made
+    #[value(name = "tensorrt")]
+    TensorRt,
+    /// TensorRT-RTX on the GPU: engines that accordion build made
+    #[value(name = "tensorrt-rtx")]
+    TensorRtRtx,
+}
+
+impl EngineName {
+    /// The word for it in flags, results and JSON.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::OrtCpu => "ort-cpu",
+            Self::TensorRt => Flavour::TensorRt.word(),
+            Self::TensorRtRtx => Flavour::TensorRtRtx.word(),
+        }
+    }
+
+    /// Whose engines it runs, if they were built before.
+    fn flavour(self) -> Option<Flavour> {
+        match self {
+            Self::OrtCpu => None,
+            Self::TensorRt => Some(Flavour::TensorRt),
+            Self::TensorRtRtx => Some(Flavour::TensorRtRtx),
+        }
+    }
+}
+
 /// How graphs are run.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArguments {
+    /// What runs the graphs
+    #[arg(long, value_enum, default_value_t = EngineName::OrtCpu)]
+    engine: EngineName,
     /// What runs the operators of the domain ai.accordion
     #[arg(long, value_enum, default_value_t = Operators::Fused)]
     operators: Operators,
+    #[command(flatten)]
+    tensorrt: TensorRtArguments,
 }
 
 impl EngineArguments {
-    /// Our kernels everywhere.
+    /// ONNX Runtime on the CPU with our kernels everywhere.
     pub(crate) fn fused() -> Self {
-        Self { operators: Operators::Fused }
+        Self { engine: EngineName::OrtCpu, operators: Operators::Fused, tensorrt: TensorRtArguments::default() }
     }
 
     /// The same with other operators, if any are given.
@@ -91,13 +134,57 @@ impl EngineArguments {
         changed
     }
 
-    /// Engines for `bundle` on ONNX Runtime's CPU provider.
+    /// Engines for `bundle`.
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle, output: &Output) -> anyhow::Result<Engines<'b>> {
-        Ok(Engines::new(bundle, Box::new(self.loader(bundle, output)?)))
+        Ok(Engines::new(bundle, self.loader(bundle, output)?))
     }
 
     /// What loads such engines.
-    pub(crate) fn loader(&self, bundle: &Bundle, output: &Output) -> anyhow::Result<OrtCpu> {
+    pub(crate) fn loader<'b>(&self, bundle: &'b Bundle, output: &Output) -> anyhow::Result<Box<dyn Loader + 'b>> {
+        Ok(match self.engine {
+            EngineName::OrtCpu => Box::new(self.ort_cpu("this", bundle, output)?),
+            EngineName::TensorRt => Box::new(self.tensorrt.loader(Flavour::TensorRt, bundle)?),
+            EngineName::TensorRtRtx => Box::new(self.tensorrt.loader(Flavour::TensorRtRtx, bundle)?),
+        })
+    }
+
+    /// `bundle` with the taps that its engines can show: those that were built in.
+    pub(crate) fn observable(&self, mut bundle: Bundle, output: &Output) -> anyhow::Result<Bundle> {
+        let Some(flavour) = self.engine.flavour() else { return Ok(bundle) };
+        let all = self.tensorrt.loader(flavour, &bundle)?.engines().record().taps;
+        if !all {
+            output
+                .remark("the engines show what their graphs return; accordion build --taps makes them show every tap");
+        }
+        bundle.keep_taps(|signature, value| {
+            let named = |info: &ValueInfo| info.name == value.name;
+            signature.outputs.iter().any(named) || all && !signature.inputs.iter().any(named)
+        });
+        Ok(bundle)
+    }
+
+    /// What runs the graphs, in flags, results and JSON.
+    pub(crate) fn name(&self) -> &'static str {
+        self.engine.word()
+    }
+
+    /// Whether graphs are run by ONNX Runtime on the CPU, which can do everything.
+    pub(crate) fn is_ort_cpu(&self) -> bool {
+        self.engine == EngineName::OrtCpu
+    }
+
+    /// What runs the operators of our domain, for results.
+    pub(crate) fn operators(&self) -> &'static str {
+        match self.operators {
+            Operators::Fused => "fused",
+            Operators::Portable => "portable",
+        }
+    }
+
+    /// What loads graphs into ONNX Runtime's CPU provider, which alone can do `what`.
+    pub(crate) fn ort_cpu(&self, what: &str, bundle: &Bundle, output: &Output) -> anyhow::Result<OrtCpu> {
+        ensure!(self.is_ort_cpu(), "{what} needs --engine ort-cpu, and the engine is {}", self.name());
+        self.tensorrt.check_unused()?;
         let format = bundle.manifest().float16();
         if format == Some(DType::Bf16) {
             bail!(
@@ -112,12 +199,10 @@ impl EngineArguments {
     }
 
     /// The same as arguments of another process.
-    pub(crate) fn flags(&self) -> [&'static str; 2] {
-        let operators = match self.operators {
-            Operators::Fused => "fused",
-            Operators::Portable => "portable",
-        };
-        ["--operators", operators]
+    pub(crate) fn flags(&self) -> Vec<OsString> {
+        let mut flags = ["--engine", self.name(), "--operators", self.operators()].map(OsString::from).to_vec();
+        flags.extend(self.tensorrt.flags());
+        flags
     }
 }
 

@@ -25,6 +25,7 @@ mod report;
 mod run;
 mod selftest;
 mod shell;
+mod tensorrt;
 mod text;
 mod verify;
 

@@ -150,6 +150,11 @@ struct Case<'b> {
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
     let bundles: Vec<Bundle> = arguments.bundles.iter().map(Bundle::open).collect::<Result<_, _>>()?;
     arguments.check_new_tokens()?;
+    ensure!(
+        arguments.trace.is_none() || arguments.engine.is_ort_cpu(),
+        "--trace needs --engine ort-cpu, and the engine is {}",
+        arguments.engine.name()
+    );
     if let (Some(path), Some(bundle)) = (&arguments.state, bundles.first()) {
         return arguments.saved(bundle, path, output);
     }
@@ -185,15 +190,26 @@ impl Arguments {
     fn saved(&self, bundle: &Bundle, path: &Path, output: &Output) -> anyhow::Result<Outcome> {
         let baseline = self.baseline.as_deref().map(read_profile).transpose()?;
         let suffix = random_tokens(bundle.architecture().vocab_size(), self.suffix, SEED);
-        let runner = runner(bundle, output);
+        let runner = runner(bundle, &self.engine, output);
         let mut engines = Engines::new(bundle, runner.stopwatch.watch(self.engine.loader(bundle, output)?));
         let measured = measure_saved(&mut engines, path, &suffix, &self.effort(), &runner, &mut |_| {})?;
         drop(engines);
         let rows = measured.prompt.total().min(PREFILL_ROWS);
-        let rates = Ceilings::measure(&self.engine.loader(bundle, output)?, bundle, rows, runner.threads)?;
-        let measured = measured.bounded_by(rates);
+        let measured = match self.ceilings(bundle, rows, output)? {
+            Some(rates) => measured.bounded_by(rates),
+            None => measured,
+        };
         let profile = ProfileReport::new(model_name(bundle), Provenance::probe().pairs(), &[measured], Vec::new());
         self.finish(&profile, baseline.as_ref(), output)
+    }
+
+    /// The rates of the machine on products of `rows` rows; those of a GPU are not measured.
+    fn ceilings(&self, bundle: &Bundle, rows: usize, output: &Output) -> anyhow::Result<Option<Ceilings>> {
+        if !self.engine.is_ort_cpu() {
+            return Ok(None);
+        }
+        let loader = self.engine.loader(bundle, output)?;
+        Ok(Some(Ceilings::measure(&loader, bundle, rows, threads(output))?))
     }
 
     fn effort(&self) -> Effort {
@@ -385,8 +401,8 @@ impl Arguments {
 }
 
 /// What `bundle` runs on, with a stopwatch of its own.
-fn runner(bundle: &Bundle, output: &Output) -> Runner {
-    let engine = format!("ort-cpu {}", bundle.manifest().precision);
+fn runner(bundle: &Bundle, engine: &EngineArguments, output: &Output) -> Runner {
+    let engine = format!("{} {}", engine.name(), bundle.manifest().precision);
     Runner { engine, threads: threads(output), stopwatch: Stopwatch::default() }
 }
 

@@ -150,7 +150,10 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         (Some(golden), _) => against_golden(golden, arguments, output)?,
         (None, Some(file)) if file.is_file() => sides::two_recordings(file, arguments)?,
         (None, Some(dir)) => {
-            let bundle = Bundle::open(dir)?;
+            let mut bundle = Bundle::open(dir)?;
+            if !(arguments.bisect.wanted() || arguments.cumulative || arguments.side == Side::Reference) {
+                bundle = arguments.engine.observable(bundle, output)?;
+            }
             if let Some(file) = &arguments.record {
                 return sides::record(&bundle, file, arguments, output);
             }
@@ -198,6 +201,11 @@ fn detail(arguments: &Arguments) -> Detail {
 }
 
 fn against_golden(path: &Path, arguments: &Arguments, output: &Output) -> anyhow::Result<VerifyReport> {
+    anyhow::ensure!(
+        arguments.engine.is_ort_cpu(),
+        "--golden needs --engine ort-cpu, and the engine is {}: the graphs of a golden case are made for the occasion",
+        arguments.engine.name()
+    );
     let cases = GoldenCase::open(path)?;
     let mut all = Findings::default();
     let mut found = |findings: Findings| {

@@ -5,8 +5,8 @@ use super::compile::Architecture;
 use super::error::{CudaError, Doing as _};
 use super::libraries::require;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr as _, DriverError, sys};
-use std::ffi::CStr;
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr as _, DriverError, result, sys};
+use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
 /// The driver's functions that are used here, by `cudarc` or directly.
@@ -88,6 +88,11 @@ impl Buffer {
     /// Where it begins, at a multiple of 256 bytes; 0 if it has no bytes.
     pub fn address(&self) -> Address {
         self.1
+    }
+
+    /// How many bytes it has.
+    pub(crate) fn len(&self) -> usize {
+        self.0.as_ref().map_or(0, CudaSlice::len)
     }
 }
 
@@ -205,6 +210,103 @@ impl Device {
         // The bytes may be gone as soon as this returns.
         self.wait()?;
         Ok(self.buffer(slice))
+    }
+
+    /// A buffer whose bytes are whatever was there: for what writes all of it.
+    ///
+    /// # Errors
+    ///
+    /// There is not as much memory.
+    pub(crate) fn allocate(&self, bytes: usize) -> Result<Buffer, CudaError> {
+        if bytes == 0 {
+            return Ok(Buffer(None, 0));
+        }
+        // SAFETY: any bits are bytes.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes) };
+        Ok(self.buffer(slice.doing(format!("take {bytes} bytes of device memory"))?))
+    }
+
+    /// A buffer with these bytes, which are copied some time before the next [`Self::wait`] returns.
+    ///
+    /// # Errors
+    ///
+    /// There is not as much memory.
+    ///
+    /// # Safety
+    ///
+    /// The bytes stay where and as they are until then.
+    pub(crate) unsafe fn upload_later(&self, bytes: &[u8]) -> Result<Buffer, CudaError> {
+        let mut buffer = self.allocate(bytes.len())?;
+        if let Some(slice) = &mut buffer.0 {
+            self.stream.memcpy_htod(bytes, slice).doing(format!("copy {} bytes to the device", bytes.len()))?;
+        }
+        Ok(buffer)
+    }
+
+    /// A buffer with `bytes` of another from the byte `offset` on, which are copied on the device.
+    ///
+    /// # Errors
+    ///
+    /// There are not as many, or not as much memory.
+    pub(crate) fn copy_of(&self, buffer: &Buffer, offset: usize, bytes: usize) -> Result<Buffer, CudaError> {
+        let mut copy = self.allocate(bytes)?;
+        if let (Some(from), Some(to)) = (&buffer.0, &mut copy.0) {
+            let outside = || DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);
+            let end = offset.checked_add(bytes).ok_or_else(outside).doing("copy on the device")?;
+            let part = from.try_slice(offset..end).ok_or_else(outside).doing("copy on the device")?;
+            self.stream.memcpy_dtod(&part, to).doing("copy on the device")?;
+        }
+        Ok(copy)
+    }
+
+    /// Copies the first bytes of a buffer into `bytes`, once everything before is done.
+    ///
+    /// # Errors
+    ///
+    /// There are not as many, or what was under way has failed.
+    pub(crate) fn download_into(&self, buffer: &Buffer, bytes: &mut [u8]) -> Result<(), CudaError> {
+        if let (Some(slice), false) = (&buffer.0, bytes.is_empty()) {
+            let outside = || DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);
+            let doing = format!("copy {} bytes from the device", bytes.len());
+            let part = slice.try_slice(..bytes.len()).ok_or_else(outside).doing(&*doing)?;
+            self.stream.memcpy_dtoh(&part, bytes).doing(doing)?;
+        }
+        self.wait()
+    }
+
+    /// Makes this device the one that libraries find in this thread.
+    ///
+    /// # Errors
+    ///
+    /// The driver refuses.
+    pub(crate) fn bind(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().doing("select the GPU")
+    }
+
+    /// The stream, as libraries take it.
+    pub(crate) fn stream_pointer(&self) -> *mut c_void {
+        self.stream.cu_stream().cast()
+    }
+
+    /// Has the driver keep freed memory for the next buffers. Otherwise it is given back whenever the stream is waited for,
+    /// and taken anew.
+    ///
+    /// # Errors
+    ///
+    /// The driver refuses.
+    pub(crate) fn keep_freed_memory(&self) -> Result<(), CudaError> {
+        let functions = [c"cuDeviceGetDefaultMemPool", c"cuMemPoolSetAttribute"];
+        if !self.context.has_async_alloc() || require("cuda", "NVIDIA driver", &functions).is_err() {
+            return Ok(());
+        }
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        let mut threshold = u64::MAX;
+        // SAFETY: the device is this one, and the attribute is an integer of this size.
+        let kept = unsafe {
+            result::device::get_default_mem_pool(self.context.cu_device())
+                .and_then(|pool| result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()))
+        };
+        kept.doing("have the driver keep freed memory")
     }
 
     fn buffer(&self, slice: CudaSlice<u8>) -> Buffer {

@@ -53,6 +53,16 @@ pub trait Loader {
     fn name(&self) -> &'static str;
 }
 
+impl<L: Loader + ?Sized> Loader for Box<L> {
+    fn load(&self, name: &str, bytes: &[u8], weights: &[String]) -> Result<Box<dyn Engine>, EngineError> {
+        (**self).load(name, bytes, weights)
+    }
+
+    fn name(&self) -> &'static str {
+        (**self).name()
+    }
+}
+
 /// Why a graph could not be loaded or run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -9,6 +9,7 @@ use super::{Engine, EngineError, InPlace, Loader};
 use crate::checkpoint::WeightMaps;
 use crate::tensor::{Storage, Tensor};
 use accordion_graphs::dtype::DType;
+use accordion_graphs::onnx::without_unused;
 use ort::operator::OperatorDomain;
 use ort::session::{Session, SharedSessionInner};
 use ort::sys;
@@ -103,10 +104,11 @@ impl Loader for OrtCpu {
             let value = Borrowed::read_only(&tensor).map_err(failed)?.into_value();
             builder = builder.with_initializer(weight, value).map_err(|e| failed(e.to_string()))?;
         }
+        let bytes = without_unused(bytes);
         let session = if self.operators.is_some() {
-            accordion_plugins::commit(|| builder.commit_from_memory(bytes))
+            accordion_plugins::commit(|| builder.commit_from_memory(&bytes))
         } else {
-            builder.commit_from_memory(bytes)
+            builder.commit_from_memory(&bytes)
         };
         let session = session.map_err(|e| failed(e.to_string()))?;
         let engine = OrtEngine {

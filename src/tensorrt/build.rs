@@ -6,7 +6,9 @@ use super::shim::{Observer, Plan, Request, Shim};
 use super::{Flavour, TensorRtError};
 use crate::bundle::{Bundle, BundleError};
 use crate::environment::{Device, Nvidia};
+use accordion_graphs::onnx::{GraphSignature, ValueInfo, typed_outputs};
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// What engines are built for, and how.
@@ -20,6 +22,8 @@ pub struct BuildOptions {
     pub workspace_bytes: usize,
     /// Whether products of fp32 may be rounded to TF32, which is faster and no longer fp32.
     pub allow_tf32: bool,
+    /// Whether taps are outputs, which keeps layers from being fused across them.
+    pub taps: bool,
 }
 
 /// An optimization profile as it was built in.
@@ -57,6 +61,14 @@ pub fn devices(flavour: Flavour) -> Result<Vec<Device>, TensorRtError> {
     }
 }
 
+/// The values behind the taps of a graph that are neither inputs nor outputs of it.
+fn further_outputs(signature: &GraphSignature) -> Vec<&ValueInfo> {
+    let known: BTreeSet<&str> =
+        signature.inputs.iter().chain(&signature.outputs).map(|value| value.name.as_str()).collect();
+    let taps: BTreeMap<&str, &ValueInfo> = signature.taps.values().map(|value| (value.name.as_str(), value)).collect();
+    taps.into_iter().filter(|(name, _)| !known.contains(name)).map(|(_, value)| value).collect()
+}
+
 /// Builds graph `name` of `bundle`. `timing_cache` is what an earlier build measured, or empty.
 ///
 /// NVIDIA's code ends the process where it meets what it did not expect: run this in a process that may end.
@@ -75,6 +87,9 @@ pub fn build_graph(
     let missing = || BundleError::MissingGraph { dir: bundle.dir().to_owned(), name: name.to_owned() };
     let entry = bundle.manifest().graphs.get(name).ok_or_else(missing)?;
     let mut model = bundle.graph(name)?;
+    if options.taps {
+        model.extend(typed_outputs(&further_outputs(&entry.signature)));
+    }
     if let Some(plugins) = &options.plugins {
         shim.load_plugins(plugins)?;
         model = with_plugins(name, &model)?;

@@ -51,6 +51,9 @@ pub struct Record {
     pub workload: Workload,
     /// Whether products of fp32 are rounded to TF32.
     pub allow_tf32: bool,
+    /// Whether taps are outputs of them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub taps: bool,
     /// SHA-256 of the plugin library that they need, if they need one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plugins_sha256: Option<String>,
@@ -248,6 +251,7 @@ impl Record {
             devices,
             workload,
             allow_tf32,
+            taps: false,
             plugins_sha256: None,
             timing_cache: None,
             engines: BTreeMap::new(),

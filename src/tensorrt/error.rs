@@ -1,7 +1,9 @@
 //! Why there is no engine.
 
 use super::Flavour;
+use super::execute::build_command;
 use crate::bundle::BundleError;
+use crate::cuda::CudaError;
 use crate::fetch::FetchError;
 use crate::staging::StagingError;
 use accordion_graphs::plan::PlanError;
@@ -88,6 +90,24 @@ pub enum TensorRtError {
         /// What was found and what was expected.
         problem: String,
     },
+    /// Nothing was built for this flavour and version.
+    #[error(
+        "there are no engines of {flavour} {version} ({} does not exist): {}", dir.display(), build_command(*flavour, dir)
+    )]
+    NotBuilt {
+        /// The package.
+        flavour: Flavour,
+        /// Its version.
+        version: String,
+        /// Where they would be.
+        dir: PathBuf,
+    },
+    /// Engines were built with plugins.
+    #[error("the engines were built with a library of plugins: name it with --plugins")]
+    NeedsPlugins,
+    /// The device cannot be used.
+    #[error(transparent)]
+    Device(#[from] CudaError),
     /// An engine is not the one that was built.
     #[error(
         "{} is not the engine that was built here (SHA-256 {found}, recorded {expected}): an engine is a program; --trust \

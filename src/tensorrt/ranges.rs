@@ -180,6 +180,20 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
     })
 }
 
+/// The flags of `accordion build` that widen the range of `name`, a dimension or an input of one value of graph `graph`.
+pub(super) fn widened_by(method: &Method, graph: &str, name: &str) -> &'static str {
+    match (name, method) {
+        ("batch" | "segments" | "slots", _) => "--width",
+        ("chunks", _) => "--width or --context",
+        ("past", _) if graph == "decoder" => "--context or --new-tokens",
+        ("suffix_length", _) | ("sequence" | "num_logits_to_keep", Method::Homer { .. } | Method::Rcc { .. }) => {
+            "--suffix"
+        }
+        ("prefix_length", _) => "--prefix",
+        _ => "--context",
+    }
+}
+
 /// The profile of a node of HOMER's tree. A node may be as long as a chunk; it is tuned for what the plan gives it, or for
 /// half a chunk if the tree of this plan does not have it. A significance table may have been made for any length up to
 /// `max_positions`.

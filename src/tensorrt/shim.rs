@@ -74,10 +74,18 @@ impl Shim {
     ///
     /// There is no compiler, the headers do not fit the shim, or the libraries do not fit the headers.
     pub fn open(toolkit: &Toolkit) -> Result<Self, TensorRtError> {
-        let path = compiled(toolkit, Cache::from_environment()?.folder())?;
-        let library = Dylib::open(&path).map_err(|reason| TensorRtError::Library { path: path.clone(), reason })?;
-        let open: sys::Open = function(&library, &path, c"accordion_tensorrt_open")?;
-        let versions: sys::Versions = function(&library, &path, c"accordion_tensorrt_versions")?;
+        Self::open_compiled(toolkit, &compiled(toolkit, Cache::from_environment()?.folder())?)
+    }
+
+    /// The same with the shim `path`, which has been compiled.
+    ///
+    /// # Errors
+    ///
+    /// It is not the shim, or the libraries do not fit it.
+    pub fn open_compiled(toolkit: &Toolkit, path: &Path) -> Result<Self, TensorRtError> {
+        let library = Dylib::open(path).map_err(|reason| TensorRtError::Library { path: path.to_owned(), reason })?;
+        let open: sys::Open = function(&library, path, c"accordion_tensorrt_open")?;
+        let versions: sys::Versions = function(&library, path, c"accordion_tensorrt_versions")?;
         let (infer, parser) = (c_path(&toolkit.library)?, c_path(&toolkit.parser)?);
         let mut opened = null_mut();
         // SAFETY: the strings and the places of results live over the call.
@@ -146,25 +154,17 @@ impl Shim {
         Ok(Plan { plan, timing_cache })
     }
 
-    /// Loads a serialised engine and returns the number of its inputs and outputs. There must be a driver: without one the
-    /// library answers with an address that is none.
-    ///
-    /// # Errors
-    ///
-    /// The library refuses it, and says why.
-    pub fn load(&self, graph: &str, plan: &[u8], observer: &dyn Observer) -> Result<usize, TensorRtError> {
-        let load: sys::Load = self.function(c"accordion_tensorrt_load")?;
-        let mut tensors = 0;
-        // SAFETY: the bytes, the observer and the place of the result live over the call, which keeps none of them.
-        message(|text, size| unsafe {
-            let data = plan.as_ptr().cast();
-            load(self.opened.as_ptr(), data, plan.len(), c_observer(&observer), &raw mut tensors, text, size)
-        })
-        .map_err(|message| TensorRtError::Graph { graph: graph.to_owned(), message })?;
-        Ok(usize::try_from(tensors).unwrap_or_default())
+    /// The toolkit that it is of.
+    pub(super) fn toolkit(&self) -> &Toolkit {
+        &self.toolkit
     }
 
-    fn function<F: Copy>(&self, name: &CStr) -> Result<F, TensorRtError> {
+    pub(super) fn as_ptr(&self) -> *mut sys::TensorRt {
+        self.opened.as_ptr()
+    }
+
+    /// A function of the shim, whose type is the one in `sys`.
+    pub(super) fn function<F: Copy>(&self, name: &CStr) -> Result<F, TensorRtError> {
         function(&self.library, &self.toolkit.library, name)
     }
 
@@ -182,6 +182,11 @@ impl Shim {
         Ok(copy)
     }
 }
+
+// SAFETY: what is opened is a table of functions that nothing changes, and NVIDIA's may be called from any thread.
+unsafe impl Send for Shim {}
+// SAFETY: as above.
+unsafe impl Sync for Shim {}
 
 impl Drop for Shim {
     fn drop(&mut self) {
@@ -236,7 +241,7 @@ impl CProfile {
 }
 
 /// `observer` for C; it is a reference to a reference, because one to a trait object does not fit into a pointer.
-fn c_observer(observer: &&dyn Observer) -> sys::Observer {
+pub(super) fn c_observer(observer: &&dyn Observer) -> sys::Observer {
     let user = std::ptr::from_ref(observer).cast_mut().cast();
     sys::Observer { user, log: Some(on_log), progress: Some(on_progress) }
 }
@@ -255,7 +260,7 @@ unsafe extern "C" fn on_progress(user: *mut c_void, phase: *const c_char, step: 
 }
 
 /// Calls a function of the shim with room for a message, which is the error unless it returns 0.
-fn message(call: impl FnOnce(*mut c_char, usize) -> i32) -> Result<(), String> {
+pub(super) fn message(call: impl FnOnce(*mut c_char, usize) -> i32) -> Result<(), String> {
     let mut text = vec![0_u8; MESSAGE_BYTES];
     if call(text.as_mut_ptr().cast(), text.len()) == 0 {
         return Ok(());

@@ -56,7 +56,54 @@ pub(super) type Versions = unsafe extern "C" fn(*const TensorRt, *mut i32, *mut 
 pub(super) type LoadPlugins = unsafe extern "C" fn(*mut TensorRt, *const c_char, *mut c_char, usize) -> i32;
 pub(super) type Build =
     unsafe extern "C" fn(*mut TensorRt, *const Request, Observer, *mut Bytes, *mut Bytes, *mut c_char, usize) -> i32;
-pub(super) type Load =
-    unsafe extern "C" fn(*mut TensorRt, *const c_void, usize, Observer, *mut i32, *mut c_char, usize) -> i32;
 pub(super) type Free = unsafe extern "C" fn(Bytes);
 pub(super) type Close = unsafe extern "C" fn(*mut TensorRt);
+
+/// Most dimensions of an input or output.
+pub(super) const MAX_RANK: usize = 8;
+
+#[repr(C)]
+pub(super) struct Engine {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(super) struct Context {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(super) struct Tensor {
+    pub(super) name: *const c_char,
+    pub(super) is_input: i32,
+    pub(super) on_host: i32,
+    pub(super) type_: i32,
+    pub(super) is_linear: i32,
+    pub(super) rank: i32,
+    pub(super) shape: [i64; MAX_RANK],
+}
+
+pub(super) type EngineOpen = unsafe extern "C" fn(
+    *mut TensorRt,
+    *const c_void,
+    usize,
+    Observer,
+    *mut *mut Engine,
+    *mut i32,
+    *mut i32,
+    *mut c_char,
+    usize,
+) -> i32;
+pub(super) type EngineTensor = unsafe extern "C" fn(*mut Engine, i32, *mut Tensor, *mut c_char, usize) -> i32;
+pub(super) type EngineClose = unsafe extern "C" fn(*mut Engine);
+pub(super) type ContextOpen =
+    unsafe extern "C" fn(*mut Engine, i32, *mut c_void, *mut *mut Context, *mut i64, *mut c_char, usize) -> i32;
+pub(super) type SetMemory = unsafe extern "C" fn(*mut Context, *mut c_void, i64);
+pub(super) type SetShape =
+    unsafe extern "C" fn(*mut Context, *const c_char, *const i64, i32, *mut c_char, usize) -> i32;
+pub(super) type SetAddress = unsafe extern "C" fn(*mut Context, *const c_char, *mut c_void, *mut c_char, usize) -> i32;
+pub(super) type InferShapes = unsafe extern "C" fn(*mut Context, *mut c_char, usize) -> i32;
+pub(super) type Shape =
+    unsafe extern "C" fn(*mut Context, *const c_char, *mut i64, *mut i32, *mut c_char, usize) -> i32;
+pub(super) type Enqueue = unsafe extern "C" fn(*mut Context, *mut c_void, *mut c_char, usize) -> i32;
+pub(super) type ContextClose = unsafe extern "C" fn(*mut Context);

@@ -126,8 +126,8 @@ fn join(g: &Scope, [left, right]: [&State; 2], affixes: &Affixes) -> State {
 }
 
 /// The layers of a stage over the node's state, and its outputs. The merged cache in `state` is a tap, and the result of a
-/// stage without layers; otherwise what survives is taken from the children's caches directly, and whatever runs the graph
-/// drops the merged one as unused.
+/// stage without layers; otherwise what survives is taken from the children's caches directly, and the
+/// merged one is left out as unused where the graph is run.
 fn stage(
     g: &Scope,
     source: &Source,

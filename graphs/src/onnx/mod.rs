@@ -17,6 +17,7 @@ mod scope;
 mod serialize;
 mod shape;
 mod subgraph;
+mod unused;
 
 pub use attribute::Attribute;
 pub use cut::{Part, PartNode, Point};
@@ -27,10 +28,11 @@ pub(crate) use retype::{FloatNode, Operand, Ports, Source, Width};
 pub(crate) use rewrite::MatrixUse;
 pub use rewrite::Uses;
 pub use scope::{Scope, Value};
-pub use serialize::{GraphSignature, Model, QuantizedLinear, ValueInfo, tap_outputs};
+pub use serialize::{GraphSignature, Model, QuantizedLinear, ValueInfo, tap_outputs, typed_outputs};
 pub use shape::Dim;
 pub(crate) use shape::product;
 pub use subgraph::{Step, Subgraph};
+pub use unused::without_unused;
 
 /// Opset of the default ONNX domain that all graphs use.
 pub const OPSET: i64 = 23;

@@ -170,7 +170,23 @@ impl Scope {
 /// Serialised protocol buffers that are concatenated merge: repeated fields are joined, embedded messages are merged.
 /// A model can therefore be given more outputs without parsing it, and what is checked is the very file on disk.
 pub fn tap_outputs(names: &[&str]) -> Vec<u8> {
-    let output = names.iter().map(|&name| ValueInfoProto { name: name.to_owned(), ..Default::default() }).collect();
+    further_outputs(names.iter().map(|&name| ValueInfoProto { name: name.to_owned(), ..Default::default() }).collect())
+}
+
+/// As [`tap_outputs`], with the element types, for parsers that do not look where a value comes from.
+pub fn typed_outputs(values: &[&ValueInfo]) -> Vec<u8> {
+    let output = |value: &&ValueInfo| {
+        let tensor = TensorType { elem_type: data_type(value.dtype), ..TensorType::default() };
+        ValueInfoProto {
+            name: value.name.clone(),
+            type_: MessageField::some(TypeProto { value: Some(TypeValue::TensorType(tensor)), ..TypeProto::default() }),
+            ..ValueInfoProto::default()
+        }
+    };
+    further_outputs(values.iter().map(output).collect())
+}
+
+fn further_outputs(output: Vec<ValueInfoProto>) -> Vec<u8> {
     let addition = ModelProto {
         graph: MessageField::some(GraphProto { output, ..GraphProto::default() }),
         ..ModelProto::default()

@@ -58,6 +58,18 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn totals(four: [Self; 4]) -> [f32; 4] {
+        unsafe {
+            let [Self(a), Self(b), Self(c), Self(d)] = four;
+            // Neighbours are added, twice: each half holds one sum of each vector.
+            let sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+            let sums = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps::<1>(sums));
+            let mut totals = [0.0; 4];
+            _mm_storeu_ps(totals.as_mut_ptr(), sums);
+            totals
+        }
+    }
+    #[inline(always)]
     unsafe fn exp2(self) -> Self {
         unsafe {
             // Clamped to where the exponent field can hold the result; `max` and `min` return their second operand

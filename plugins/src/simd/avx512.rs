@@ -2,7 +2,7 @@
 
 #![allow(clippy::wildcard_imports, clippy::needless_range_loop)]
 
-use super::{EXP2, Simd};
+use super::{Avx2, EXP2, Simd};
 use std::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
@@ -52,6 +52,17 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn reduce_max(self) -> f32 {
         unsafe { _mm512_reduce_max_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn totals(four: [Self; 4]) -> [f32; 4] {
+        unsafe {
+            let mut halves = [Avx2(_mm256_setzero_ps()); 4];
+            for i in 0..4 {
+                let whole = four[i].0;
+                halves[i].0 = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps::<1>(whole));
+            }
+            Avx2::totals(halves)
+        }
     }
     #[inline(always)]
     unsafe fn exp2(self) -> Self {

@@ -92,6 +92,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn max(self, other: Self) -> Self;
     /// The largest element.
     unsafe fn reduce_max(self) -> f32;
+    /// The sums of the elements of four vectors.
+    unsafe fn totals(four: [Self; 4]) -> [f32; 4];
     /// `2^self`, relative error about 1e-7; NaN stays NaN, minus infinity becomes zero.
     unsafe fn exp2(self) -> Self;
     /// Transposes the `LANES` x `LANES` block at `from` (row stride `stride` elements) to `to` (row stride

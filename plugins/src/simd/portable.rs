@@ -59,6 +59,10 @@ impl Simd for Portable {
         self.0.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
+    unsafe fn totals(four: [Self; 4]) -> [f32; 4] {
+        four.map(|Self([a, b, c, d])| (a + b) + (c + d))
+    }
+    #[inline(always)]
     unsafe fn exp2(self) -> Self {
         lanewise!(|i: usize| exp2(self.0[i]))
     }

@@ -7,7 +7,7 @@ use super::super::output::Output;
 use accordion::bundle::Bundle;
 use accordion::tensorrt::shim::{Observer, Shim};
 use accordion::tensorrt::toolkit::Toolkit;
-use accordion::tensorrt::{BuildOptions, BuiltProfile, build_graph};
+use accordion::tensorrt::{BuildOptions, BuiltProfile, build_graph, try_to_load};
 use anyhow::{Context, bail};
 use clap::Args;
 use indicatif::ProgressBar;
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 /// What the parent asks of a child; not for people.
 #[derive(Debug, Args)]
@@ -94,7 +95,7 @@ impl InProcess {
             if let Some(plugins) = &options.plugins {
                 shim.load_plugins(plugins)?;
             }
-            shim.load(graph, &read(path)?, &Teller)?;
+            try_to_load(Arc::new(shim), graph, &read(path)?, &Teller)?;
             return Ok(Vec::new());
         };
         let measured = if timing_path.is_file() { read(timing_path)? } else { Vec::new() };

@@ -110,7 +110,7 @@ pub(super) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         part: arguments.part,
         taps: arguments.taps,
     };
-    let loader = arguments.engine.loader(&bundle, output)?;
+    let loader = arguments.engine.ort_cpu("calibrate", &bundle, output)?;
     let started = Instant::now();
     let bar = output.bar("measuring ranges", 0);
     let mut on_window = |done, total| {

@@ -139,10 +139,10 @@ impl CommonArguments {
         let explains = contenders.iter().any(|one| matches!(one.compression(), Compression::Homer(_)));
         ensure!(explains || !explain, "--explain is for homer, and no one here is");
         let manifest = bundle.manifest();
-        let [_, operators] = self.engine.flags();
+        let (engine, operators) = (self.engine.name(), self.engine.operators());
         let target = serde_json::to_value(manifest.target)?;
         let engine = Settings::from([
-            ("engine".to_owned(), format!("ort-cpu {}, {operators} operators", manifest.precision)),
+            ("engine".to_owned(), format!("{engine} {}, {operators} operators", manifest.precision)),
             ("target".to_owned(), target.as_str().unwrap_or_default().to_owned()),
         ]);
         let session = Session { contenders: &contenders, tokenizer, engine, explain };

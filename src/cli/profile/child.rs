@@ -86,7 +86,7 @@ impl Arguments {
         let mut context = prefix.split_off(case.lengths.prefix);
         let suffix = context.split_off(case.lengths.context);
         let prompt = PromptIds { prefix, context, suffix };
-        let runner = runner(bundle, output);
+        let runner = runner(bundle, &self.engine, output);
         let mut engines = Engines::new(bundle, runner.stopwatch.watch(self.engine.loader(bundle, output)?));
         let mut out = std::io::stdout().lock();
         if let Some(turns) = self.turns {
@@ -122,10 +122,12 @@ impl Arguments {
         bar.finish_and_clear();
         drop(engines);
         // Now, on the machine as it has just been.
-        measured = measured.bounded_by(self.rates(case, output)?);
+        if let Some(rates) = self.rates(case, output)? {
+            measured = measured.bounded_by(rates);
+        }
         if let Some(path) = &self.trace {
             let folder = tempfile::tempdir()?;
-            let loader = self.engine.loader(bundle, output)?.tracing(folder.path().to_owned());
+            let loader = self.engine.ort_cpu("--trace", bundle, output)?.tracing(folder.path().to_owned());
             let trace = record(Engines::new(bundle, Box::new(loader)), &case.compression, &prompt, folder.path())?;
             write_aside(path, &serde_json::to_vec(&trace.events)?)?;
             measured.operators = trace.operators;
@@ -134,10 +136,10 @@ impl Arguments {
         Ok(())
     }
 
-    /// The machine's rates in this process, for the rows that `case` has.
-    fn rates(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Ceilings> {
+    /// The machine's rates in this process, for the rows that `case` has; those of a GPU are not measured.
+    fn rates(&self, case: &Case<'_>, output: &Output) -> anyhow::Result<Option<Ceilings>> {
         let (_, rows) = work(case.bundle, &case.compression, case.lengths)?;
-        Ok(Ceilings::measure(&self.engine.loader(case.bundle, output)?, case.bundle, rows, threads(output))?)
+        self.ceilings(case.bundle, rows, output)
     }
 
     /// Starts a process that measures `case` whenever it is asked to.
@@ -168,7 +170,7 @@ impl Side {
     }
 
     /// Measures the machine's rates.
-    pub(super) fn rates(&mut self) -> anyhow::Result<Ceilings> {
+    pub(super) fn rates(&mut self) -> anyhow::Result<Option<Ceilings>> {
         self.ask(RATES)
     }
 

@@ -27,7 +27,7 @@ struct Side<'b> {
 struct Alternated {
     cold: [Measurement; 2],
     pairs: Vec<[Measurement; 2]>,
-    rates: [Ceilings; 2],
+    rates: [Option<Ceilings>; 2],
 }
 
 impl Arguments {
@@ -61,7 +61,10 @@ impl Arguments {
                 let mut whole = merged(&cold[number], &own).context("no pair was measured")?;
                 let letter = if number == 0 { "A" } else { "B" };
                 whole.configuration.settings.push(("side".to_owned(), format!("{letter}: {}", side.name)));
-                measurements.push(whole.bounded_by(rates[number]));
+                measurements.push(match rates[number] {
+                    Some(rates) => whole.bounded_by(rates),
+                    None => whole,
+                });
             }
         }
         let environment = Provenance::probe().pairs();
@@ -109,8 +112,7 @@ impl Arguments {
         );
         let side = |bundle, asked, engine: EngineArguments| {
             let method = MethodName::choose(asked, bundle)?;
-            let [_, operators] = engine.flags();
-            let name = format!("{}, {}, {operators} operators", model_name(bundle), method.name());
+            let name = format!("{}, {}, {} operators", model_name(bundle), method.name(), engine.operators());
             anyhow::Ok(Side { name, bundle, method, engine })
         };
         let engine = self.engine.with_operators(self.against_operators);

@@ -1,6 +1,6 @@
 //! The sides that a bundle or a recording can be held against, sample by sample, and recording one.
 
-use super::super::common::runtime;
+use super::super::common::{EngineArguments, runtime};
 use super::super::output::Output;
 use super::super::{Outcome, bisect};
 use super::input::Chosen;
@@ -29,22 +29,23 @@ enum Other {
 }
 
 impl Other {
-    fn open(bundle: &Bundle, against: &Against) -> anyhow::Result<Self> {
+    fn open(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<Self> {
+        let Arguments { against, engine, .. } = arguments;
         Ok(match against {
             Against::Reference => Self::Reference,
             Against::Path(path) if path.is_file() => Self::Recording(Box::new(Recording::open(path)?)),
             Against::Path(path) => {
-                let other = Bundle::open(path)?;
+                let other = engine.observable(Bundle::open(path)?, output)?;
                 check_same_model(bundle, &other)?;
                 Self::Bundle(Box::new(other))
             }
         })
     }
 
-    fn described(&self) -> String {
+    fn described(&self, engine: &EngineArguments) -> String {
         match self {
             Self::Reference => "reference".to_owned(),
-            Self::Bundle(other) => format!("{} {}", name_of(other), graphs_of(other)),
+            Self::Bundle(other) => format!("{} {}", name_of(other), graphs_of(other, engine)),
             Self::Recording(recording) => recording.path().display().to_string(),
         }
     }
@@ -59,12 +60,12 @@ impl Other {
 
 /// Compares `bundle` with what the arguments name.
 pub(super) fn two_sides(bundle: &Bundle, arguments: &Arguments, output: &Output) -> anyhow::Result<VerifyReport> {
-    let other = Other::open(bundle, &arguments.against)?;
+    let other = Other::open(bundle, arguments, output)?;
     let bar = output.bar("Reading the weights", bundle.weights().index().stored().map(|(_, w)| w.len).sum());
     let weights = finite_weights(bundle.weights(), |done, _| bar.set_position(done))?;
     bar.finish_and_clear();
     if weights.iter().any(|tap| tap.verdict == Verdict::Fail) {
-        return Ok(VerifyReport::in_order(subject(bundle, &other, Vec::new()), weights, 0));
+        return Ok(VerifyReport::in_order(subject(bundle, &other, &arguments.engine, Vec::new()), weights, 0));
     }
     let samples = samples(bundle, &other, arguments, output)?;
     let precision = [precision_of(bundle), other.precision()].into_iter().max_by_key(|&dtype| coarseness(dtype));
@@ -75,7 +76,9 @@ pub(super) fn two_sides(bundle: &Bundle, arguments: &Arguments, output: &Output)
         None if reference => Terms::of(detail(arguments), bundle),
         _ => Terms::new(detail(arguments), dtype),
     };
-    let linears = reference.then(|| LinearCheck::watch(&mut engines, weights_of(bundle)));
+    // Which values linear layers read and give is not among what engines of a GPU show.
+    let linears =
+        (reference && arguments.engine.is_ort_cpu()).then(|| LinearCheck::watch(&mut engines, weights_of(bundle)));
     let (mut all, mut total) = (Findings::default(), Cost::default());
     for (number, (prefix, chosen)) in samples.iter().enumerate() {
         let (what, count) = chosen.steps();
@@ -86,7 +89,9 @@ pub(super) fn two_sides(bundle: &Bundle, arguments: &Arguments, output: &Output)
             Other::Reference => Expected::Computed(Box::new(move |parts| reference_parts(bundle, &input, parts))),
             Other::Recording(recording) => Expected::Recorded(recording, prefix),
             Other::Bundle(other) => {
-                runtime(output)?;
+                if arguments.engine.is_ort_cpu() {
+                    runtime(output)?;
+                }
                 Expected::Computed(Box::new(move |parts| {
                     let mut engines = other_engines(other, arguments, output)?;
                     engine_parts(&mut engines, &input, parts, &mut |_| {})
@@ -107,7 +112,7 @@ pub(super) fn two_sides(bundle: &Bundle, arguments: &Arguments, output: &Output)
     let described = samples.first().map(|(_, chosen)| chosen.described()).unwrap_or_default();
     let linears = linears.map(LinearCheck::finish).transpose()?.unwrap_or_default();
     all.taps.splice(0..0, weights.into_iter().chain(linears));
-    Ok(VerifyReport::of_samples(subject(bundle, &other, described), all, samples.len(), Some(total)))
+    Ok(VerifyReport::of_samples(subject(bundle, &other, &arguments.engine, described), all, samples.len(), Some(total)))
 }
 
 /// Compares every part of the graphs by itself with the reference.
@@ -115,7 +120,7 @@ pub(super) fn part_by_part(bundle: &Bundle, arguments: &Arguments, output: &Outp
     let chosen = Chosen::first(bundle, arguments, output)?;
     let (engine, input) = (&arguments.engine, chosen.input());
     let findings = bisect::part_by_part(bundle, &input, detail(arguments), engine, output)?;
-    let mut subject = subject(bundle, &Other::Reference, chosen.described());
+    let mut subject = subject(bundle, &Other::Reference, engine, chosen.described());
     subject.expected.push_str(", which every part is given the values of");
     Ok(VerifyReport::of_samples(subject, findings, 1, None))
 }
@@ -216,12 +221,12 @@ pub(super) fn two_recordings(file: &Path, arguments: &Arguments) -> anyhow::Resu
     Ok(VerifyReport::of_samples(subject, all, samples.len(), Some(total)))
 }
 
-fn subject(bundle: &Bundle, other: &Other, described: Environment) -> Subject {
+fn subject(bundle: &Bundle, other: &Other, engine: &EngineArguments, described: Environment) -> Subject {
     Subject {
         model: name_of(bundle),
         method: bundle.manifest().method.name().to_owned(),
-        actual: graphs_of(bundle),
-        expected: other.described(),
+        actual: graphs_of(bundle, engine),
+        expected: other.described(engine),
         environment: [described, machine()].concat(),
     }
 }
@@ -231,12 +236,12 @@ fn name_of(bundle: &Bundle) -> String {
     name.unwrap_or_else(|| bundle.dir().display().to_string())
 }
 
-fn graphs_of(bundle: &Bundle) -> String {
+fn graphs_of(bundle: &Bundle, engine: &EngineArguments) -> String {
     let target = match bundle.manifest().target {
         Target::Portable => "portable",
         Target::OrtCpu => "ort-cpu",
     };
-    format!("ort-cpu {} ({target} graphs)", bundle.manifest().precision)
+    format!("{} {} ({target} graphs)", engine.name(), bundle.manifest().precision)
 }
 
 /// What the graphs of `bundle` compute in, as far as bounds tell it apart: integers are held to those of the coarsest floats.
