@@ -18,6 +18,7 @@ mod serialize;
 mod shape;
 mod subgraph;
 mod unused;
+pub mod wire;
 
 pub use attribute::Attribute;
 pub use cut::{Part, PartNode, Point};

@@ -1,51 +1,90 @@
 //! Leaving out of a serialised model what nobody asks it for.
 
-use onnx_protobuf::{GraphProto, Message, ModelProto, NodeProto};
+use super::wire::{attribute, graph, model, node, parts, put_delimited, value_info};
 use std::borrow::Cow;
 use std::collections::HashSet;
 
+/// Graphs inside of graphs that are looked into.
+const DEPTH: usize = 16;
+
 /// The model without the nodes that none of its outputs needs, such as those of taps that are not outputs: ONNX Runtime
-/// would run them. A model with more outputs appended to it ([`tap_outputs`](super::tap_outputs)) stays whole, and what is
-/// not a model is left as it is, for the runtime to say so.
-pub fn without_unused(model: &[u8]) -> Cow<'_, [u8]> {
-    let unchanged = Cow::Borrowed(model);
-    let Ok(mut parsed) = ModelProto::parse_from_bytes(model) else { return unchanged };
-    let Some(graph) = parsed.graph.as_mut() else { return unchanged };
-    let used = used_nodes(graph);
-    if used.iter().all(|&used| used) {
-        return unchanged;
-    }
-    let mut used = used.into_iter();
-    graph.node.retain(|_| used.next().unwrap_or(true));
-    parsed.write_to_bytes().map_or(unchanged, Cow::Owned)
+/// would run them. What is not a model is left as it is, for the runtime to say so.
+pub fn without_unused(bytes: &[u8]) -> Cow<'_, [u8]> {
+    shortened(bytes).map_or(Cow::Borrowed(bytes), Cow::Owned)
 }
 
-/// Which nodes an output needs. Nodes stand behind those whose results they read.
-fn used_nodes(graph: &GraphProto) -> Vec<bool> {
-    let mut needed: HashSet<&str> = graph.output.iter().map(|output| output.name.as_str()).collect();
-    let mut used: Vec<bool> = graph
-        .node
-        .iter()
-        .rev()
-        .map(|node| {
-            let used = node.output.iter().any(|output| needed.contains(output.as_str()));
-            if used {
-                read(node, &mut needed);
+/// Nothing, if nothing is unused or this is no model.
+fn shortened(bytes: &[u8]) -> Option<Vec<u8>> {
+    let graphs: Vec<&[u8]> = fields(bytes, model::GRAPH).collect::<Option<_>>()?;
+    let mut needed = HashSet::new();
+    for graph in &graphs {
+        add_outputs(graph, &mut needed)?;
+    }
+    let nodes: Vec<&[u8]> = graphs.iter().flat_map(|graph| fields(graph, graph::NODE)).collect::<Option<_>>()?;
+    let mut used = vec![false; nodes.len()];
+    for (node, used) in nodes.iter().zip(&mut used).rev() {
+        for output in fields(node, node::OUTPUT) {
+            *used |= needed.contains(output?);
+        }
+        if *used {
+            add_read(node, DEPTH, &mut needed)?;
+        }
+    }
+    if used.iter().all(|&used| used) {
+        return None;
+    }
+    let mut used = used.into_iter();
+    let mut out = Vec::with_capacity(bytes.len());
+    for part in parts(bytes) {
+        let part = part.ok()?;
+        match part.content.filter(|_| part.number == model::GRAPH) {
+            None => out.extend_from_slice(part.raw),
+            Some(graph) => {
+                let mut kept = Vec::with_capacity(graph.len());
+                for part in parts(graph) {
+                    let part = part.ok()?;
+                    if part.content.is_none() || part.number != graph::NODE || used.next()? {
+                        kept.extend_from_slice(part.raw);
+                    }
+                }
+                put_delimited(&mut out, model::GRAPH, &kept);
             }
-            used
-        })
-        .collect();
-    used.reverse();
-    used
+        }
+    }
+    Some(out)
+}
+
+/// The contents of the fields `number` of a message; nothing in the place of what is not one.
+fn fields(message: &[u8], number: u64) -> impl Iterator<Item = Option<&[u8]>> {
+    let contents = parts(message).map(move |part| part.map(|part| part.content.filter(|_| part.number == number)));
+    contents.filter_map(|content| content.map_or(Some(None), |content| content.map(Some)))
+}
+
+/// Adds the names of a graph's outputs.
+fn add_outputs<'m>(graph: &'m [u8], names: &mut HashSet<&'m [u8]>) -> Option<()> {
+    for output in fields(graph, graph::OUTPUT) {
+        for name in fields(output?, value_info::NAME) {
+            names.insert(name?);
+        }
+    }
+    Some(())
 }
 
 /// Adds the names of all values that a node may read, in the graphs of its attributes too.
-fn read<'m>(node: &'m NodeProto, names: &mut HashSet<&'m str>) {
-    names.extend(node.input.iter().map(String::as_str));
-    for graph in node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs)) {
-        names.extend(graph.output.iter().map(|output| output.name.as_str()));
-        for node in &graph.node {
-            read(node, names);
+fn add_read<'m>(node: &'m [u8], depth: usize, names: &mut HashSet<&'m [u8]>) -> Option<()> {
+    let depth = depth.checked_sub(1)?;
+    for input in fields(node, node::INPUT) {
+        names.insert(input?);
+    }
+    for attribute in fields(node, node::ATTRIBUTE) {
+        let attribute = attribute?;
+        for graph in fields(attribute, attribute::GRAPH).chain(fields(attribute, attribute::GRAPHS)) {
+            let graph = graph?;
+            add_outputs(graph, names)?;
+            for node in fields(graph, graph::NODE) {
+                add_read(node?, depth, names)?;
+            }
         }
     }
+    Some(())
 }
