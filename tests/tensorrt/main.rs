@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod double;
+mod execution;
 mod graphs;
 mod plugins;
 mod ranges;
