@@ -75,6 +75,7 @@ fn function<F: Copy>(library: &Path, name: &CStr) -> F {
 /// The emulated device and the double, for one test at a time: what they count is everybody's.
 pub(crate) struct Machine {
     _turn: MutexGuard<'static, ()>,
+    device: Device,
     copied: unsafe extern "C" fn(*mut u64),
     live: unsafe extern "C" fn() -> u64,
 }
@@ -96,7 +97,7 @@ impl Machine {
         let register: unsafe extern "C" fn(*const Callbacks) = function(shim(), c"accordion_double_register");
         // SAFETY: the double copies the functions.
         unsafe { register(&raw const CALLBACKS) };
-        Self { _turn: turn, copied, live }
+        Self { _turn: turn, device: Device::open(0).unwrap(), copied, live }
     }
 
     pub(crate) fn copied(&self) -> Copied {
@@ -123,7 +124,7 @@ impl Machine {
         let [library, parser, headers] = [(); 3].map(|()| nowhere.clone());
         let toolkit = Toolkit { flavour: Flavour::TensorRt, library, parser, headers };
         let shim = Shim::open_compiled(&toolkit, shim())?;
-        TensorRt::new(bundle, shim, Device::open(0).unwrap(), options)
+        TensorRt::new(bundle, shim, self.device.clone(), options)
     }
 
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle) -> Engines<'b> {
@@ -250,7 +251,7 @@ impl Model {
             if !tensor.data.is_null() {
                 // SAFETY: the caller has made room for a tensor of this shape.
                 unsafe {
-                    tensor.data.cast::<u8>().copy_from_nonoverlapping(result.bytes().as_ptr(), result.byte_len())
+                    tensor.data.cast::<u8>().copy_from_nonoverlapping(result.bytes().as_ptr(), result.byte_len());
                 };
             }
         }

@@ -26,7 +26,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 fn workload(lengths: PromptLengths) -> Workload {
-    Workload { lengths, new_tokens: 16, width: 4, policy: ChunkPolicy::FineTuning }
+    Workload { lengths, new_tokens: 16, width: 4, policy: ChunkPolicy::FineTuning, plain: false }
 }
 
 /// Runs `compute` on ONNX Runtime and on engines that have every tap, and compares bit by bit.
@@ -125,7 +125,8 @@ impl Subject {
     }
 
     fn build(&self) {
-        build(&self.bundle, Build { workload: workload(self.case.lengths()), taps: false, any_length: false });
+        let workload = Workload { plain: true, ..workload(self.case.lengths()) };
+        build(&self.bundle, Build { workload, taps: false, any_length: false });
     }
 
     fn prompt(&self) -> PromptIds {
@@ -199,6 +200,9 @@ fn a_prompt_of_the_built_lengths_is_served() {
             let state = subject.compression().compress(engines, &prompt, &mut |_, _| {}).unwrap();
             let mut sequence = Sequence::continue_from(engines, &state, 0, Continuation::Next).unwrap();
             let mut logits = vec![state.logits.clone()];
+            // The baseline on the same decoder.
+            let plain = Compression::Plain { allow_overlong: true };
+            logits.push(plain.compress(engines, &prompt, &mut |_, _| {}).unwrap().logits);
             logits.extend((0..8).map(|id| sequence.forward(engines, &[id], 1).unwrap().to_f32()));
             let cache: Vec<Vec<u8>> =
                 sequence.cache().unwrap().iter().flatten().map(|tensor| tensor.bytes().to_vec()).collect();

@@ -8,6 +8,7 @@ mod graphs;
 mod plugins;
 mod ranges;
 mod refusals;
+mod taps;
 
 use std::path::{Path, PathBuf};
 
