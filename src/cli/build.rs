@@ -90,6 +90,9 @@ struct LengthArguments {
     /// Most tokens to decode
     #[arg(long, value_name = "N", default_value_t = 1024)]
     new_tokens: usize,
+    /// Let the decoder also read whole prompts, for --method plain and what `profile` compares with; for homer and rcc
+    #[arg(long)]
+    plain: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -185,13 +188,14 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
 
 impl Arguments {
     fn options(&self) -> anyhow::Result<BuildOptions> {
-        let LengthArguments { context, prefix, suffix, new_tokens } = self.lengths;
+        let LengthArguments { context, prefix, suffix, new_tokens, plain } = self.lengths;
         let lengths = PromptLengths { prefix, context, suffix };
         let workload = Workload {
             lengths,
             new_tokens,
             width: self.split.width(),
             policy: self.split.chunks().unwrap_or(ChunkPolicy::FineTuning),
+            plain,
         };
         let workspace_bytes =
             self.workspace.unwrap_or_default().checked_mul(1 << 20).context("--workspace is too large")?;

@@ -277,7 +277,7 @@ mod tests {
 
     fn record() -> Record {
         let lengths = PromptLengths { prefix: 1, context: 100, suffix: 2 };
-        let workload = Workload { lengths, new_tokens: 8, width: 1, policy: ChunkPolicy::FineTuning };
+        let workload = Workload { lengths, new_tokens: 8, width: 1, policy: ChunkPolicy::FineTuning, plain: false };
         Record::new(Flavour::TensorRt, "11.4.0".to_owned(), vec!["NVIDIA H200".to_owned()], workload, false)
     }
 

@@ -29,6 +29,9 @@ pub struct Workload {
     pub width: usize,
     /// How much of the prompt SharedLLM's lower model reads.
     pub policy: ChunkPolicy,
+    /// Whether the decoder of a method that compresses also reads whole prompts, to be compared with.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub plain: bool,
 }
 
 /// Shortest, most usual and longest.
@@ -111,14 +114,15 @@ impl Profile {
 ///
 /// The method has no plan for the workload.
 pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<Vec<Profile>, TensorRtError> {
-    let Workload { lengths, new_tokens, width, policy } = *workload;
+    let Workload { lengths, new_tokens, width, policy, plain } = *workload;
     let one = Extent::fixed(1);
     let up_to = |n: usize| Extent::new(1, n, n);
     // A decoder whose cache has `cache` rows when decoding begins, the last `read` of which it has read itself.
     let decoder = |cache: usize, read: usize, injected: usize| {
-        let end = cache.saturating_add(new_tokens);
+        let whole = if plain { lengths.total() } else { 0 };
+        let end = cache.max(whole).saturating_add(new_tokens);
         // One more where a single row would be left over.
-        let rows = read.clamp(1, PREFILL_ROWS + 1);
+        let [usual, most] = [read, read.max(whole)].map(|rows| rows.clamp(1, PREFILL_ROWS + 1));
         let profile = |name, sequence: Extent, past: Extent| {
             let dimensions = [
                 ("batch", one),
@@ -129,7 +133,10 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
             Profile::new(name, dimensions, [("num_logits_to_keep", Extent::new(1, 1, sequence.max))])
         };
         let past = cache.saturating_sub(read);
-        vec![profile("read", up_to(rows), Extent::new(0, past, end)), profile("step", one, Extent::new(0, cache, end))]
+        vec![
+            profile("read", Extent::new(1, usual, most), Extent::new(0, past, end)),
+            profile("step", one, Extent::new(0, cache, end)),
+        ]
     };
     Ok(match &manifest.method {
         Method::Plain => decoder(lengths.total(), lengths.total(), 0),
@@ -186,9 +193,8 @@ pub(super) fn widened_by(method: &Method, graph: &str, name: &str) -> &'static s
         ("batch" | "segments" | "slots", _) => "--width",
         ("chunks", _) => "--width or --context",
         ("past", _) if graph == "decoder" => "--context or --new-tokens",
-        ("suffix_length", _) | ("sequence" | "num_logits_to_keep", Method::Homer { .. } | Method::Rcc { .. }) => {
-            "--suffix"
-        }
+        ("suffix_length", _) => "--suffix",
+        ("sequence" | "num_logits_to_keep", Method::Homer { .. } | Method::Rcc { .. }) => "--suffix, or --plain",
         ("prefix_length", _) => "--prefix",
         _ => "--context",
     }

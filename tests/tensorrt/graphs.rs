@@ -25,7 +25,7 @@ fn build(bundle: &Path, more: &[&str]) -> Output {
 }
 
 /// Builds all graphs of a bundle and returns what the command says of them.
-fn built(bundle: &Path, more: &[&str]) -> Value {
+pub(super) fn built(bundle: &Path, more: &[&str]) -> Value {
     let output = build(bundle, more);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{}: {errors}", bundle.display());

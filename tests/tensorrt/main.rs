@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod double;
+mod execution;
 mod graphs;
 mod plugins;
 mod ranges;
 mod refusals;
+mod taps;
 
 use std::path::{Path, PathBuf};
 

@@ -28,7 +28,7 @@ fn homers_profiles_hold_every_node_of_the_plan() {
         let folder = tempfile::tempdir().unwrap();
         let bundle = golden::homer::bundle(&case, &plan, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
         let lengths = plan.lengths;
-        let workload = Workload { lengths, new_tokens: 4, width: 2, policy: ChunkPolicy::FineTuning };
+        let workload = Workload { lengths, new_tokens: 4, width: 2, policy: ChunkPolicy::FineTuning, plain: false };
         workload.check(bundle.manifest()).unwrap();
         let ranges = |graph: &str| -> Vec<Vec<InputRange>> {
             let signature = bundle.signature(graph).unwrap();
@@ -74,7 +74,8 @@ fn a_workload_without_a_plan_is_refused() {
     let plan = golden::homer::plan(&case).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let bundle = golden::homer::bundle(&case, &plan, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
-    let workload = Workload { lengths: plan.lengths, new_tokens: 4, width: 1, policy: ChunkPolicy::FineTuning };
+    let workload =
+        Workload { lengths: plan.lengths, new_tokens: 4, width: 1, policy: ChunkPolicy::FineTuning, plain: false };
     let mut long = workload;
     long.lengths.suffix = 10_000;
     assert!(long.check(bundle.manifest()).unwrap_err().to_string().contains("prefix + suffix"));

@@ -1,0 +1,330 @@
+//! An emulated driver and a double of the shim: engines of any bundle, which compute on the CPU what ONNX Runtime does.
+
+use accordion::bundle::Bundle;
+use accordion::cuda::Device;
+use accordion::pipeline::Engines;
+use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
+use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion::runtime::{Engine, Loader};
+use accordion::tensor::Tensor;
+use accordion::tensorrt::engines::{Engines as EnginesFolder, EnginesWriter, Record};
+use accordion::tensorrt::ranges::{Workload, profiles};
+use accordion::tensorrt::shim::Shim;
+use accordion::tensorrt::toolkit::Toolkit;
+use accordion::tensorrt::{BuiltProfile, ExecutionOptions, Flavour, TensorRt, TensorRtError};
+use accordion_graphs::dtype::DType;
+use accordion_graphs::onnx::{ValueInfo, tap_outputs};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// The version that the double says it is.
+pub(crate) const VERSION: &str = "11.4.0";
+/// Inputs that the double reads on the host.
+const ON_HOST: [&str; 7] =
+    ["keep", "prefix_length", "suffix_length", "num_logits_to_keep", "first_chunk", "num_chunks", "query_index"];
+
+/// Compiles a library of this folder: aside and renamed, because another process may use it.
+fn compile(name: &str, source: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("tensorrt-{source}"));
+    std::fs::create_dir_all(&folder).unwrap();
+    let library = tempfile::NamedTempFile::new_in(&folder).unwrap().into_temp_path();
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+    let output = Command::new(&compiler)
+        .args(["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"])
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tensorrt").join(source))
+        .arg(format!("-Wl,-soname,{name}"))
+        .arg("-o")
+        .arg::<&Path>(&library)
+        .arg("-ldl")
+        .output()
+        .unwrap_or_else(|error| panic!("{}: {error}", compiler.display()));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let path = folder.join(name);
+    library.persist(&path).unwrap();
+    path
+}
+
+pub(crate) fn driver() -> &'static Path {
+    static DRIVER: OnceLock<PathBuf> = OnceLock::new();
+    DRIVER.get_or_init(|| compile("libcuda.so", "driver.cpp"))
+}
+
+pub(crate) fn shim() -> &'static Path {
+    static SHIM: OnceLock<PathBuf> = OnceLock::new();
+    SHIM.get_or_init(|| compile("libaccordion_shim.so", "double.cpp"))
+}
+
+/// A function of a library that stays open, and whose symbols others find.
+fn function<F: Copy>(library: &Path, name: &CStr) -> F {
+    let path = CString::new(library.to_str().unwrap()).unwrap();
+    // SAFETY: libraries of these tests, which are never closed.
+    let symbol = unsafe {
+        let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL);
+        assert!(!handle.is_null());
+        libc::dlsym(handle, name.as_ptr())
+    };
+    assert!(!symbol.is_null(), "{name:?}");
+    assert_eq!(size_of::<F>(), size_of::<*mut c_void>());
+    // SAFETY: the type is the declaration's.
+    unsafe { std::mem::transmute_copy(&symbol) }
+}
+
+/// The emulated device and the double, for one test at a time: what they count is everybody's.
+pub(crate) struct Machine {
+    _turn: MutexGuard<'static, ()>,
+    device: Device,
+    copied: unsafe extern "C" fn(*mut u64),
+    live: unsafe extern "C" fn() -> u64,
+}
+
+/// Bytes that were copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Copied {
+    pub(crate) to_device: u64,
+    pub(crate) to_host: u64,
+    pub(crate) on_device: u64,
+}
+
+impl Machine {
+    pub(crate) fn open() -> Self {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let copied = function(driver(), c"emulated_driver_copied");
+        let live = function(driver(), c"emulated_driver_live");
+        let register: unsafe extern "C" fn(*const Callbacks) = function(shim(), c"accordion_double_register");
+        // SAFETY: the double copies the functions.
+        unsafe { register(&raw const CALLBACKS) };
+        Self { _turn: turn, device: Device::open(0).unwrap(), copied, live }
+    }
+
+    pub(crate) fn copied(&self) -> Copied {
+        let mut bytes = [0; 3];
+        // SAFETY: as many as the driver writes.
+        unsafe { (self.copied)(bytes.as_mut_ptr()) };
+        let [to_device, to_host, on_device] = bytes;
+        Copied { to_device, to_host, on_device }
+    }
+
+    /// Buffers that have not been freed.
+    pub(crate) fn live(&self) -> u64 {
+        // SAFETY: it only counts.
+        unsafe { (self.live)() }
+    }
+
+    /// What loads the engines of `bundle`.
+    pub(crate) fn loader<'b>(
+        &self,
+        bundle: &'b Bundle,
+        options: &ExecutionOptions,
+    ) -> Result<TensorRt<'b>, TensorRtError> {
+        let nowhere = PathBuf::from("/nowhere");
+        let [library, parser, headers] = [(); 3].map(|()| nowhere.clone());
+        let toolkit = Toolkit { flavour: Flavour::TensorRt, library, parser, headers };
+        let shim = Shim::open_compiled(&toolkit, shim())?;
+        TensorRt::new(bundle, shim, self.device.clone(), options)
+    }
+
+    pub(crate) fn engines<'b>(&self, bundle: &'b Bundle) -> Engines<'b> {
+        Engines::new(bundle, Box::new(self.loader(bundle, &ExecutionOptions::default()).unwrap()))
+    }
+}
+
+/// ONNX Runtime with nothing of ours: what the double computes with, and what it is held to.
+pub(crate) fn portable(bundle: &Bundle) -> OrtCpu {
+    OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions { fused_operators: false }).unwrap()
+}
+
+fn runtime() -> &'static LoadedRuntime {
+    load(LoadOptions::fetching(&mut |_| {})).unwrap()
+}
+
+/// What engines are built for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Build {
+    pub(crate) workload: Workload,
+    /// Whether taps are outputs.
+    pub(crate) taps: bool,
+    /// Whether any length goes.
+    pub(crate) any_length: bool,
+}
+
+/// Writes the engines of `bundle` as `accordion build` does; a plan is where the bundle is, the graph, and whether taps are outputs.
+pub(crate) fn build(bundle: &Bundle, build: Build) -> PathBuf {
+    let Build { workload, taps, any_length } = build;
+    let goal = EnginesFolder::dir(bundle, Flavour::TensorRt, VERSION);
+    let mut record = Record::new(Flavour::TensorRt, VERSION.to_owned(), Vec::new(), workload, false);
+    record.taps = taps;
+    let mut writer = EnginesWriter::create(goal.clone(), record, true).unwrap();
+    for (name, entry) in &bundle.manifest().graphs {
+        let plan = format!("{}\n{name}\n{taps}", bundle.dir().canonicalize().unwrap().display());
+        std::fs::write(writer.path(name), plan).unwrap();
+        let built = profiles(bundle.manifest(), name, &workload).unwrap().into_iter().map(|profile| {
+            let mut inputs = profile.inputs(name, &entry.signature).unwrap();
+            let extents = inputs.iter_mut().flat_map(|input| input.shape.iter_mut().chain(&mut input.value));
+            for extent in extents.filter(|_| any_length) {
+                (extent.min, extent.max) = (0, usize::MAX);
+            }
+            BuiltProfile { name: profile.name.to_owned(), inputs }
+        });
+        writer.add(name, entry.sha256.clone(), built.collect()).unwrap();
+    }
+    writer.publish().unwrap();
+    goal
+}
+
+/// The structures of `double.cpp`.
+#[repr(C)]
+struct DoubleTensor {
+    name: *const c_char,
+    is_input: i32,
+    on_host: i32,
+    dtype: i32,
+    rank: i32,
+    shape: [i64; 8],
+    data: *mut c_void,
+}
+
+#[repr(C)]
+struct Callbacks {
+    open: unsafe extern "C" fn(*const c_void, usize, *mut u64, *mut DoubleTensor, i32, *mut i32, *mut i32) -> i32,
+    run: unsafe extern "C" fn(u64, *mut DoubleTensor, i32) -> i32,
+    close: unsafe extern "C" fn(u64),
+}
+
+static CALLBACKS: Callbacks = Callbacks { open, run, close };
+
+/// A graph behind a plan.
+struct Model {
+    engine: Box<dyn Engine>,
+    inputs: Vec<ValueInfo>,
+    outputs: Vec<ValueInfo>,
+    names: Vec<CString>,
+}
+
+static MODELS: Mutex<Option<HashMap<u64, Model>>> = Mutex::new(None);
+
+/// The numbers of `nvinfer1::DataType`.
+const TYPES: [(DType, i32); 4] = [(DType::F32, 0), (DType::Bool, 4), (DType::I32, 3), (DType::I64, 8)];
+
+fn number(dtype: DType) -> i32 {
+    TYPES.iter().find(|(known, _)| *known == dtype).unwrap().1
+}
+
+impl Model {
+    fn of_plan(plan: &str) -> (Self, usize) {
+        let mut lines = plan.lines();
+        let [dir, name, taps] = [(); 3].map(|()| lines.next().unwrap());
+        let bundle = Bundle::open(dir).unwrap();
+        let signature = bundle.signature(name).unwrap();
+        let mut outputs = signature.outputs.clone();
+        let mut bytes = bundle.graph(name).unwrap();
+        if taps == "true" {
+            let known =
+                |value: &ValueInfo| signature.inputs.iter().chain(&signature.outputs).any(|v| v.name == value.name);
+            let values: BTreeMap<&str, &ValueInfo> = signature.taps.values().map(|v| (v.name.as_str(), v)).collect();
+            let further: Vec<&ValueInfo> = values.into_values().filter(|value| !known(value)).collect();
+            bytes.extend(tap_outputs(&further.iter().map(|value| value.name.as_str()).collect::<Vec<_>>()));
+            outputs.extend(further.into_iter().cloned());
+        }
+        let engine = portable(&bundle).load(name, &bytes, &signature.weights).unwrap();
+        let inputs = signature.inputs.clone();
+        let names = inputs.iter().chain(&outputs).map(|value| CString::new(value.name.as_str()).unwrap()).collect();
+        let recorded = EnginesFolder::open(EnginesFolder::dir(&bundle, Flavour::TensorRt, VERSION)).unwrap();
+        (Self { engine, inputs, outputs, names }, recorded.record().engines[name].profiles.len())
+    }
+
+    fn run(&mut self, tensors: &mut [DoubleTensor]) {
+        let (given, asked) = tensors.split_at_mut(self.inputs.len());
+        let inputs: Vec<Tensor> = self.inputs.iter().zip(given).map(|(info, tensor)| tensor.to_tensor(info)).collect();
+        let inputs: Vec<(&str, &Tensor)> = self.inputs.iter().map(|info| info.name.as_str()).zip(&inputs).collect();
+        let outputs: Vec<&str> = self.outputs.iter().map(|info| info.name.as_str()).collect();
+        let results = self.engine.run(&inputs, &mut [], &outputs).unwrap();
+        for (result, tensor) in results.iter().zip(asked) {
+            let shape: Vec<i64> = result.shape().iter().map(|&n| n as i64).collect();
+            let known = &tensor.shape[..tensor.rank as usize];
+            assert!(tensor.data.is_null() || known == shape, "{known:?} was said, {shape:?} has come");
+            tensor.rank = shape.len() as i32;
+            tensor.shape[..shape.len()].copy_from_slice(&shape);
+            if !tensor.data.is_null() {
+                // SAFETY: the caller has made room for a tensor of this shape.
+                unsafe {
+                    tensor.data.cast::<u8>().copy_from_nonoverlapping(result.bytes().as_ptr(), result.byte_len());
+                };
+            }
+        }
+    }
+}
+
+impl DoubleTensor {
+    /// The tensor, or zeros where only its shape is known.
+    fn to_tensor(&self, info: &ValueInfo) -> Tensor {
+        let shape: Vec<usize> = self.shape[..self.rank as usize].iter().map(|&n| n as usize).collect();
+        let bytes = info.dtype.bytes_of_shape(&shape).unwrap();
+        let mut aligned = vec![0_i64; bytes.div_ceil(8)];
+        if !self.data.is_null() {
+            // SAFETY: as many bytes as the shape says are there, and room for them.
+            unsafe { aligned.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(self.data.cast(), bytes) };
+        }
+        Tensor::from_storage(info.dtype, shape, std::sync::Arc::new(aligned), 0).unwrap()
+    }
+}
+
+unsafe extern "C" fn open(
+    plan: *const c_void,
+    bytes: usize,
+    handle: *mut u64,
+    tensors: *mut DoubleTensor,
+    capacity: i32,
+    count: *mut i32,
+    profiles: *mut i32,
+) -> i32 {
+    // SAFETY: the double hands on what it was given.
+    let plan = unsafe { std::slice::from_raw_parts(plan.cast::<u8>(), bytes) };
+    let Some(plan) = std::str::from_utf8(plan).ok().filter(|plan| plan.contains('\n')) else { return 1 };
+    let (model, num_profiles) = Model::of_plan(plan);
+    assert!(model.names.len() <= capacity as usize);
+    let mut models = MODELS.lock().unwrap_or_else(PoisonError::into_inner);
+    let models = models.get_or_insert_default();
+    let key = models.keys().max().map_or(1, |last| last + 1);
+    for (i, (info, name)) in model.inputs.iter().chain(&model.outputs).zip(&model.names).enumerate() {
+        let is_input = i < model.inputs.len();
+        let mut shape = [-1; 8];
+        for (extent, dimension) in shape.iter_mut().zip(&info.shape) {
+            *extent = dimension.parse().unwrap_or(-1);
+        }
+        let tensor = DoubleTensor {
+            name: name.as_ptr(),
+            is_input: is_input.into(),
+            on_host: (is_input && ON_HOST.contains(&info.name.as_str())).into(),
+            dtype: number(info.dtype),
+            rank: info.shape.len() as i32,
+            shape,
+            data: std::ptr::null_mut(),
+        };
+        // SAFETY: fewer than the capacity.
+        unsafe { tensors.add(i).write(tensor) };
+    }
+    // SAFETY: places of results.
+    unsafe {
+        *handle = key;
+        *count = model.names.len() as i32;
+        *profiles = num_profiles as i32;
+    }
+    models.insert(key, model);
+    0
+}
+
+unsafe extern "C" fn run(handle: u64, tensors: *mut DoubleTensor, count: i32) -> i32 {
+    let mut models = MODELS.lock().unwrap_or_else(PoisonError::into_inner);
+    let model = models.as_mut().unwrap().get_mut(&handle).unwrap();
+    // SAFETY: the double says so many are there.
+    model.run(unsafe { std::slice::from_raw_parts_mut(tensors, count as usize) });
+    0
+}
+
+unsafe extern "C" fn close(handle: u64) {
+    MODELS.lock().unwrap_or_else(PoisonError::into_inner).as_mut().unwrap().remove(&handle);
+}
