@@ -39,9 +39,8 @@ pub(super) fn append<'a>(
         threads.run(2 * heads, &|task| {
             let (part, head) = (task % 2, task / 2);
             // SAFETY: every task is another pair of part and head.
-            let (entries, scale) = unsafe {
-                (entries[part].piece(head * plane, plane), scales[part].piece(head * head_dim, head_dim))
-            };
+            let (entries, scale) =
+                unsafe { (entries[part].piece(head * plane, plane), scales[part].piece(head * head_dim, head_dim)) };
             append_head(geometry, head, &past[part], entries, scale);
         })?;
     }

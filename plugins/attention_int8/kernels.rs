@@ -7,9 +7,9 @@
 #![allow(clippy::inline_always, clippy::needless_range_loop)]
 
 use super::vectors::Expand;
-use crate::simd::{Level, Portable, total};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
+use crate::simd::{Level, Portable, total};
 
 /// Most rows of a call.
 pub(super) const MAX_ROWS: usize = 16;

@@ -386,7 +386,7 @@ impl Arguments {
 
 /// What `bundle` runs on, with a stopwatch of its own.
 fn runner(bundle: &Bundle, output: &Output) -> Runner {
-    let engine = format!("ort-cpu {}", bundle.manifest().precision);
+    let engine = format!("ort-cpu {}", bundle.manifest().numbers());
     Runner { engine, threads: threads(output), stopwatch: Stopwatch::default() }
 }
 

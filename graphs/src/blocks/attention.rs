@@ -148,7 +148,8 @@ impl<'a> Rows<'a> {
                 // Joined outside of the operator: NVIDIA's parser takes one without inputs and outputs for a cache.
                 let (numbers, cache) = match &past.scales {
                     None => {
-                        let joined = |past: &Value, new| attn.concat(&[past, &heads_first(new, arch.num_kv_heads())], 2);
+                        let joined =
+                            |past: &Value, new| attn.concat(&[past, &heads_first(new, arch.num_kv_heads())], 2);
                         let rows = [joined(&past.rows[0], key), joined(&past.rows[1], value)];
                         (rows.clone(), LayerCache { rows, scales: None })
                     }

@@ -19,8 +19,7 @@ pub const CACHED_ATTENTION_INT8: Operator =
     Operator { name: "GroupQueryAttentionInt8", attributes: &[], body: cached_attention };
 
 fn cached_attention(g: &Scope) {
-    let projection =
-        |name, width: &str| g.input(name, DType::F32, &["batch".into(), "sequence".into(), width.into()]);
+    let projection = |name, width: &str| g.input(name, DType::F32, &["batch".into(), "sequence".into(), width.into()]);
     let query = projection("query", "q_width");
     let new = ["key", "value"].map(|name| projection(name, "kv_width"));
     let [batch, sequence, groups, head] = ["batch", "sequence", "kv_heads", "head"].map(Dim::from);

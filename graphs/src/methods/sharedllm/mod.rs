@@ -18,8 +18,8 @@ use crate::blocks::{Group, Nodes, Transformer, unflatten};
 use crate::dtype::DType;
 use crate::onnx::{Dim, Scope, Value};
 use crate::plan::PlanError;
-use crate::precision::KvCache;
 use crate::plan::sharedllm::{Level, SharedLlmSettings};
+use crate::precision::KvCache;
 
 /// The graphs of the method: `compress`, `compress_masked` and `decoder`.
 ///
