@@ -138,6 +138,7 @@ impl Tensor {
     typed_view!(as_f32, from_f32, f32, F32);
     typed_view!(as_i64, from_i64, i64, I64);
     typed_view!(as_i32, from_i32, i32, I32);
+    typed_view!(as_i8, from_i8, i8, I8);
 
     /// Element type.
     pub fn dtype(&self) -> DType {

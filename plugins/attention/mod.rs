@@ -104,7 +104,7 @@ pub enum AttentionError {
 }
 
 impl Geometry {
-    fn check(&self) -> Result<(), AttentionError> {
+    pub(crate) fn check(&self) -> Result<(), AttentionError> {
         let refuse = |message: String| Err(AttentionError::Geometry(message));
         let Self { rows, heads, kv_heads, head_dim, past, capacity, .. } = *self;
         if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
@@ -124,12 +124,12 @@ impl Geometry {
     }
 
     /// Query heads per key head.
-    fn group(&self) -> usize {
+    pub(crate) fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 }
 
-fn check_len(tensor: &'static str, found: usize, dims: &[usize]) -> Result<(), AttentionError> {
+pub(crate) fn check_len(tensor: &'static str, found: usize, dims: &[usize]) -> Result<(), AttentionError> {
     let expected = dims.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
     let expected =
         expected.ok_or_else(|| AttentionError::Geometry(format!("a {tensor} of shape {dims:?} is too large")))?;

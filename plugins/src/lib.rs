@@ -6,6 +6,8 @@
 
 #[path = "../attention/mod.rs"]
 pub mod attention;
+#[path = "../attention_int8/mod.rs"]
+pub mod attention_int8;
 mod gemm;
 mod guard;
 #[path = "../linear/mod.rs"]
@@ -42,6 +44,7 @@ pub const DOMAIN: &str = "ai.accordion";
 pub fn domain() -> ort::Result<OperatorDomain> {
     Operators::new(DOMAIN)?
         .add(attention::GroupQueryAttention)?
+        .add(attention_int8::GroupQueryAttentionInt8)?
         .add(linear::Linear)?
         .add(linear::LinearBias)?
         .add(linear_block::LinearBlock4)?

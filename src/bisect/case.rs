@@ -2,7 +2,7 @@
 
 use super::BisectError;
 use super::rebuild::RebuiltGraph;
-use crate::runtime::{Engine, EngineError, InPlace, Loader};
+use crate::runtime::{Engine, EngineError, InPlace, Loader, Memory};
 use crate::tensor::Tensor;
 use crate::verify::verdict::{Bounds, TapKind, TapResult, judge};
 use accordion_graphs::dtype::DType;
@@ -52,8 +52,10 @@ impl Case<'_> {
                 None => given.push((name, tensor)),
             }
         }
-        let mut in_place: Vec<InPlace<'_>> =
-            memory.iter_mut().map(|([input, output], shape, data)| InPlace { input, output, shape, data }).collect();
+        let mut in_place: Vec<InPlace<'_>> = memory
+            .iter_mut()
+            .map(|([input, output], shape, data)| InPlace { input, output, shape, data: Memory::F32(data) })
+            .collect();
         let written = |name: &str| self.in_place.iter().any(|[_, output]| output == name);
         let asked: Vec<&str> = names.iter().copied().filter(|name| !written(name)).collect();
         let mut results = engine.run(&given, &mut in_place, &asked)?.into_iter();

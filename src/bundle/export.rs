@@ -13,7 +13,7 @@ use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 use accordion_graphs::plan::rcc::RccSettings;
 use accordion_graphs::plan::sharedllm::SharedLlmSettings;
 use accordion_graphs::plan::{PlanError, PromptLengths};
-use accordion_graphs::precision::Precision;
+use accordion_graphs::precision::{KvCache, Precision};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -131,8 +131,17 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
     }
     options.recipe.check(options.target)?;
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
-    let (method, graphs) = options.method.graphs(checkpoint, &source)?;
+    let (method, mut graphs) = options.method.graphs(checkpoint, &source)?;
+    if options.recipe.kv_cache == KvCache::Int8 {
+        let injected = match (&method, checkpoint.compressor()) {
+            (Method::SharedLlm { .. }, Some(Compressor::SharedLlm(model))) => model.injected_layers,
+            _ => 0,
+        };
+        let decoder = methods::plain::decoder(&source, injected, KvCache::Int8);
+        graphs.insert(methods::plain::DECODER_KV_INT8.to_owned(), decoder);
+    }
     let mut manifest = Manifest::new(method, options.target, checkpoint);
+    manifest.kv_cache = options.recipe.kv_cache;
     let locations = if options.recipe.precision == Precision::Fp32 {
         link_weights(checkpoint, options.weights, &mut staging, &mut manifest)?
     } else {

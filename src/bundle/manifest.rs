@@ -10,11 +10,12 @@ use accordion_calibration::significance::ModelIdentity;
 use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
+use accordion_graphs::methods::plain::DECODER_KV_INT8;
 use accordion_graphs::onnx::GraphSignature;
 use accordion_graphs::plan::homer::HomerSettings;
 use accordion_graphs::plan::rcc::RccSettings;
 use accordion_graphs::plan::sharedllm::SharedLlmSettings;
-use accordion_graphs::precision::Precision;
+use accordion_graphs::precision::{KvCache, Precision};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -86,6 +87,9 @@ pub struct Manifest {
     /// How the tensors differ from the checkpoint's, where they do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
+    /// What numbers the decoder's cache holds behind a context.
+    #[serde(default, skip_serializing_if = "KvCache::is_default")]
+    pub kv_cache: KvCache,
     /// The decoder.
     pub architecture: Architecture,
     /// What the checkpoint holds besides the decoder.
@@ -152,6 +156,7 @@ impl Manifest {
             target,
             precision: Precision::Fp32,
             quantization: None,
+            kv_cache: KvCache::Fp32,
             architecture: checkpoint.architecture().clone(),
             compressor: checkpoint.compressor().cloned(),
             fingerprint: checkpoint.fingerprint(),
@@ -221,6 +226,12 @@ impl Manifest {
             }
             Some(_) => return Err(BundleError::invalid(path, "the compressor is not known")),
         }
+        if self.kv_cache == KvCache::Int8 && !self.graphs.contains_key(DECODER_KV_INT8) {
+            return Err(BundleError::invalid(
+                path,
+                format!("kv_cache is int8, but there is no graph {DECODER_KV_INT8}"),
+            ));
+        }
         self.check_settings(path)
     }
 
@@ -238,6 +249,14 @@ impl Manifest {
             }
         };
         checked.map_err(|problem| BundleError::invalid(path, problem.to_string()))
+    }
+
+    /// The precision in words, with the cache's where that is not fp32.
+    pub fn numbers(&self) -> String {
+        match self.kv_cache {
+            KvCache::Fp32 => self.precision.to_string(),
+            kv_cache => format!("{}, kv {kv_cache}", self.precision),
+        }
     }
 
     /// The 16-bit format that nodes of the graphs take and give, if there is one: neither for graphs over weights of 16 bits

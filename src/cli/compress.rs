@@ -17,6 +17,7 @@ use accordion::pipeline::prompt::PromptIds;
 use accordion::pipeline::state_file::{Origin, SavedState};
 use accordion::pipeline::state_precision::StatePrecision;
 use accordion_graphs::plan::PromptLengths;
+use accordion_graphs::precision::KvCache;
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -138,6 +139,11 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     let stored_as = match arguments.state_precision {
         StatePrecisionName::Fp32 => StatePrecision::Fp32,
         StatePrecisionName::Int8 => StatePrecision::Int8,
+    };
+    // A decoder that keeps 8-bit integers has made it of them already.
+    let stored_as = match bundle.manifest().kv_cache {
+        KvCache::Int8 => StatePrecision::Int8,
+        KvCache::Fp32 => stored_as,
     };
     let origin = Origin { stored_as, ..Origin::new(&bundle, (&compression).into(), &text, prompt.lengths()) };
     let report = Report {

@@ -402,7 +402,7 @@ impl Arguments {
 
 /// What `bundle` runs on, with a stopwatch of its own.
 fn runner(bundle: &Bundle, engine: &EngineArguments, output: &Output) -> Runner {
-    let engine = format!("{} {}", engine.name(), bundle.manifest().precision);
+    let engine = format!("{} {}", engine.name(), bundle.manifest().numbers());
     Runner { engine, threads: threads(output), stopwatch: Stopwatch::default() }
 }
 

@@ -1,9 +1,10 @@
 //! Keys and values of one sequence, in the form that the graphs of a target append to.
 
-use super::PipelineError;
+use super::reserved::{Reserved, put};
+use super::{ContextState, PipelineError};
 use crate::bundle::Bundle;
 use crate::runtime::{Engine, InPlace};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::blocks::Target;
 use std::collections::VecDeque;
 
@@ -13,15 +14,21 @@ pub(super) struct Cache {
     head_dim: usize,
     sliding_window: Option<usize>,
     rows: Rows,
+    /// What entries of keys and values count in, `[1, G, 1, d]` per layer, where they are 8-bit integers.
+    scales: Option<Vec<[Tensor; 2]>>,
     length: usize,
     /// Names of the layers' inputs and outputs, made once.
     past: Vec<[String; 2]>,
     present: Vec<[String; 2]>,
+    past_scales: Vec<[String; 2]>,
+    present_scales: Vec<[String; 2]>,
 }
 
 enum Rows {
-    /// With room behind the `length` valid rows: `[1, G, capacity, d]` per layer, appended to in place.
-    Reserved { capacity: usize, buffers: Vec<[Vec<f32>; 2]> },
+    /// With room behind the valid rows, appended to in place.
+    Reserved(Reserved<f32>),
+    /// As above.
+    ReservedInt8(Reserved<i8>),
     /// Exactly the rows so far, `[1, G, length, d]` per layer, replaced by longer ones at every step.
     Growing(Vec<[Tensor; 2]>),
 }
@@ -32,42 +39,55 @@ impl Cache {
         let arch = bundle.architecture();
         let (layers, groups, head_dim) = (arch.num_layers(), arch.num_kv_heads(), arch.head_dim());
         let rows = match bundle.manifest().target {
-            Target::OrtCpu => {
-                let elements = groups * capacity * head_dim;
-                let buffers = (0..layers).map(|_| [vec![0.0; elements], vec![0.0; elements]]).collect();
-                Rows::Reserved { capacity, buffers }
-            }
+            Target::OrtCpu => Rows::Reserved(Reserved::new(layers, [groups, capacity, head_dim])),
             Target::Portable => {
                 let empty = || Tensor::from_f32([1, groups, 0, head_dim], Vec::new());
                 Rows::Growing((0..layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_, PipelineError>>()?)
             }
         };
-        let names = |what: &str| -> Vec<[String; 2]> {
-            (0..layers).map(|l| ["key", "value"].map(|part| format!("{what}.{l}.{part}"))).collect()
-        };
-        let sliding_window = arch.sliding_window();
-        let (past, present) = (names("past_key_values"), names("present"));
-        Ok(Self { groups, head_dim, sliding_window, rows, length: 0, past, present })
+        Ok(Self::of_rows(bundle, rows, None, 0))
     }
 
-    /// The `length` rows of `tensors`, `[1, G, length, d]` per layer, and room for `extra` more.
-    pub(super) fn copy_of(
-        bundle: &Bundle,
-        tensors: &[[Tensor; 2]],
-        length: usize,
-        extra: usize,
-    ) -> Result<Self, PipelineError> {
-        let mut cache = Self::new(bundle, length + extra)?;
-        match &mut cache.rows {
-            Rows::Growing(rows) => *rows = tensors.to_vec(),
-            Rows::Reserved { capacity, buffers } => {
-                for (buffer, tensor) in buffers.iter_mut().flatten().zip(tensors.iter().flatten()) {
-                    put(buffer, *capacity * cache.head_dim, 0, tensor.as_f32()?, length * cache.head_dim);
-                }
-            }
+    fn of_rows(bundle: &Bundle, rows: Rows, scales: Option<Vec<[Tensor; 2]>>, length: usize) -> Self {
+        let arch = bundle.architecture();
+        let names = |what: &str, suffix: &str| -> Vec<[String; 2]> {
+            (0..arch.num_layers()).map(|l| ["key", "value"].map(|part| format!("{what}.{l}.{part}{suffix}"))).collect()
+        };
+        Self {
+            groups: arch.num_kv_heads(),
+            head_dim: arch.head_dim(),
+            sliding_window: arch.sliding_window(),
+            rows,
+            scales,
+            length,
+            past: names("past_key_values", ""),
+            present: names("present", ""),
+            past_scales: names("past_key_values", "_scale"),
+            present_scales: names("present", "_scale"),
         }
-        cache.length = length;
-        Ok(cache)
+    }
+
+    /// The rows of `state`, in the numbers that they are in, and room for `extra` more.
+    pub(super) fn copy_of(bundle: &Bundle, state: &ContextState, extra: usize) -> Result<Self, PipelineError> {
+        let arch = bundle.architecture();
+        let (layers, length) = (arch.num_layers(), state.len());
+        let room = [arch.num_kv_heads(), length + extra, arch.head_dim()];
+        let scales = state.scales.as_ref().map(|scales| scales.cache.clone());
+        let tensors = state.cache.iter().flatten();
+        let rows = match (bundle.manifest().target, &scales) {
+            (Target::Portable, _) => Rows::Growing(state.cache.clone()),
+            (Target::OrtCpu, None) => {
+                let mut reserved = Reserved::new(layers, room);
+                reserved.put(0, tensors, 0, length)?;
+                Rows::Reserved(reserved)
+            }
+            (Target::OrtCpu, Some(_)) => {
+                let mut reserved = Reserved::new(layers, room);
+                reserved.put(0, tensors, 0, length)?;
+                Rows::ReservedInt8(reserved)
+            }
+        };
+        Ok(Self::of_rows(bundle, rows, scales, length))
     }
 
     /// Rows so far.
@@ -75,8 +95,14 @@ impl Cache {
         self.length
     }
 
+    /// Whether it holds 8-bit integers.
+    pub(super) fn is_int8(&self) -> bool {
+        self.scales.is_some()
+    }
+
     /// Runs `engine`, whose graph appends `new` rows to the bottom layers and hands out those of the others, as outputs
-    /// `[1, G, new, d]` called `handed_out`. Returns `outputs`. The cache is as it was if the engine fails.
+    /// `[1, G, new, d]` called `handed_out`. Returns `outputs`. The cache is as it was if the engine fails, but for 8-bit
+    /// integers that were appended to in place: their units may have grown meanwhile, so that nothing can be fed behind them.
     pub(super) fn run<'a>(
         &'a mut self,
         engine: &mut dyn Engine,
@@ -89,37 +115,51 @@ impl Cache {
         if let Some(window) = self.sliding_window.filter(|&window| length > window) {
             return Err(PipelineError::SlidingWindow { length, window });
         }
-        self.make_room(new);
+        match &mut self.rows {
+            Rows::Reserved(reserved) => reserved.make_room(self.length, new),
+            Rows::ReservedInt8(reserved) => reserved.make_room(self.length, new),
+            Rows::Growing(_) => {}
+        }
         let appended = self.past.len() - handed_out.len();
         let (past, present) = (&self.past[..appended], &self.present[..appended]);
+        let names = || past.iter().flatten().zip(present.iter().flatten());
         let past_length = Tensor::from_i64([1], vec![self.length as i64])?;
         let mut inputs = inputs.to_vec();
         let mut outputs = [outputs, handed_out.as_flattened()].concat();
         let asked = outputs.len();
+        if let Some(scales) = &self.scales {
+            inputs.extend(self.past_scales.iter().flatten().map(String::as_str).zip(scales.iter().flatten()));
+            outputs.extend(self.present_scales.iter().flatten().map(String::as_str));
+        }
+        let scaled = outputs.len();
         let results = match &mut self.rows {
-            Rows::Reserved { capacity, buffers } => {
-                inputs.push(("past_length", &past_length));
-                let shape = [1, self.groups, *capacity, self.head_dim];
-                let names = past.iter().flatten().zip(present.iter().flatten());
-                let mut in_place: Vec<InPlace<'_>> = names
-                    .zip(buffers.iter_mut().flatten())
-                    .map(|((input, output), data)| InPlace { input, output, shape: &shape, data })
-                    .collect();
-                engine.run(&inputs, &mut in_place, &outputs)?
-            }
             Rows::Growing(rows) => {
                 inputs.extend(past.iter().flatten().map(String::as_str).zip(rows.iter().flatten()));
                 outputs.extend(present.iter().flatten().map(String::as_str));
                 engine.run(&inputs, &mut [], &outputs)?
             }
+            Rows::Reserved(reserved) => {
+                inputs.push(("past_length", &past_length));
+                let shape = reserved.shape();
+                let mut in_place = bound(names(), &shape, reserved.memory());
+                engine.run(&inputs, &mut in_place, &outputs)?
+            }
+            Rows::ReservedInt8(reserved) => {
+                inputs.push(("past_length", &past_length));
+                let shape = reserved.shape();
+                let mut in_place = bound(names(), &shape, reserved.memory());
+                engine.run(&inputs, &mut in_place, &outputs)?
+            }
         };
         let mut results = VecDeque::from(results);
-        let grown: Vec<Tensor> = results.drain(asked..).collect();
+        let grown: Vec<Tensor> = results.drain(scaled..).collect();
+        let scales: Vec<Tensor> = results.drain(asked..).collect();
         let handed: Vec<Tensor> = results.drain(asked - 2 * handed_out.len()..).collect();
         if let Rows::Growing(rows) = &mut self.rows {
-            for (old, new) in rows.iter_mut().flatten().zip(grown) {
-                *old = new;
-            }
+            replace(rows, grown);
+        }
+        if let Some(old) = &mut self.scales {
+            replace(old, scales);
         }
         self.append(appended, &handed, new)?;
         self.length = length;
@@ -127,14 +167,11 @@ impl Cache {
     }
 
     /// Appends the `new` rows `handed`, keys and values in turn, to the layers from `first` on.
-    fn append(&mut self, first: usize, handed: &[Tensor], new: usize) -> Result<(), PipelineError> {
+    fn append(&mut self, first: usize, handed: &[Tensor], new: usize) -> Result<(), TensorError> {
         let (length, head_dim) = (self.length, self.head_dim);
         match &mut self.rows {
-            Rows::Reserved { capacity, buffers } => {
-                for (buffer, tensor) in buffers[first..].iter_mut().flatten().zip(handed) {
-                    put(buffer, *capacity * head_dim, length * head_dim, tensor.as_f32()?, new * head_dim);
-                }
-            }
+            Rows::Reserved(reserved) => reserved.put(first, handed, length, new),
+            Rows::ReservedInt8(reserved) => reserved.put(first, handed, length, new),
             Rows::Growing(rows) => {
                 let shape = [1, self.groups, length + new, head_dim];
                 let stride = (length + new) * head_dim;
@@ -144,70 +181,47 @@ impl Cache {
                     put(&mut grown, stride, length * head_dim, tensor.as_f32()?, new * head_dim);
                     *old = Tensor::from_f32(shape, grown)?;
                 }
+                Ok(())
             }
         }
-        Ok(())
     }
 
-    /// Grows the reserved room, at least by half, when `new` rows do not fit.
-    fn make_room(&mut self, new: usize) {
-        let Rows::Reserved { capacity, buffers } = &mut self.rows else { return };
-        let needed = self.length + new;
-        if needed <= *capacity {
-            return;
-        }
-        let larger = needed.max(*capacity + *capacity / 2);
-        let (valid, old, stride) = (self.length * self.head_dim, *capacity * self.head_dim, larger * self.head_dim);
-        for buffer in buffers.iter_mut().flatten() {
-            let mut grown = vec![0.0; self.groups * stride];
-            for (to, from) in grown.chunks_exact_mut(stride).zip(buffer.chunks_exact(old.max(1))) {
-                to[..valid].copy_from_slice(&from[..valid]);
-            }
-            *buffer = grown;
-        }
-        *capacity = larger;
-    }
-
-    /// The rows so far, `[1, G, length, d]` per layer.
-    pub(super) fn tensors(&self) -> Result<Vec<[Tensor; 2]>, PipelineError> {
-        match &self.rows {
-            Rows::Growing(rows) => Ok(rows.clone()),
-            Rows::Reserved { capacity, buffers } => {
-                let (valid, stride) = (self.length * self.head_dim, *capacity * self.head_dim);
-                let exact = |buffer: &Vec<f32>| {
-                    let rows = buffer.chunks_exact(stride.max(1)).flat_map(|head| &head[..valid]).copied().collect();
-                    Tensor::from_f32([1, self.groups, self.length, self.head_dim], rows)
-                };
-                buffers.iter().map(|[k, v]| Ok([exact(k)?, exact(v)?])).collect()
-            }
-        }
+    /// The rows so far, `[1, G, length, d]` per layer, and what they count in where they are 8-bit integers.
+    pub(super) fn tensors(&self) -> Result<Parts, TensorError> {
+        let rows = match &self.rows {
+            Rows::Growing(rows) => rows.clone(),
+            Rows::Reserved(reserved) => reserved.tensors(self.length)?,
+            Rows::ReservedInt8(reserved) => reserved.tensors(self.length)?,
+        };
+        Ok((rows, self.scales.clone()))
     }
 
     /// As [`Self::tensors`], in the memory of the cache itself.
-    pub(super) fn into_tensors(self) -> Result<Vec<[Tensor; 2]>, PipelineError> {
-        let shape = [1, self.groups, self.length, self.head_dim];
-        match self.rows {
-            Rows::Growing(rows) => Ok(rows),
-            Rows::Reserved { capacity, buffers } => {
-                let (valid, stride) = (self.length * self.head_dim, capacity * self.head_dim);
-                let exact = |mut buffer: Vec<f32>| {
-                    // Rows of a head move down to where the head before them ends.
-                    for head in 1..self.groups {
-                        buffer.copy_within(head * stride..head * stride + valid, head * valid);
-                    }
-                    buffer.truncate(self.groups * valid);
-                    Tensor::from_f32(shape, buffer)
-                };
-                buffers.into_iter().map(|[k, v]| Ok([exact(k)?, exact(v)?])).collect()
-            }
-        }
+    pub(super) fn into_tensors(self) -> Result<Parts, TensorError> {
+        let rows = match self.rows {
+            Rows::Growing(rows) => rows,
+            Rows::Reserved(reserved) => reserved.into_tensors(self.length)?,
+            Rows::ReservedInt8(reserved) => reserved.into_tensors(self.length)?,
+        };
+        Ok((rows, self.scales))
     }
 }
 
-/// Copies every head of `from`, `count` elements each, to the place `offset` in the head of `to` that has the same number;
-/// heads of `to` are `stride` elements apart.
-fn put(to: &mut [f32], stride: usize, offset: usize, from: &[f32], count: usize) {
-    for (to, from) in to.chunks_exact_mut(stride.max(1)).zip(from.chunks_exact(count.max(1))) {
-        to[offset..offset + count].copy_from_slice(&from[..count]);
+/// Keys and values of every layer, and what they count in.
+type Parts = (Vec<[Tensor; 2]>, Option<Vec<[Tensor; 2]>>);
+
+/// The memory of every tensor of the cache under its names as input and output.
+fn bound<'a>(
+    names: impl Iterator<Item = (&'a String, &'a String)>,
+    shape: &'a [usize],
+    memory: impl Iterator<Item = crate::runtime::Memory<'a>>,
+) -> Vec<InPlace<'a>> {
+    names.zip(memory).map(|((input, output), data)| InPlace { input, output, shape, data }).collect()
+}
+
+/// Puts `new`, keys and values in turn, into the place of `old`.
+fn replace(old: &mut [[Tensor; 2]], new: Vec<Tensor>) {
+    for (old, new) in old.iter_mut().flatten().zip(new) {
+        *old = new;
     }
 }

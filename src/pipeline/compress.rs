@@ -81,7 +81,7 @@ impl Compression {
         }
     }
 
-    /// The state of `prompt`. `on_progress` hears how many of how many steps are done.
+    /// The state of `prompt`, in the numbers that the bundle's decoder keeps. `on_progress` hears how many of how many steps are done.
     ///
     /// # Errors
     ///
@@ -93,15 +93,16 @@ impl Compression {
         on_progress: &mut dyn FnMut(usize, usize),
     ) -> Result<ContextState, PipelineError> {
         self.check(engines.bundle(), prompt.lengths())?;
-        match self {
+        let state = match self {
             Self::Plain { .. } => {
                 let ids = prompt.concatenated();
-                plain::prefill(engines, &ids, |done| on_progress(done, ids.len()))
+                plain::prefill(engines, &ids, |done| on_progress(done, ids.len()))?
             }
-            Self::Homer(homer) => homer.compress(engines, prompt, &mut NoTaps, on_progress),
-            Self::Rcc(rcc) => rcc.compress(engines, prompt, on_progress),
-            Self::SharedLlm(shared) => shared.compress(engines, prompt, on_progress),
-        }
+            Self::Homer(homer) => homer.compress(engines, prompt, &mut NoTaps, on_progress)?,
+            Self::Rcc(rcc) => rcc.compress(engines, prompt, on_progress)?,
+            Self::SharedLlm(shared) => shared.compress(engines, prompt, on_progress)?,
+        };
+        Ok(state.into_numbers(engines.bundle().manifest().kv_cache)?)
     }
 
     /// Checks, without running anything, that prefix and context of `lengths` can be compressed for no prompt in
@@ -131,7 +132,10 @@ impl Compression {
     ) -> Result<ContextState, PipelineError> {
         self.check_context(engines.bundle(), prompt.lengths())?;
         match self {
-            Self::Rcc(rcc) => rcc.document(engines, prompt, on_progress),
+            Self::Rcc(rcc) => {
+                let state = rcc.document(engines, prompt, on_progress)?;
+                Ok(state.into_numbers(engines.bundle().manifest().kv_cache)?)
+            }
             _ => Ok(ContextState { logits: Vec::new(), ..self.compress(engines, prompt, on_progress)? }),
         }
     }

@@ -1,12 +1,13 @@
 //! The decoder: feeds tokens behind a context, whichever method filled the cache.
 
 use super::cache::Cache;
-use super::{ContextState, Engines, Injected, PipelineError};
+use super::state_precision::dequantized_layers;
+use super::{ContextState, Engines, Injected, PipelineError, Scales};
 use crate::tensor::Tensor;
+use accordion_graphs::precision::KvCache;
 use std::ops::Range;
 
-/// Name of the decoder's graph.
-pub const DECODER: &str = "decoder";
+pub use accordion_graphs::methods::plain::{DECODER, DECODER_KV_INT8};
 
 /// Rows per call where many are read: enough for matrix products at full speed, few enough that activations stay small
 /// however many there are.
@@ -26,15 +27,21 @@ pub enum Continuation {
 pub struct Sequence {
     cache: Cache,
     next_position: i64,
-    /// With the names of the decoder's inputs for it, made once.
-    injected: Option<(Injected, Vec<[String; 2]>)>,
+    /// And what it counts in, where it is of 8-bit integers.
+    injected: [Option<Named>; 2],
 }
 
-/// The names of the decoder's inputs beside what they take.
-fn named(injected: Injected) -> (Injected, Vec<[String; 2]>) {
-    let names = (0..injected.layers.len()).map(|l| ["key", "value"].map(|part| format!("injected.{l}.{part}")));
-    let names = names.collect();
-    (injected, names)
+/// What is injected, with the names of the decoder's inputs for it, made once.
+struct Named {
+    injected: Injected,
+    names: Vec<[String; 2]>,
+}
+
+impl Named {
+    fn new(injected: Injected, suffix: &str) -> Self {
+        let name = |l| ["key", "value"].map(|part| format!("injected.{l}.{part}{suffix}"));
+        Self { names: (0..injected.layers.len()).map(name).collect(), injected }
+    }
 }
 
 impl Sequence {
@@ -44,12 +51,12 @@ impl Sequence {
     ///
     /// The bundle's model is not supported.
     pub fn new(engines: &Engines<'_>, capacity: usize) -> Result<Self, PipelineError> {
-        Ok(Self { cache: Cache::new(engines.bundle(), capacity)?, next_position: 0, injected: None })
+        Ok(Self { cache: Cache::new(engines.bundle(), capacity)?, next_position: 0, injected: [None, None] })
     }
 
     /// The sequence whose rows `cache` holds, at positions from 0 on without gaps.
     pub(super) fn of_cache(cache: Cache) -> Self {
-        Self { next_position: cache.len() as i64, cache, injected: None }
+        Self { next_position: cache.len() as i64, cache, injected: [None, None] }
     }
 
     /// An empty sequence whose bottom layers attend to `injected`, with room for `capacity` rows.
@@ -58,10 +65,11 @@ impl Sequence {
     ///
     /// As [`Self::new`].
     pub fn attending_to(engines: &Engines<'_>, injected: Injected, capacity: usize) -> Result<Self, PipelineError> {
-        Ok(Self { injected: Some(named(injected)), ..Self::new(engines, capacity)? })
+        Ok(Self { injected: [Some(Named::new(injected, "")), None], ..Self::new(engines, capacity)? })
     }
 
-    /// A continuation of `state` with room for `extra` more rows. The state is copied, not changed.
+    /// A continuation of `state` with room for `extra` more rows, in the numbers that the bundle's decoder keeps. The state is
+    /// copied, not changed.
     ///
     /// # Errors
     ///
@@ -72,11 +80,36 @@ impl Sequence {
         extra: usize,
         continuation: Continuation,
     ) -> Result<Self, PipelineError> {
+        let bundle = engines.bundle();
+        let state = state.in_numbers(bundle.manifest().kv_cache)?;
+        let injected_scales = state.scales.as_ref().and_then(|scales| scales.injected.clone());
         Ok(Self {
-            cache: Cache::copy_of(engines.bundle(), &state.cache, state.len(), extra)?,
+            cache: Cache::copy_of(bundle, &state, extra)?,
             next_position: state.last_position + i64::from(continuation == Continuation::Next),
-            injected: state.injected.clone().map(named),
+            injected: [
+                state.injected.clone().map(|injected| Named::new(injected, "")),
+                injected_scales.map(|scales| Named::new(scales, "_scale")),
+            ],
         })
+    }
+
+    /// The sequence with its rows in the numbers that the bundle's decoder keeps behind a context, with room for `extra` more:
+    /// what has been read so far becomes the context.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::continue_from`].
+    pub fn decoding(self, engines: &Engines<'_>, extra: usize) -> Result<Self, PipelineError> {
+        if self.cache.is_int8() || engines.bundle().manifest().kv_cache == KvCache::Fp32 {
+            return Ok(self);
+        }
+        let state = self.into_state(Vec::new())?.into_numbers(KvCache::Int8)?;
+        Self::continue_from(engines, &state, extra, Continuation::Next)
+    }
+
+    /// The name of the graph that it is fed to.
+    pub fn graph(&self) -> &'static str {
+        if self.cache.is_int8() { DECODER_KV_INT8 } else { DECODER }
     }
 
     /// Rows in the cache.
@@ -121,9 +154,10 @@ impl Sequence {
         let positions: Vec<i64> = (self.next_position..).take(new).collect();
         let positions = Tensor::from_i64([1, new], positions)?;
         let keep = Tensor::from_i64([1], vec![rows as i64])?;
-        let engine = engines.get(DECODER, taps)?;
+        let engine = engines.get(self.graph(), taps)?;
         let mut inputs = vec![("input_ids", &input_ids), ("position_ids", &positions), ("num_logits_to_keep", &keep)];
-        let layers = self.injected.iter().flat_map(|(injected, names)| injected.layers.iter().zip(names));
+        let injected = self.injected.iter().flatten();
+        let layers = injected.flat_map(|Named { injected, names }| injected.layers.iter().zip(names));
         for (layer, [key_name, value_name]) in layers {
             let key = if new == 1 { layer.single_key.as_ref().unwrap_or(&layer.key) } else { &layer.key };
             inputs.extend([(key_name.as_str(), key), (value_name.as_str(), &layer.value)]);
@@ -165,18 +199,23 @@ impl Sequence {
     /// Never for a sequence that was fed.
     pub fn into_state(self, logits: Vec<f32>) -> Result<ContextState, PipelineError> {
         let position_ids = (self.next_position - self.len() as i64..self.next_position).collect();
-        let cache = self.cache.into_tensors()?;
-        let injected = self.injected.map(|(injected, _)| injected);
-        Ok(ContextState { cache, position_ids, last_position: self.next_position - 1, logits, injected })
+        let (cache, scales) = self.cache.into_tensors()?;
+        let [injected, injected_scales] = self.injected.map(|named| named.map(|named| named.injected));
+        let scales = scales.map(|cache| Scales { cache, injected: injected_scales });
+        Ok(ContextState { cache, position_ids, last_position: self.next_position - 1, logits, injected, scales })
     }
 
-    /// The keys and values so far, `[1, G, length, d]` per layer.
+    /// The keys and values so far, `[1, G, length, d]` per layer, as the numbers they stand for.
     ///
     /// # Errors
     ///
     /// Never for a sequence that was fed.
     pub fn cache(&self) -> Result<Vec<[Tensor; 2]>, PipelineError> {
-        self.cache.tensors()
+        let (rows, scales) = self.cache.tensors()?;
+        Ok(match scales {
+            None => rows,
+            Some(scales) => dequantized_layers(&rows, &scales)?,
+        })
     }
 }
 

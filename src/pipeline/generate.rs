@@ -1,7 +1,7 @@
 //! Text behind a context state, token by token.
 
 use super::compress::Compression;
-use super::decode::{Continuation, DECODER, Sequence};
+use super::decode::{Continuation, Sequence};
 use super::prompt::PromptIds;
 use super::sampling::{LogitsError, Sampler, SamplingSettings, SamplingSettingsError};
 use super::stop::{StopMonitor, StopReason, StopSettings, StopSettingsError};
@@ -155,7 +155,7 @@ pub fn generate(
         }
     };
     // Loading the graph is no part of the second token's time.
-    engines.get(DECODER, &[])?;
+    engines.get(sequence.graph(), &[])?;
     let mut logits = state.logits.clone();
     let mut before = Instant::now();
     let stop = loop {

@@ -316,6 +316,7 @@ impl Walk<'_, '_, '_> {
             position_ids,
             logits: logits.rows(last..last + 1).to_f32(),
             injected: None,
+            scales: None,
         })
     }
 }

@@ -15,6 +15,7 @@ pub mod prompt;
 pub mod question;
 pub mod ranges;
 pub mod rcc;
+mod reserved;
 pub mod sampling;
 pub mod sharedllm;
 pub mod significance;
@@ -25,4 +26,4 @@ pub mod stop;
 
 pub use engines::Engines;
 pub use error::PipelineError;
-pub use state::{ContextState, Injected, InjectedLayer};
+pub use state::{ContextState, Injected, InjectedLayer, Scales};

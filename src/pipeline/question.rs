@@ -1,8 +1,10 @@
 //! Another question about a context that was compressed for the first one.
 
 use super::decode::{Continuation, Sequence};
+use super::reserved::Element;
 use super::{ContextState, Engines, PipelineError};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, TensorError};
+use accordion_graphs::dtype::DType;
 
 /// The state in which another suffix stands in the place of the last `suffix_len` tokens of `state`, which is not
 /// changed.
@@ -26,11 +28,12 @@ pub fn with_suffix(
             .cache
             .iter()
             .map(|[k, v]| Ok([first_rows(k, kept)?, first_rows(v, kept)?]))
-            .collect::<Result<_, PipelineError>>()?,
+            .collect::<Result<_, TensorError>>()?,
         position_ids: state.position_ids[..kept].to_vec(),
         last_position: state.last_position - suffix_len as i64,
         logits: Vec::new(),
         injected: state.injected.clone(),
+        scales: state.scales.clone(),
     };
     let mut sequence = Sequence::continue_from(engines, &context, suffix.len(), Continuation::Next)?;
     let start = sequence.next_position();
@@ -42,12 +45,19 @@ pub fn with_suffix(
 }
 
 /// The first `rows` rows of every head of `[1, G, L, d]`.
-fn first_rows(tensor: &Tensor, rows: usize) -> Result<Tensor, PipelineError> {
+fn first_rows(tensor: &Tensor, rows: usize) -> Result<Tensor, TensorError> {
+    match tensor.dtype() {
+        DType::I8 => first_rows_of::<i8>(tensor, rows),
+        _ => first_rows_of::<f32>(tensor, rows),
+    }
+}
+
+fn first_rows_of<T: Element>(tensor: &Tensor, rows: usize) -> Result<Tensor, TensorError> {
     let &[batch, groups, length, width] = tensor.shape() else { return Ok(tensor.clone()) };
     if rows == length {
         return Ok(tensor.clone());
     }
-    let heads = tensor.as_f32()?.chunks_exact((length * width).max(1));
+    let heads = T::of(tensor)?.chunks_exact((length * width).max(1));
     let kept = heads.flat_map(|head| &head[..rows * width]).copied().collect();
-    Ok(Tensor::from_f32([batch, groups, rows, width], kept)?)
+    T::tensor([batch, groups, rows, width], kept)
 }

@@ -16,6 +16,17 @@ pub struct ContextState {
     pub logits: Vec<f32>,
     /// What the bottom layers attend to besides the cache.
     pub injected: Option<Injected>,
+    /// What entries count in, where keys and values are 8-bit integers.
+    pub scales: Option<Scales>,
+}
+
+/// What the entries of keys and values count in: per tensor of the state one of `[1, G, 1, d]`, in the same places.
+#[derive(Debug, Clone)]
+pub struct Scales {
+    /// Of every layer of the cache.
+    pub cache: Vec<[Tensor; 2]>,
+    /// Of what is injected.
+    pub injected: Option<Injected>,
 }
 
 /// Keys and values of a compressed context that the decoder's bottom layers attend to by cross attention. They are read,
@@ -54,10 +65,16 @@ impl ContextState {
         self.len() + injected.map(|layer| layer.key.shape().get(2).copied().unwrap_or(0)).sum::<usize>()
     }
 
-    /// Bytes of keys and values, injected ones included.
+    /// Bytes of keys and values, injected ones and what they count in included.
     pub fn cache_bytes(&self) -> u64 {
-        let injected = self.injected.iter().flat_map(|injected| &injected.layers);
-        let injected = injected.flat_map(|layer| [Some(&layer.key), layer.single_key.as_ref(), Some(&layer.value)]);
-        self.cache.iter().flatten().chain(injected.flatten()).map(|t| t.byte_len() as u64).sum()
+        let scales = self.scales.iter().map(|scales| (&scales.cache, &scales.injected));
+        let parts = std::iter::once((&self.cache, &self.injected)).chain(scales);
+        parts.map(|(cache, injected)| cache_bytes(cache, injected.as_ref())).sum()
     }
+}
+
+fn cache_bytes(cache: &[[Tensor; 2]], injected: Option<&Injected>) -> u64 {
+    let injected = injected.into_iter().flat_map(|injected| &injected.layers);
+    let injected = injected.flat_map(|layer| [Some(&layer.key), layer.single_key.as_ref(), Some(&layer.value)]);
+    cache.iter().flatten().chain(injected.flatten()).map(|tensor| tensor.byte_len() as u64).sum()
 }

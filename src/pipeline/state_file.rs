@@ -10,8 +10,8 @@
 //! A file is mapped, not read: as long as the state is in use it must not be truncated.
 
 use super::compress::Compression;
-use super::state_precision::{StatePrecision, dequantized, quantized};
-use super::{ContextState, Injected, InjectedLayer};
+use super::state_precision::StatePrecision;
+use super::{ContextState, Injected, InjectedLayer, Scales};
 use crate::bundle::{Bundle, Method};
 use crate::checkpoint::{CheckpointError, WeightMaps, read_index};
 use crate::tensor::{Tensor, TensorError};
@@ -215,7 +215,7 @@ impl Origin {
 }
 
 impl ContextState {
-    /// A state from a file, checked to be one that the decoder of `bundle` can continue from.
+    /// A state from a file, checked to be one that the decoder of `bundle` can continue from, in the numbers that it keeps.
     ///
     /// # Errors
     ///
@@ -242,7 +242,7 @@ impl SavedState {
         let header =
             Header { schema: SCHEMA.to_owned(), last_position: self.state.last_position, origin: self.origin.clone() };
         let metadata = serde_json::to_string(&header).map_err(|e| invalid(&e))?;
-        let tensors = self.tensors().and_then(|tensors| self.stored(tensors)).map_err(|e| invalid(&e))?;
+        let tensors = self.tensors().map_err(|e| invalid(&e))?;
         let views: Vec<(&str, TensorView<'_>)> = tensors
             .iter()
             .map(|(name, tensor)| {
@@ -276,23 +276,9 @@ impl SavedState {
     }
 
     /// The tensors as they go into the file.
-    fn stored(&self, tensors: Vec<(String, Tensor)>) -> Result<Vec<(String, Tensor)>, TensorError> {
-        let mut stored = Vec::with_capacity(tensors.len());
-        for (name, tensor) in tensors {
-            if self.origin.stored_as == StatePrecision::Int8 && is_cache(&name) {
-                let [entries, scale] = quantized(&tensor)?;
-                stored.push((scale_name(&name), scale));
-                stored.push((name, entries));
-            } else {
-                stored.push((name, tensor));
-            }
-        }
-        Ok(stored)
-    }
-
     fn tensors(&self) -> Result<Vec<(String, Tensor)>, TensorError> {
         let ids = |ids: &[u32]| Tensor::from_i64([ids.len()], ids.iter().copied().map(i64::from).collect());
-        let state = &self.state;
+        let state = self.state.in_numbers(self.origin.stored_as.into())?;
         let mut tensors = vec![
             ("position_ids".to_owned(), Tensor::from_i64([state.len()], state.position_ids.clone())?),
             ("prefix_ids".to_owned(), ids(&self.prefix_ids)?),
@@ -301,27 +287,28 @@ impl SavedState {
         if !state.logits.is_empty() {
             tensors.push(("logits".to_owned(), Tensor::from_f32([state.logits.len()], state.logits.clone())?));
         }
-        for (layer, [key, value]) in state.cache.iter().enumerate() {
-            tensors.push((format!("cache.{layer}.key"), key.clone()));
-            tensors.push((format!("cache.{layer}.value"), value.clone()));
-        }
-        for (l, layer) in state.injected.iter().flat_map(|injected| &injected.layers).enumerate() {
-            tensors.push((format!("injected.{l}.key"), layer.key.clone()));
-            tensors.push((format!("injected.{l}.value"), layer.value.clone()));
-            tensors.extend(layer.single_key.iter().map(|key| (format!("injected.{l}.single_key"), key.clone())));
+        put_cache(&mut tensors, &state.cache, state.injected.as_ref(), "");
+        if let Some(Scales { cache, injected }) = &state.scales {
+            put_cache(&mut tensors, cache, injected.as_ref(), SCALE);
         }
         Ok(tensors)
     }
 }
 
-/// Whether the tensor called so is keys or values.
-fn is_cache(name: &str) -> bool {
-    name.starts_with("cache.") || name.starts_with("injected.")
-}
+/// What the name of a tensor ends in that says what the entries of another count in.
+const SCALE: &str = ".scale";
 
-/// The name of what the entries of the tensor `name` count in.
-fn scale_name(name: &str) -> String {
-    format!("{name}.scale")
+/// Adds keys and values under their names, which end in `suffix`.
+fn put_cache(tensors: &mut Vec<(String, Tensor)>, cache: &[[Tensor; 2]], injected: Option<&Injected>, suffix: &str) {
+    for (layer, [key, value]) in cache.iter().enumerate() {
+        tensors.push((format!("cache.{layer}.key{suffix}"), key.clone()));
+        tensors.push((format!("cache.{layer}.value{suffix}"), value.clone()));
+    }
+    for (l, layer) in injected.into_iter().flat_map(|injected| &injected.layers).enumerate() {
+        tensors.push((format!("injected.{l}.key{suffix}"), layer.key.clone()));
+        tensors.push((format!("injected.{l}.value{suffix}"), layer.value.clone()));
+        tensors.extend(layer.single_key.iter().map(|key| (format!("injected.{l}.single_key{suffix}"), key.clone())));
+    }
 }
 
 fn invalid(path: &Path, problem: &dyn Display) -> StateError {
@@ -371,12 +358,12 @@ impl Reader<'_> {
         }
         self.check_positions(&position_ids, last_position, suffix_ids.len())?;
         let heads = [1, arch.num_kv_heads(), rows, arch.head_dim()];
-        let cache = (0..arch.num_layers())
-            .map(|l| {
-                let [key, value] = ["key", "value"].map(|part| format!("cache.{l}.{part}"));
-                Ok([self.heads(&key, &heads)?, self.heads(&value, &heads)?])
-            })
-            .collect::<Result<_, StateError>>()?;
+        let layers: Vec<[String; 2]> =
+            (0..arch.num_layers()).map(|l| ["key", "value"].map(|part| format!("cache.{l}.{part}"))).collect();
+        let cache = self.both(&layers, |reader, name| reader.heads(name, &heads))?;
+        let stored_int8 = self.stored_as == StatePrecision::Int8;
+        let cache_scales =
+            if stored_int8 { Some(self.both(&layers, |reader, name| reader.scale(name, &heads))?) } else { None };
         let logits = match self.maps.index().get("logits") {
             None => Vec::new(),
             Some(_) => self.floats("logits", &[arch.vocab_size()])?.to_f32(),
@@ -384,11 +371,13 @@ impl Reader<'_> {
         if logits.is_empty() != suffix_ids.is_empty() {
             return Err(self.invalid("a suffix and logits are there together or not at all"));
         }
-        let injected = self.injected()?;
+        let (injected, injected_scales) = self.injected()?;
+        let scales = cache_scales.map(|cache| Scales { cache, injected: injected_scales });
         if let Some((name, _)) = self.maps.index().iter().find(|(name, _)| !self.taken.contains(*name)) {
             return Err(self.invalid(format!("tensor {name} does not belong to a state of this model")));
         }
-        let state = ContextState { cache, position_ids, last_position, logits, injected };
+        let state = ContextState { cache, position_ids, last_position, logits, injected, scales };
+        let state = state.into_numbers(self.bundle.manifest().kv_cache).map_err(|e| self.invalid(e))?;
         Ok(SavedState { state, prefix_ids, suffix_ids, origin })
     }
 
@@ -406,9 +395,19 @@ impl Reader<'_> {
         )))
     }
 
-    fn injected(&mut self) -> Result<Option<Injected>, StateError> {
+    /// One tensor for either name of every layer.
+    fn both(
+        &mut self,
+        layers: &[[String; 2]],
+        mut read: impl FnMut(&mut Self, &str) -> Result<Tensor, StateError>,
+    ) -> Result<Vec<[Tensor; 2]>, StateError> {
+        layers.iter().map(|[key, value]| Ok([read(self, key)?, read(self, value)?])).collect()
+    }
+
+    /// What is injected, and what it counts in where it is of 8-bit integers.
+    fn injected(&mut self) -> Result<(Option<Injected>, Option<Injected>), StateError> {
         let arch = self.bundle.architecture();
-        let mut layers = Vec::new();
+        let (mut layers, mut scales) = (Vec::new(), Vec::new());
         for l in 0..arch.num_layers() {
             let [key, value, single_key] = ["key", "value", "single_key"].map(|part| format!("injected.{l}.{part}"));
             let slots = match self.maps.index().get(&key).map(|weight| weight.shape.as_slice()) {
@@ -417,31 +416,40 @@ impl Reader<'_> {
                 Some(other) => return Err(self.invalid(format!("tensor {key} has shape {other:?}, expected 4 axes"))),
             };
             let heads = [1, arch.num_kv_heads(), slots, arch.head_dim()];
-            layers.push(InjectedLayer {
-                key: self.heads(&key, &heads)?,
-                value: self.heads(&value, &heads)?,
-                single_key: match self.maps.index().get(&single_key) {
-                    None => None,
-                    Some(_) => Some(self.heads(&single_key, &heads)?),
-                },
-            });
+            let single_key = self.maps.index().get(&single_key).map(|_| single_key);
+            let stored_int8 = self.stored_as == StatePrecision::Int8;
+            let mut layer = |read: fn(&mut Self, &str, &[usize; 4]) -> Result<Tensor, StateError>| {
+                Ok::<_, StateError>(InjectedLayer {
+                    key: read(self, &key, &heads)?,
+                    value: read(self, &value, &heads)?,
+                    single_key: single_key.as_ref().map(|name| read(self, name, &heads)).transpose()?,
+                })
+            };
+            layers.push(layer(Self::heads)?);
+            if stored_int8 {
+                scales.push(layer(Self::scale)?);
+            }
         }
-        Ok(if layers.is_empty() { None } else { Some(Injected { layers }) })
+        let some = |layers: Vec<InjectedLayer>| (!layers.is_empty()).then_some(Injected { layers });
+        Ok((some(layers), some(scales)))
     }
 
-    /// Keys or values of `shape`, `[1, G, rows, d]`.
+    /// Keys or values of `shape`, `[1, G, rows, d]`, in the numbers that they are stored in.
     fn heads(&mut self, name: &str, shape: &[usize; 4]) -> Result<Tensor, StateError> {
-        if self.stored_as == StatePrecision::Fp32 {
-            return self.floats(name, shape);
+        match self.stored_as {
+            StatePrecision::Fp32 => self.floats(name, shape),
+            StatePrecision::Int8 => self.shaped(name, DType::I8, shape),
         }
-        let entries = self.shaped(name, DType::I8, shape)?;
-        let &[batch, groups, _, width] = shape;
-        let scale_name = scale_name(name);
-        let scale = self.floats(&scale_name, &[batch, groups, 1, width])?;
+    }
+
+    /// What the entries of the tensor `name`, which is of `shape`, count in.
+    fn scale(&mut self, name: &str, &[batch, groups, _, width]: &[usize; 4]) -> Result<Tensor, StateError> {
+        let name = format!("{name}{SCALE}");
+        let scale = self.floats(&name, &[batch, groups, 1, width])?;
         if scale.to_f32().iter().any(|scale| !scale.is_finite() || *scale <= 0.0) {
-            return Err(self.invalid(format!("tensor {scale_name} has a scale that is not finite or not above 0")));
+            return Err(self.invalid(format!("tensor {name} has a scale that is not finite or not above 0")));
         }
-        dequantized(&entries, &scale).map_err(|e| self.invalid(e))
+        Ok(scale)
     }
 
     fn floats(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, StateError> {

@@ -1,10 +1,11 @@
-//! Keys and values of a stored context in 8 bits: every channel of every head counts in units of its own, because keys have
-//! channels that are large in all rows.
+//! Keys and values of a context in 8 bits, in files and for decoders that keep them so: every channel of every head counts in
+//! units of its own, because keys have channels that are large in all rows.
 
+use super::{ContextState, Injected, InjectedLayer, Scales};
 use crate::tensor::{Tensor, TensorError};
-use accordion_graphs::dtype::DType;
+use accordion_graphs::precision::KvCache;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use std::borrow::Cow;
 
 /// Numbers that a context state is stored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -17,11 +18,98 @@ pub enum StatePrecision {
     Int8,
 }
 
+impl From<StatePrecision> for KvCache {
+    fn from(precision: StatePrecision) -> Self {
+        match precision {
+            StatePrecision::Fp32 => Self::Fp32,
+            StatePrecision::Int8 => Self::Int8,
+        }
+    }
+}
+
 /// The largest magnitude of an 8-bit number here: -128 is left out, so that the numbers are symmetric.
 const LEVELS: f32 = 127.0;
 
+/// What a channel of zeros, or of no rows, counts in: so little that the first number there decides.
+const EMPTY: f32 = 1.0 / (1_u64 << 63) as f32;
+
+impl ContextState {
+    /// The state in the numbers of `kv_cache`, which it may be in already.
+    ///
+    /// # Errors
+    ///
+    /// A tensor is neither of fp32 nor of 8-bit integers with what they count in.
+    pub fn in_numbers(&self, kv_cache: KvCache) -> Result<Cow<'_, Self>, TensorError> {
+        if self.scales.is_some() == (kv_cache == KvCache::Int8) {
+            return Ok(Cow::Borrowed(self));
+        }
+        Ok(Cow::Owned(self.clone().into_numbers(kv_cache)?))
+    }
+
+    /// As [`Self::in_numbers`], letting go of every tensor as soon as it is converted.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::in_numbers`].
+    pub fn into_numbers(self, kv_cache: KvCache) -> Result<Self, TensorError> {
+        match (kv_cache, &self.scales) {
+            (KvCache::Fp32, None) | (KvCache::Int8, Some(_)) => Ok(self),
+            (KvCache::Int8, None) => self.quantized(),
+            (KvCache::Fp32, Some(scales)) => {
+                let cache = dequantized_layers(&self.cache, &scales.cache)?;
+                let layers = self.injected.iter().flat_map(|injected| &injected.layers);
+                let scales = scales.injected.iter().flat_map(|injected| &injected.layers);
+                let layers = layers.zip(scales).map(|(layer, scale)| {
+                    let single = layer.single_key.as_ref().zip(scale.single_key.as_ref());
+                    Ok(InjectedLayer {
+                        key: dequantized(&layer.key, &scale.key)?,
+                        single_key: single.map(|(key, scale)| dequantized(key, scale)).transpose()?,
+                        value: dequantized(&layer.value, &scale.value)?,
+                    })
+                });
+                let layers = layers.collect::<Result<Vec<_>, TensorError>>()?;
+                let injected = self.injected.is_some().then_some(Injected { layers });
+                Ok(Self { cache, injected, scales: None, ..self })
+            }
+        }
+    }
+
+    fn quantized(self) -> Result<Self, TensorError> {
+        let mut cache = Vec::with_capacity(self.cache.len());
+        let mut scales = Scales { cache: Vec::with_capacity(self.cache.len()), injected: None };
+        for [key, value] in self.cache {
+            let ([key, key_scale], [value, value_scale]) = (quantized(&key)?, quantized(&value)?);
+            cache.push([key, value]);
+            scales.cache.push([key_scale, value_scale]);
+        }
+        let mut injected = None;
+        if let Some(Injected { layers }) = self.injected {
+            let (mut entries, mut counted) = (Vec::with_capacity(layers.len()), Vec::with_capacity(layers.len()));
+            for InjectedLayer { key, single_key, value } in layers {
+                let ([key, key_scale], [value, value_scale]) = (quantized(&key)?, quantized(&value)?);
+                let single = single_key.map(|key| quantized(&key)).transpose()?;
+                let (single_key, single_scale) = single.map(|[entries, scale]| (entries, scale)).unzip();
+                entries.push(InjectedLayer { key, single_key, value });
+                counted.push(InjectedLayer { key: key_scale, single_key: single_scale, value: value_scale });
+            }
+            injected = Some(Injected { layers: entries });
+            scales.injected = Some(Injected { layers: counted });
+        }
+        Ok(Self { cache, injected, scales: Some(scales), ..self })
+    }
+}
+
+/// What 8-bit keys and values stand for, layer by layer.
+pub(super) fn dequantized_layers(
+    entries: &[[Tensor; 2]],
+    scales: &[[Tensor; 2]],
+) -> Result<Vec<[Tensor; 2]>, TensorError> {
+    let layers = entries.iter().zip(scales);
+    layers.map(|([k, v], [k_scale, v_scale])| Ok([dequantized(k, k_scale)?, dequantized(v, v_scale)?])).collect()
+}
+
 /// Keys or values `x [1, G, rows, d]` as int8 of the same shape, and what they count in, f32 `[1, G, 1, d]`.
-pub(super) fn quantized(x: &Tensor) -> Result<[Tensor; 2], TensorError> {
+fn quantized(x: &Tensor) -> Result<[Tensor; 2], TensorError> {
     let (numbers, shape) = (x.as_f32()?, x.shape());
     let (plane, width) = plane_and_width(shape);
     let mut entries = vec![0_i8; numbers.len()];
@@ -34,9 +122,8 @@ pub(super) fn quantized(x: &Tensor) -> Result<[Tensor; 2], TensorError> {
         for row in numbers.chunks_exact(width) {
             scale.iter_mut().zip(row).for_each(|(scale, x)| *scale = scale.max(x.abs()));
         }
-        // A channel of zeros counts in anything.
         for scale in &mut scale {
-            *scale = if *scale > 0.0 { *scale / LEVELS } else { 1.0 };
+            *scale = (*scale / LEVELS).max(EMPTY);
         }
         for (row, entries) in numbers.chunks_exact(width).zip(entries.chunks_exact_mut(width)) {
             for ((entry, x), scale) in entries.iter_mut().zip(row).zip(&scale) {
@@ -49,11 +136,11 @@ pub(super) fn quantized(x: &Tensor) -> Result<[Tensor; 2], TensorError> {
     if let Some(rows) = scale_shape.iter_mut().rev().nth(1) {
         *rows = 1;
     }
-    Ok([Tensor::from_storage(DType::I8, shape, Arc::new(entries), 0)?, Tensor::from_f32(scale_shape, scales)?])
+    Ok([Tensor::from_i8(shape, entries)?, Tensor::from_f32(scale_shape, scales)?])
 }
 
 /// What the result of [`quantized`] stands for.
-pub(super) fn dequantized(entries: &Tensor, scales: &Tensor) -> Result<Tensor, TensorError> {
+fn dequantized(entries: &Tensor, scales: &Tensor) -> Result<Tensor, TensorError> {
     let (plane, width) = plane_and_width(entries.shape());
     let mut numbers = entries.to_f32();
     for (plane, scale) in numbers.chunks_exact_mut(plane.max(width)).zip(scales.as_f32()?.chunks_exact(width)) {
@@ -74,6 +161,7 @@ fn plane_and_width(shape: &[usize]) -> (usize, usize) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use accordion_graphs::dtype::DType;
 
     #[test]
     fn every_channel_of_every_head_has_a_scale_of_its_own() {
@@ -82,7 +170,7 @@ mod tests {
         let numbers = vec![100.0, 0.01, -50.0, 0.02, 25.0, -0.03, 1.0, 0.0, 2.0, 0.0, -4.0, 0.0];
         let [entries, scales] = quantized(&Tensor::from_f32(shape, numbers.clone()).unwrap()).unwrap();
         assert_eq!((entries.dtype(), entries.shape(), scales.shape()), (DType::I8, &shape[..], &[1, 2, 1, 2][..]));
-        assert_eq!(scales.as_f32().unwrap(), [100.0 / 127.0, 0.03 / 127.0, 4.0 / 127.0, 1.0]);
+        assert_eq!(scales.as_f32().unwrap(), [100.0 / 127.0, 0.03 / 127.0, 4.0 / 127.0, EMPTY]);
         let back = dequantized(&entries, &scales).unwrap();
         for (i, (found, expected)) in back.as_f32().unwrap().iter().zip(&numbers).enumerate() {
             let step = scales.as_f32().unwrap()[i / 6 * 2 + i % 2];

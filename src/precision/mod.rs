@@ -22,7 +22,7 @@ use accordion_calibration::ranges::Calibrator;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::methods::Graphs;
-use accordion_graphs::precision::{self, MatrixForm, Precision};
+use accordion_graphs::precision::{self, KvCache, MatrixForm, Precision};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -52,6 +52,8 @@ pub struct Recipe {
     /// Whether graphs of a 16-bit precision compute in fp32 and only round to its numbers, for runtimes that cannot compute
     /// in it.
     pub emulated: bool,
+    /// What numbers the decoder's cache holds behind a context.
+    pub kv_cache: KvCache,
 }
 
 impl Recipe {
@@ -71,6 +73,7 @@ impl Recipe {
             smooth: true,
             max_error: None,
             emulated: false,
+            kv_cache: KvCache::Fp32,
         }
     }
 

@@ -4,7 +4,7 @@
 use super::ceilings::Ceilings;
 use crate::bundle::Bundle;
 use crate::pipeline::ContextState;
-use crate::pipeline::decode::DECODER;
+use crate::pipeline::decode::{DECODER, DECODER_KV_INT8};
 use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Transformer;
 use accordion_graphs::plan::OperationCount;
@@ -81,6 +81,7 @@ impl Demand {
         let past = state.len() + decoded;
         let mut operations =
             OperationCount::layer_after(arch, past, 1, 1).times(arch.num_layers()) + OperationCount::lm_head(arch, 1);
+        let decoder = if state.scales.is_some() { DECODER_KV_INT8 } else { DECODER };
         let rows_held = state.cache.first().map_or(0, |[key, _]| key.shape().get(2).copied().unwrap_or(0)).max(1);
         let held: u64 = state.cache.iter().flatten().map(|tensor| tensor.byte_len() as u64).sum();
         let mut cache = held / rows_held as u64 * past as u64;
@@ -92,7 +93,7 @@ impl Demand {
             operations += OperationCount::linear_map(arch.hidden_size(), width, 2);
             operations += OperationCount { linear: 0, attention: 4 * (width * rows) as u64 };
         }
-        Self::new(&operations, weight_bytes(bundle, [DECODER]) + cache)
+        Self::new(&operations, weight_bytes(bundle, [decoder]) + cache)
     }
 
     fn new(operations: &OperationCount, read_bytes: u64) -> Self {

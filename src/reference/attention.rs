@@ -21,7 +21,7 @@ pub(super) fn attend(
     taps: &mut Scope<'_>,
 ) -> Result<(Array2<f32>, Array3<f32>, KeyValue)> {
     let q = rotary.apply(q);
-    let mut kv = KeyValue { k: rotary.apply(k), v };
+    let mut kv = KeyValue::new(rotary.apply(k), v);
     taps.tap_rows("attn.q", &q)?;
     taps.tap_rows("attn.k", &kv.k)?;
     taps.tap_rows("attn.v", &kv.v)?;
@@ -45,7 +45,7 @@ pub(super) fn attend_among(
     taps: &mut Scope<'_>,
 ) -> Result<(Array2<f32>, KeyValue)> {
     let q = rotary.apply(q);
-    let kv = KeyValue { k: rotary.apply(k), v };
+    let kv = KeyValue::new(rotary.apply(k), v);
     taps.tap_rows("attn.q", &q)?;
     taps.tap_rows("attn.k", &kv.k)?;
     taps.tap_rows("attn.v", &kv.v)?;

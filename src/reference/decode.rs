@@ -67,6 +67,12 @@ impl Continuation {
         Self { next_position: cache.rows() as i64, cache }
     }
 
+    /// The same, with a cache that is kept as 8-bit integers from here on.
+    #[must_use]
+    pub fn rounded(self) -> Self {
+        Self { cache: self.cache.rounded(), ..self }
+    }
+
     /// Feeds `ids` at once and returns the logits of all of them, `[L, vocab]`.
     ///
     /// # Errors

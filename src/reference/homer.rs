@@ -184,9 +184,7 @@ impl<'a> Compression<'a> {
             hidden: join_rows(&left.hidden, &right.hidden, Axis(0), prefix, suffix),
             position_ids: without_tail(&left.position_ids, suffix, &right.position_ids[prefix..]),
             is_context: without_tail(&left.is_context, suffix, &right.is_context[prefix..]),
-            cache: Cache {
-                layers: layers.map(|(l, r)| KeyValue { k: join(&l.k, &r.k), v: join(&l.v, &r.v) }).collect(),
-            },
+            cache: Cache { layers: layers.map(|(l, r)| KeyValue::new(join(&l.k, &r.k), join(&l.v, &r.v))).collect() },
         }
     }
 

@@ -8,6 +8,7 @@ pub mod ort_cpu;
 pub mod resident;
 
 use crate::tensor::{Tensor, TensorError};
+use accordion_graphs::dtype::DType;
 
 /// One graph, loaded and ready to run.
 pub trait Engine: Send {
@@ -36,7 +37,46 @@ pub struct InPlace<'a> {
     /// Dimensions of both.
     pub shape: &'a [usize],
     /// The elements.
-    pub data: &'a mut [f32],
+    pub data: Memory<'a>,
+}
+
+/// Elements of a tensor that a graph updates.
+pub enum Memory<'a> {
+    /// Single precision.
+    F32(&'a mut [f32]),
+    /// 8-bit integers.
+    I8(&'a mut [i8]),
+}
+
+impl Memory<'_> {
+    /// Their type.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::F32(_) => DType::F32,
+            Self::I8(_) => DType::I8,
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(elements) => elements.len(),
+            Self::I8(elements) => elements.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where they are.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        match self {
+            Self::F32(elements) => elements.as_mut_ptr().cast(),
+            Self::I8(elements) => elements.as_mut_ptr().cast(),
+        }
+    }
 }
 
 /// Loads graphs into one runtime.

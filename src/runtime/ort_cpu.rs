@@ -316,8 +316,9 @@ impl Engine for OrtEngine {
             }
             input_names.push(self.name_of(&self.inputs, "input", slot.input)?.0.as_ptr());
             output_names.push(self.name_of(&self.outputs, "output", slot.output)?.0.as_ptr());
-            let (data, len) = (slot.data.as_mut_ptr().cast(), size_of_val(slot.data));
-            input_values.push(Borrowed::new(DType::F32, slot.shape, data, len).map_err(failed)?);
+            let (dtype, data) = (slot.data.dtype(), slot.data.as_mut_ptr().cast());
+            let len = slot.data.len() * dtype.size();
+            input_values.push(Borrowed::new(dtype, slot.shape, data, len).map_err(failed)?);
         }
         let value_pointers: Vec<*const sys::OrtValue> =
             input_values.iter().map(|v: &Borrowed| v.0.as_ptr().cast_const()).collect();

@@ -5,7 +5,7 @@
 
 use super::TensorRtError;
 use crate::bundle::{Manifest, Method};
-use crate::pipeline::decode::PREFILL_ROWS;
+use crate::pipeline::decode::{DECODER, DECODER_KV_INT8, PREFILL_ROWS};
 use accordion_graphs::methods::homer::graph_name;
 use accordion_graphs::onnx::GraphSignature;
 use accordion_graphs::plan::homer::HomerPlan;
@@ -143,7 +143,7 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
         Method::Homer { settings, .. } => {
             let plan = HomerPlan::new(manifest.architecture.num_layers(), lengths, *settings)?;
             match name {
-                "decoder" => decoder(plan.root().out_len + lengths.suffix, lengths.suffix, 0),
+                DECODER | DECODER_KV_INT8 => decoder(plan.root().out_len + lengths.suffix, lengths.suffix, 0),
                 "head" => vec![Profile::new(
                     "all",
                     [("batch", one), ("sequence", Extent::new(1, 1, settings.target_len))],
@@ -169,7 +169,7 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
             let plan = SharedLlmPlan::new(lengths, *settings, policy)?;
             // A shorter prompt may leave the upper model more than this one does.
             let running = plan.running.max(2 * settings.chunk_len);
-            if name == "decoder" {
+            if matches!(name, DECODER | DECODER_KV_INT8) {
                 decoder(running, running, plan.injected_rows())
             } else {
                 let coupled = settings.quirks == Quirks::Faithful && settings.tree_depth > 1;

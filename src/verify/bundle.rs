@@ -120,24 +120,25 @@ pub fn engine_parts(
 /// The reference cannot be loaded or run, or `parts` stops it.
 pub fn reference_parts(bundle: &Bundle, input: &Input<'_>, parts: &mut dyn Parts) -> Result<(), VerifyError> {
     let source = weights_of(bundle);
+    let kv_cache = bundle.manifest().kv_cache;
     match input.plan {
         Plan::Plain => {
             let Divided { prompt, teacher, .. } = input.divided();
             let reference = transformer::load(bundle.architecture(), source)?;
-            plain::reference_parts(reference.as_ref(), [prompt, teacher], parts)
+            plain::reference_parts(reference.as_ref(), [prompt, teacher], kv_cache, parts)
         }
         Plan::Homer(plan, bias) => {
             let reference = Llama::load(bundle.llama()?, source)?;
             let bias: Vec<&[f32]> = bias.iter().map(Vec::as_slice).collect();
-            homer::reference_parts(&reference, &input.homer(plan, &bias), parts)
+            homer::reference_parts(&reference, &input.homer(plan, &bias), kv_cache, parts)
         }
         Plan::Rcc(plan) => {
             let reference = Rcc::load(bundle.architecture(), rcc_model(bundle)?, plan.settings, source)?;
-            rcc::reference_parts(&reference, &input.rcc(plan), parts)
+            rcc::reference_parts(&reference, &input.rcc(plan), kv_cache, parts)
         }
         Plan::SharedLlm(plan) => {
             let reference = SharedLlm::load(bundle.llama()?, sharedllm_model(bundle)?, source)?;
-            sharedllm::reference_parts(&reference, &input.sharedllm(plan), parts)
+            sharedllm::reference_parts(&reference, &input.sharedllm(plan), kv_cache, parts)
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::reference::llama::Llama;
 use crate::taps::{NoTaps, TapSink};
 use crate::tensor::Tensor;
 use accordion_graphs::plan::homer::{HomerNode, HomerPlan};
+use accordion_graphs::precision::KvCache;
 use ndarray::{Axis, Slice};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
@@ -110,12 +111,17 @@ impl TapSink for EngineTaps<'_, '_> {
     }
 }
 
-/// The side of `reference`, in the order of the plan.
+/// The side of `reference`, in the order of the plan; its cache holds what `kv_cache` says behind the prompt.
 ///
 /// # Errors
 ///
 /// The reference cannot be run, or `parts` stops it.
-pub fn reference_parts(reference: &Llama, input: &HomerInput<'_>, parts: &mut dyn Parts) -> Result<(), VerifyError> {
+pub fn reference_parts(
+    reference: &Llama,
+    input: &HomerInput<'_>,
+    kv_cache: KvCache,
+    parts: &mut dyn Parts,
+) -> Result<(), VerifyError> {
     let &HomerInput { plan, prefix, context, suffix, teacher, bias, .. } = input;
     let significance = |layer: usize| bias.get(layer).copied().unwrap_or_default();
     let prompt = reference::homer::Prompt { prefix, context, suffix };
@@ -131,6 +137,9 @@ pub fn reference_parts(reference: &Llama, input: &HomerInput<'_>, parts: &mut dy
         return Ok(());
     }
     let mut continuation = reference::decode::Continuation::new(&context, ContinuationOffset::AfterLast);
+    if kv_cache == KvCache::Int8 {
+        continuation = continuation.rounded();
+    }
     let logits = continuation.feed(reference, teacher, &mut NoTaps)?;
     parts.record("teacher.logits", reference::to_tensor(&logits)?);
     parts.end_part("teacher")
@@ -151,6 +160,7 @@ pub fn compare_homer(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let expected = Box::new(|parts: &mut dyn Parts| reference_parts(reference, input, parts));
+    let kv_cache = engines.bundle().manifest().kv_cache;
+    let expected = Box::new(move |parts: &mut dyn Parts| reference_parts(reference, input, kv_cache, parts));
     against_reference(engines, detail, expected, |engines, parts| engine_parts(engines, input, parts, on_progress))
 }

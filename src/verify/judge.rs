@@ -1,7 +1,7 @@
 //! Where taps of two sides meet: one after the other in the order of the computation, so that a choice knows the scores it
 //! was made by, and what follows from another choice is known to.
 
-use super::verdict::{Bounds, TapKind, TapResult, Verdict, judge};
+use super::verdict::{BoundsOf, TapKind, TapResult, Verdict, judge};
 use crate::tensor::Tensor;
 use std::rc::Rc;
 
@@ -83,7 +83,7 @@ impl Findings {
 
 /// Judges actual taps against expected ones.
 pub(super) struct Judge {
-    bounds: Rc<dyn Fn(TapKind) -> Bounds>,
+    bounds: Rc<BoundsOf>,
     /// What results are called besides the names of their taps.
     pub(super) prefix: String,
     /// The expected scores of the part that is being judged, and how far the actual ones are off, within their bounds.
@@ -93,7 +93,7 @@ pub(super) struct Judge {
 }
 
 impl Judge {
-    pub(super) fn new(bounds: Rc<dyn Fn(TapKind) -> Bounds>) -> Self {
+    pub(super) fn new(bounds: Rc<BoundsOf>) -> Self {
         Self { bounds, prefix: String::new(), scores: None, diverged: false, findings: Findings::default() }
     }
 
@@ -106,7 +106,7 @@ impl Judge {
     /// Judges one tap.
     pub(super) fn compare(&mut self, name: &str, actual: &Tensor, expected: &Tensor) {
         let kind = TapKind::of(name);
-        let mut bounds = (self.bounds)(kind);
+        let mut bounds = (self.bounds)(name, kind);
         let decides = matches!(kind, TapKind::Selection | TapKind::Choice);
         let mut scores = None;
         if let (true, Some((expected, off_by))) = (decides, &self.scores) {
@@ -152,11 +152,12 @@ impl Judge {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::super::verdict::Bounds;
     use super::*;
     use accordion_graphs::dtype::DType;
 
     fn judge_all() -> Judge {
-        Judge::new(Rc::new(|kind| Bounds::new(kind, DType::F32)))
+        Judge::new(Rc::new(|_, kind| Bounds::new(kind, DType::F32)))
     }
 
     fn floats(values: &[f32]) -> Tensor {

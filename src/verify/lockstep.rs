@@ -9,7 +9,7 @@ use super::judge::{Detail, Findings, Judge};
 use super::parts::{Lineage, Part, Parts, computed_order};
 use super::quantized::bounds_of;
 use super::recording::Recording;
-use super::verdict::{Bounds, TapKind, TapResult};
+use super::verdict::{Bounds, BoundsOf, TapResult};
 use crate::bundle::Bundle;
 use crate::pipeline::Engines;
 use crate::taps::TapSink;
@@ -39,13 +39,13 @@ pub struct Terms {
     /// Which.
     pub detail: Detail,
     /// How closely.
-    pub bounds: Rc<dyn Fn(TapKind) -> Bounds>,
+    pub bounds: Rc<BoundsOf>,
 }
 
 impl Terms {
     /// The bounds for a trained model where the less precise side computes in `dtype`.
     pub fn new(detail: Detail, dtype: DType) -> Self {
-        Self { detail, bounds: Rc::new(move |kind| Bounds::new(kind, dtype)) }
+        Self { detail, bounds: Rc::new(move |_, kind| Bounds::new(kind, dtype)) }
     }
 
     /// The bounds for `bundle`, in whatever precision.

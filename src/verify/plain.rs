@@ -11,6 +11,7 @@ use crate::pipeline::Engines;
 use crate::pipeline::decode::Sequence;
 use crate::reference::decode::Continuation;
 use crate::reference::transformer::Transformer;
+use accordion_graphs::precision::KvCache;
 
 /// The side of `engines`. `on_progress` hears how many tokens have been read.
 ///
@@ -26,11 +27,13 @@ pub fn engine_parts(
     let mut sequence = Sequence::new(engines, ids.len() + teacher.len())?;
     let mut rows = EngineRows { engines, sequence: &mut sequence };
     rows.read(ids, "", parts, on_progress)?;
+    let mut sequence = sequence.decoding(engines, teacher.len())?;
+    let mut rows = EngineRows { engines, sequence: &mut sequence };
     rows.read(teacher, "teacher.", parts, on_progress)?;
     rows.end(parts)
 }
 
-/// The side of `reference`.
+/// The side of `reference`, whose cache holds what `kv_cache` says behind `ids`.
 ///
 /// # Errors
 ///
@@ -38,10 +41,12 @@ pub fn engine_parts(
 pub fn reference_parts(
     reference: &dyn Transformer,
     [ids, teacher]: [&[u32]; 2],
+    kv_cache: KvCache,
     parts: &mut dyn Parts,
 ) -> Result<(), VerifyError> {
     let mut rows = Decoder { model: reference, continuation: Continuation::after(reference.empty_cache()) };
     rows.read(ids, "", parts)?;
+    rows = rows.keeping(kv_cache);
     rows.read(teacher, "teacher.", parts)?;
     rows.end(parts)
 }
@@ -59,7 +64,8 @@ pub fn compare_plain(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let expected = Box::new(|parts: &mut dyn Parts| reference_parts(reference, [ids, teacher], parts));
+    let kv_cache = engines.bundle().manifest().kv_cache;
+    let expected = Box::new(move |parts: &mut dyn Parts| reference_parts(reference, [ids, teacher], kv_cache, parts));
     against_reference(engines, detail, expected, |engines, parts| {
         engine_parts(engines, [ids, teacher], parts, on_progress)
     })

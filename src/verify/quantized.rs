@@ -2,14 +2,14 @@
 //! them agree.
 
 use super::verdict::{Bounds, TapKind};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Method};
 use crate::checkpoint::{CheckpointError, WeightMaps, encoder_tensors};
 use crate::precision::{self, InputScale, Quantization};
 use crate::reference::quantize::{Numbers, Rounding, Weight};
 use crate::tensor::Tensor;
 use accordion_graphs::architecture::Compressor;
 use accordion_graphs::dtype::DType;
-use accordion_graphs::precision::{MatrixForm, Precision};
+use accordion_graphs::precision::{KvCache, MatrixForm, Precision};
 use std::collections::BTreeMap;
 
 /// The tensors of `bundle` as the reference takes them, by the names of the checkpoint: of quantized matrices the numbers
@@ -68,7 +68,10 @@ fn quantized(maps: &WeightMaps, quantization: &Quantization, name: &str) -> Resu
 /// anything; the norm of the difference stays that of rounding errors. (SmolLM2, int8 with a scale per row, graphs and
 /// reference, up to 0.22, with cosines from 0.982 on; the steps of 8-bit floats are twice as coarse.) That is a property of the
 /// precision and no error, so that only gross faults show here; single linear layers are held to fp32 by [`super::linears`].
-pub fn bounds_of(bundle: &Bundle) -> impl Fn(TapKind) -> Bounds + use<> {
+///
+/// A cache of 8-bit integers is rounded as well, but most of it once, from numbers that agree closely: what is computed over
+/// it differs by the few entries that lie between two steps.
+pub fn bounds_of(bundle: &Bundle) -> impl Fn(&str, TapKind) -> Bounds + use<> {
     let forms: Vec<MatrixForm> = bundle
         .manifest()
         .quantization
@@ -84,12 +87,22 @@ pub fn bounds_of(bundle: &Bundle) -> impl Fn(TapKind) -> Bounds + use<> {
         None
     };
     let dtype = activation_type(bundle);
-    move |kind| match (kind, rounded) {
-        (TapKind::Value | TapKind::Logits, Some(bounds)) => bounds,
-        // Choices are held against their scores as far as these agree.
-        _ => Bounds::new(kind, dtype),
+    let kv_int8 = bundle.manifest().kv_cache == KvCache::Int8;
+    // Of homer, that is the cache of the context as it was computed.
+    let cache_rounded = !matches!(bundle.manifest().method, Method::Homer { .. });
+    move |name, kind| {
+        let bounds = match (kind, rounded) {
+            (TapKind::Value | TapKind::Logits, Some(bounds)) => bounds,
+            // Choices are held against their scores as far as these agree.
+            _ => Bounds::new(kind, dtype),
+        };
+        let behind = ["teacher.", "steps."].iter().any(|part| name.starts_with(part));
+        if kv_int8 && (behind || cache_rounded && name.starts_with("cache.")) { bounds.or(&KV_INT8) } else { bounds }
     }
 }
+
+/// What may differ behind a context that is kept as 8-bit integers.
+const KV_INT8: Bounds = Bounds { abs: 1e-3, rel: 2e-2, norm_rel: 5e-3, min_cosine: 0.9999, min_top_k: 0.8 };
 
 /// The numbers that activations of `bundle` are in between operators.
 pub fn activation_type(bundle: &Bundle) -> DType {

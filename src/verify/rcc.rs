@@ -16,6 +16,7 @@ use crate::reference::rcc::Rcc;
 use crate::taps::TapSink;
 use crate::tensor::Tensor;
 use accordion_graphs::plan::rcc::RccPlan;
+use accordion_graphs::precision::KvCache;
 
 /// What both sides are given.
 #[derive(Debug, Clone, Copy)]
@@ -50,19 +51,24 @@ pub fn engine_parts(
         read_slots(engines, input.plan, input.text, 1, &mut EngineTaps(&shared), &mut on_batch)?
     };
     let parts = shared.finish()?;
+    EngineRows { engines, sequence: &mut sequence }.read(input.prompt, "prompt.", parts, &mut |_| {})?;
+    let mut sequence = sequence.decoding(engines, input.teacher.len())?;
     let mut rows = EngineRows { engines, sequence: &mut sequence };
-    for (prefix, ids) in [("prompt.", input.prompt), ("teacher.", input.teacher)] {
-        rows.read(ids, prefix, parts, &mut |_| {})?;
-    }
+    rows.read(input.teacher, "teacher.", parts, &mut |_| {})?;
     rows.end(parts)
 }
 
-/// The side of `reference`.
+/// The side of `reference`, whose cache holds what `kv_cache` says behind the prompt.
 ///
 /// # Errors
 ///
 /// The reference cannot be run, or `parts` stops it.
-pub fn reference_parts(reference: &Rcc, input: &RccInput<'_>, parts: &mut dyn Parts) -> Result<(), VerifyError> {
+pub fn reference_parts(
+    reference: &Rcc,
+    input: &RccInput<'_>,
+    kv_cache: KvCache,
+    parts: &mut dyn Parts,
+) -> Result<(), VerifyError> {
     let mut cache = reference.decoder().empty_cache();
     for index in 0..input.plan.segments {
         let scope = segment(index);
@@ -72,9 +78,9 @@ pub fn reference_parts(reference: &Rcc, input: &RccInput<'_>, parts: &mut dyn Pa
         parts.end_part(&scope)?;
     }
     let mut rows = Decoder { model: reference.decoder(), continuation: Continuation::after(cache) };
-    for (prefix, ids) in [("prompt.", input.prompt), ("teacher.", input.teacher)] {
-        rows.read(ids, prefix, parts)?;
-    }
+    rows.read(input.prompt, "prompt.", parts)?;
+    rows = rows.keeping(kv_cache);
+    rows.read(input.teacher, "teacher.", parts)?;
     rows.end(parts)
 }
 
@@ -90,7 +96,8 @@ pub fn compare_rcc(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let expected = Box::new(|parts: &mut dyn Parts| reference_parts(reference, input, parts));
+    let kv_cache = engines.bundle().manifest().kv_cache;
+    let expected = Box::new(move |parts: &mut dyn Parts| reference_parts(reference, input, kv_cache, parts));
     against_reference(engines, detail, expected, |engines, parts| engine_parts(engines, input, parts, on_progress))
 }
 

@@ -15,6 +15,7 @@ use crate::reference::sharedllm::{Prompt, RunningText, SharedLlm, compress};
 use crate::taps::{NoTaps, TapSink};
 use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::plan::sharedllm::{Quirks, SharedLlmPlan};
+use accordion_graphs::precision::KvCache;
 use std::collections::BTreeMap;
 
 /// The part of everything before the running text.
@@ -72,7 +73,7 @@ pub fn engine_parts(
     rows.end(parts)
 }
 
-/// The side of `reference`.
+/// The side of `reference`, whose keys and values are kept as `kv_cache` says behind the running text.
 ///
 /// # Errors
 ///
@@ -80,6 +81,7 @@ pub fn engine_parts(
 pub fn reference_parts(
     reference: &SharedLlm,
     input: &SharedLlmInput<'_>,
+    kv_cache: KvCache,
     parts: &mut dyn Parts,
 ) -> Result<(), VerifyError> {
     let &SharedLlmInput { plan, context, running, teacher, .. } = input;
@@ -89,6 +91,9 @@ pub fn reference_parts(
     parts.end_part(TREE)?;
     let mut rows = Running { model: reference, text: RunningText::new(reference, &injected) };
     rows.read(running, "running.", parts)?;
+    if kv_cache == KvCache::Int8 {
+        rows.text = rows.text.rounded();
+    }
     rows.clone().read(teacher, "teacher.", parts)?;
     for (step, id) in teacher.iter().enumerate() {
         rows.read(std::slice::from_ref(id), &format!("steps.{step}."), parts)?;
@@ -109,7 +114,8 @@ pub fn compare_sharedllm(
     detail: Detail,
     on_progress: &mut dyn FnMut(usize),
 ) -> Result<Findings, VerifyError> {
-    let expected = Box::new(|parts: &mut dyn Parts| reference_parts(reference, input, parts));
+    let kv_cache = engines.bundle().manifest().kv_cache;
+    let expected = Box::new(move |parts: &mut dyn Parts| reference_parts(reference, input, kv_cache, parts));
     against_reference(engines, detail, expected, |engines, parts| engine_parts(engines, input, parts, on_progress))
 }
 

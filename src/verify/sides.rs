@@ -3,7 +3,7 @@
 use super::error::VerifyError;
 use super::parts::{Parts, RESULT};
 use crate::pipeline::Engines;
-use crate::pipeline::decode::{DECODER, Sequence};
+use crate::pipeline::decode::Sequence;
 use crate::reference::cache::Cache;
 use crate::reference::decode::Continuation;
 use crate::reference::sharedllm::{RunningText, SharedLlm};
@@ -12,6 +12,7 @@ use crate::reference::{ReferenceError, to_tensor};
 use crate::taps::TapSink;
 use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::onnx::ValueInfo;
+use accordion_graphs::precision::KvCache;
 use ndarray::Array2;
 
 /// Rows that are compared at a time: their logits over a large vocabulary take a hundred megabytes on each side.
@@ -41,7 +42,7 @@ impl EngineRows<'_, '_> {
         parts: &mut dyn Parts,
         on_progress: &mut dyn FnMut(usize),
     ) -> Result<(), VerifyError> {
-        let all = &self.engines.signature(DECODER)?.taps;
+        let all = &self.engines.signature(self.sequence.graph())?.taps;
         for (chunk, prefix) in pieces(ids, self.sequence.len(), prefix) {
             let wanted = |tap: &str| in_layers(tap) && parts.wants(&format!("{prefix}{tap}"));
             let taps: Vec<(&String, &ValueInfo)> = all.iter().filter(|(tap, _)| wanted(tap)).collect();
@@ -101,6 +102,16 @@ pub(super) trait ReferenceRows {
 pub(super) struct Decoder<'a> {
     pub(super) model: &'a dyn Transformer,
     pub(super) continuation: Continuation,
+}
+
+impl Decoder<'_> {
+    /// The same, with a cache that holds what `kv_cache` says from here on.
+    pub(super) fn keeping(self, kv_cache: KvCache) -> Self {
+        match kv_cache {
+            KvCache::Fp32 => self,
+            KvCache::Int8 => Self { continuation: self.continuation.rounded(), ..self },
+        }
+    }
 }
 
 impl ReferenceRows for Decoder<'_> {

@@ -105,6 +105,18 @@ impl Bounds {
         if matches!(dtype, DType::F16 | DType::Bf16) { bounds } else { Self { rel: 0.0, ..bounds } }
     }
 
+    /// What either of two bounds permits.
+    #[must_use]
+    pub fn or(&self, other: &Self) -> Self {
+        Self {
+            abs: self.abs.max(other.abs),
+            rel: self.rel.max(other.rel),
+            norm_rel: self.norm_rel.max(other.norm_rel),
+            min_cosine: self.min_cosine.min(other.min_cosine),
+            min_top_k: self.min_top_k.min(other.min_top_k),
+        }
+    }
+
     /// The permitted difference in a tensor of `scale`.
     pub fn allowed(&self, scale: f64) -> f64 {
         self.abs.max(self.rel * scale)
@@ -115,6 +127,9 @@ impl Bounds {
         2.0 * self.allowed(scale)
     }
 }
+
+/// The bounds for a tap by its name and kind.
+pub type BoundsOf = dyn Fn(&str, TapKind) -> Bounds;
 
 /// The numbers behind a verdict.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

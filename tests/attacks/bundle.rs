@@ -178,7 +178,7 @@ fn a_damaged_manifest_is_refused() {
 #[test]
 fn a_manifest_that_lies_is_refused() {
     type Edit = fn(&mut Value);
-    let lies: [(&[&str], Edit); 14] = [
+    let lies: [(&[&str], Edit); 15] = [
         (&["schema is 'accordion.bundle/2'", "accordion.bundle/1"], |m| m["schema"] = json!("accordion.bundle/2")),
         (&["schema is 'missing'"], |m| drop(m.as_object_mut().unwrap().remove("schema"))),
         (&["fingerprint"], |m| drop(m.as_object_mut().unwrap().remove("fingerprint"))),
@@ -194,6 +194,7 @@ fn a_manifest_that_lies_is_refused() {
         (&["model.layers.6"], |m| m["architecture"]["num_layers"] = json!(7)),
         (&["rope_scaling.factor"], |m| m["architecture"]["rope"]["scaling"] = json!({"type": "linear", "factor": 0.0})),
         (&["model.embed_tokens.weight"], |m| m["weights"] = json!([])),
+        (&["kv_cache is int8", "no graph decoder_kv_int8"], |m| m["kv_cache"] = json!("int8")),
     ];
     for (words, lie) in lies {
         let scene = Scene::exported(WeightStorage::Link);

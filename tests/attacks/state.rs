@@ -59,6 +59,7 @@ impl Victim {
             last_position: ROWS as i64 - 1,
             logits: vec![0.0; arch.vocab_size()],
             injected: None,
+            scales: None,
         };
         let lengths = PromptLengths { prefix: 1, context: 2, suffix: 2 };
         let origin = Origin::new(&self.bundle, StateMethod::Plain, "text", lengths);

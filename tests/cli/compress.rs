@@ -62,6 +62,25 @@ fn a_run_from_a_state_is_a_run_from_the_context() {
 }
 
 #[test]
+fn a_cache_of_integers_is_saved_as_it_is() {
+    let tiny = Tiny::new();
+    let checkpoint = tiny.checkpoint();
+    tiny.succeed(&["export", "plain", checkpoint.to_str().unwrap(), "kv", "--kv-cache", "int8"]);
+    continues(&tiny, "kv", &QUESTION, &["--prompt", " Who?", "--prompt", "\nWhere was it?"]);
+    let [int8, fp32] = ["kv", "plain"].map(|bundle| compress(&tiny, bundle, bundle_state(bundle), &QUESTION));
+    let bytes = |report: &Value| report["cache_bytes"].as_u64().unwrap();
+    assert!(bytes(&int8) * 3 < bytes(&fp32), "{int8}, {fp32}");
+    // Either bundle goes on from the other's.
+    for (bundle, state) in [("kv", "plain.state"), ("plain", "kv.state"), ("kv", "kv.state")] {
+        assert_eq!(reports(&tiny, &[&[bundle, "--state", state], &QUESTION])[0]["tokens_kept"], fp32["tokens_kept"]);
+    }
+}
+
+fn bundle_state(bundle: &str) -> &'static str {
+    if bundle == "kv" { "kv.state" } else { "plain.state" }
+}
+
+#[test]
 fn an_rcc_document_is_compressed_once_for_all_questions() {
     let tiny = Tiny::rcc(|_| {});
     let report = compress(&tiny, "rcc", "state", &[]);

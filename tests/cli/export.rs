@@ -10,6 +10,7 @@ use accordion::precision::Basis;
 use accordion_calibration::ranges::{Observation, RangeEstimator, SiteLayout};
 use accordion_graphs::architecture::{Architecture, RopeScaling};
 use accordion_graphs::dtype::DType;
+use accordion_graphs::precision::KvCache;
 use std::fs;
 
 const SMALL: &[&str] = &["--context", "100", "--max-chunk-len", "32"];
@@ -160,6 +161,31 @@ fn trained_methods_need_a_checkpoint_of_theirs() {
     }
     let run = workspace.export("sharedllm", "bundle", &["--keep", "1.5"]);
     assert!(run.err.contains("a fraction above 0 and up to 1.0"), "{run:?}");
+}
+
+#[test]
+fn a_cache_of_integers_is_recorded_and_has_a_decoder_of_its_own() {
+    let workspace = Workspace::new();
+    for target in ["portable", "ort-cpu"] {
+        workspace.export("plain", target, &["--target", target, "--kv-cache", "int8"]).output();
+        let bundle = Bundle::open(workspace.path(target)).unwrap();
+        assert_eq!(bundle.manifest().kv_cache, KvCache::Int8);
+        let types = |graph: &str, name: &str| {
+            let signature = bundle.signature(graph).unwrap();
+            let found = signature.inputs.iter().chain(&signature.outputs).find(|value| value.name == name);
+            found.map(|value| (value.dtype, value.shape[2].to_string()))
+        };
+        let rows = if target == "portable" { "past" } else { "capacity" };
+        assert_eq!(types("decoder_kv_int8", "past_key_values.1.value"), Some((DType::I8, rows.to_owned())));
+        assert_eq!(types("decoder_kv_int8", "present.0.key_scale"), Some((DType::F32, "1".to_owned())));
+        assert_eq!(types("decoder", "past_key_values.1.value"), Some((DType::F32, rows.to_owned())));
+        assert_eq!(types("decoder", "present.0.key_scale"), None);
+    }
+    workspace.export("plain", "fp32", &["--kv-cache", "fp32"]).output();
+    let manifest = fs::read_to_string(workspace.path("fp32").join("bundle.json")).unwrap();
+    assert!(!manifest.contains("kv_cache") && !manifest.contains("decoder_kv_int8"), "{manifest}");
+    let run = workspace.export("plain", "none", &["--kv-cache", "int4"]);
+    assert!(run.err.contains("fp32, int8"), "{run:?}");
 }
 
 #[test]

@@ -36,16 +36,27 @@ pub enum CachedRows {
     },
 }
 
+/// Keys and values of one layer, `[batch, G, rows, d]`.
+#[derive(Clone)]
+pub struct LayerCache {
+    /// Keys, rotated, and values: fp32, or int8 where there are scales.
+    pub rows: [Value; 2],
+    /// What the entries of either count in, `[batch, G, 1, d]`.
+    pub scales: Option<[Value; 2]>,
+}
+
 /// What attention yields.
 pub struct Attended {
     /// What the second half of the layer goes on with.
     pub residual: Residual,
     /// Rotated queries `[batch, sequence, H * d]`.
     pub query: Value,
-    /// Rotated keys `[batch, G, rows, d]`.
+    /// Rotated keys of past and new rows, `[batch, G, rows, d]`.
     pub key: Value,
-    /// Values `[batch, G, rows, d]`.
+    /// Values of past and new rows, `[batch, G, rows, d]`.
     pub value: Value,
+    /// What the entries of keys and values count in, where the past was of 8-bit integers.
+    pub scales: Option<[Value; 2]>,
 }
 
 impl<'a> Rows<'a> {
@@ -70,12 +81,15 @@ impl<'a> Rows<'a> {
 
     /// The first half of layer `layer`, over `x [batch * sequence, D]` and, where the rows have a cache, the keys and
     /// values in `past`.
-    pub fn attend(&self, layer: &Scope, x: &Value, past: Option<[&Value; 2]>) -> Attended {
+    pub fn attend(&self, layer: &Scope, x: &Value, past: Option<&LayerCache>) -> Attended {
         let (query, key, value) = self.projections(layer, x);
         let attn = self.model.attention_scope(layer);
-        let (mixed, key_cache, value_cache) = match (&self.cache, past) {
+        let (mixed, cache) = match (&self.cache, past) {
             (Some(cache), Some(past)) => self.attention_with_past(&attn, [&query, &key, &value], cache, past),
-            _ => causal_attention(self.model, &attn, [&query, &key, &value]),
+            _ => {
+                let (mixed, key, value) = causal_attention(self.model, &attn, [&query, &key, &value]);
+                (mixed, LayerCache { rows: [key, value], scales: None })
+            }
         };
         let projected = self.model.attention_output(layer, &mixed.flatten_rows());
         let residual = self.model.residual(layer, x, &projected);
@@ -84,7 +98,8 @@ impl<'a> Rows<'a> {
         layer.tap("attn.v", &value);
         layer.tap("attn.out", &mixed);
         layer.tap("attn_residual", &residual.stream);
-        Attended { residual, query, key: key_cache, value: value_cache }
+        let LayerCache { rows: [key, value], scales } = cache;
+        Attended { residual, query, key, value, scales }
     }
 
     /// Only the keys and values of layer `layer` for `x [batch * sequence, D]`, `[batch, G, sequence, d]`, keys rotated.
@@ -124,28 +139,52 @@ impl<'a> Rows<'a> {
         attn: &Scope,
         [query, key, value]: [&Value; 3],
         cache: &CachedRows,
-        past: [&Value; 2],
-    ) -> (Value, Value, Value) {
+        past: &LayerCache,
+    ) -> (Value, LayerCache) {
         let arch = self.model.arch;
         match cache {
             CachedRows::Growing { visible } => {
                 let query4 = heads_first(query, arch.num_heads());
                 // Joined outside of the operator: NVIDIA's parser takes one without inputs and outputs for a cache.
-                let joined = |past: &Value, new: &Value| {
-                    let new = heads_first(new, arch.num_kv_heads());
-                    attn.concat(&[past, &new], 2)
+                let (numbers, cache) = match &past.scales {
+                    None => {
+                        let joined =
+                            |past: &Value, new| attn.concat(&[past, &heads_first(new, arch.num_kv_heads())], 2);
+                        let rows = [joined(&past.rows[0], key), joined(&past.rows[1], value)];
+                        (rows.clone(), LayerCache { rows, scales: None })
+                    }
+                    Some(scales) => {
+                        let joined = [0, 1].map(|part| {
+                            let new = heads_first([key, value][part], arch.num_kv_heads());
+                            functions::append(attn, &past.rows[part], &scales[part], &new)
+                        });
+                        let scales = Some(joined.each_ref().map(|part| part.scale.clone()));
+                        let rows = joined.each_ref().map(|part| part.entries.clone());
+                        (joined.map(|part| part.numbers), LayerCache { rows, scales })
+                    }
                 };
-                let (key, value) = (joined(past[0], key), joined(past[1], value));
-                let mixed = query4.attention_over(&key, &value, Some(visible));
-                (rows_first(&mixed, query.dim(2)), key, value)
+                let mixed = query4.attention_over(&numbers[0], &numbers[1], Some(visible));
+                (rows_first(&mixed, query.dim(2)), cache)
             }
             CachedRows::InPlace { past_length } => {
                 let out = (DType::F32, query.shape().to_vec());
-                let cache = (DType::F32, past[0].shape().to_vec());
-                let inputs = [query, key, value, past[0], past[1], past_length];
-                let results =
-                    attn.call(&functions::CACHED_ATTENTION, &inputs, heads(arch), vec![out, cache.clone(), cache]);
-                (results[0].clone(), results[1].clone(), results[2].clone())
+                let like = |value: &Value| (value.dtype(), value.shape().to_vec());
+                let mut inputs = vec![query, key, value, &past.rows[0], &past.rows[1]];
+                let mut results = vec![out, like(&past.rows[0]), like(&past.rows[1])];
+                let operator = match &past.scales {
+                    None => &functions::CACHED_ATTENTION,
+                    Some(scales) => {
+                        inputs.extend(scales);
+                        results.extend(scales.iter().map(like));
+                        &functions::CACHED_ATTENTION_INT8
+                    }
+                };
+                inputs.push(past_length);
+                let attributes = if past.scales.is_none() { heads(arch) } else { Vec::new() };
+                let results = attn.call(operator, &inputs, attributes, results);
+                let pair = |first: usize| Some([results.get(first)?.clone(), results.get(first + 1)?.clone()]);
+                let rows = pair(1).unwrap_or_else(|| past.rows.clone());
+                (results[0].clone(), LayerCache { rows, scales: pair(3) })
             }
         }
     }

@@ -10,7 +10,7 @@ pub mod rope;
 mod transformer;
 mod unflatten;
 
-pub use attention::{Attended, CachedRows, Rows};
+pub use attention::{Attended, CachedRows, LayerCache, Rows};
 pub use mamba::Mamba;
 pub use nodes::{AttendedNodes, Group, Nodes};
 pub use transformer::{Residual, Transformer};

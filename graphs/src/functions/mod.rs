@@ -4,6 +4,7 @@
 //! held to it.
 
 mod attention;
+mod attention_int8;
 mod linear;
 mod merge_cache;
 mod quantized;
@@ -13,6 +14,8 @@ mod swiglu;
 mod topk_prune;
 
 pub use attention::{CACHED_ATTENTION, CAUSAL_ATTENTION};
+pub use attention_int8::CACHED_ATTENTION_INT8;
+pub(crate) use attention_int8::{append, dequantized};
 pub use linear::{LINEAR, LINEAR_BIAS};
 pub use merge_cache::MERGE_CACHE;
 pub(crate) use merge_cache::merge_rows;

@@ -1,13 +1,20 @@
 //! The baseline, and what every method ends in: a decoder that continues from a cache.
 
 use super::{Graphs, Source};
-use crate::blocks::{CachedRows, Rows, Target, unflatten};
+use crate::blocks::{CachedRows, LayerCache, Rows, Target, unflatten};
 use crate::dtype::DType;
+use crate::functions::dequantized;
 use crate::onnx::{Dim, Scope, Value};
+use crate::precision::KvCache;
+
+/// Name of the decoder's graph.
+pub const DECODER: &str = "decoder";
+/// Name of the graph of the decoder whose cache holds 8-bit integers.
+pub const DECODER_KV_INT8: &str = "decoder_kv_int8";
 
 /// The graphs of the method.
 pub fn graphs(source: &Source) -> Graphs {
-    Graphs::from([("decoder".to_owned(), decoder(source, 0))])
+    Graphs::from([(DECODER.to_owned(), decoder(source, 0, KvCache::Fp32))])
 }
 
 /// The decoder with past, under the names the ecosystem uses.
@@ -21,24 +28,36 @@ pub fn graphs(source: &Source) -> Graphs {
 ///
 /// The bottom `injected_layers` attend to a compressed context between attention and MLP, if there are any: inputs
 /// `injected.<l>.key` and `.value [batch, G, injected, d]`, as [`crate::blocks::Transformer::cross_attend`] takes them.
-pub fn decoder(source: &Source, injected_layers: usize) -> Scope {
-    let g = source.graph("decoder");
+///
+/// With a cache of 8-bit integers, past, present and injected keys and values are int8, each with the input or output
+/// `<name>_scale [batch, G, 1, d]` that its entries count in; see [`crate::functions::CACHED_ATTENTION_INT8`].
+pub fn decoder(source: &Source, injected_layers: usize, kv_cache: KvCache) -> Scope {
+    let g = source.graph(match kv_cache {
+        KvCache::Fp32 => DECODER,
+        KvCache::Int8 => DECODER_KV_INT8,
+    });
     let (arch, model) = (&source.arch, source.decoder());
     let [batch, sequence] = [Dim::from("batch"), Dim::from("sequence")];
     let rows_of = |name| g.input(name, DType::I64, &[batch.clone(), sequence.clone()]);
     let (ids, positions) = (rows_of("input_ids"), rows_of("position_ids"));
     let keep = g.input("num_logits_to_keep", DType::I64, &[1.into()]);
-    let (past, cache) = past_inputs(&g, source, arch.num_layers(), &positions);
+    let (past, cache) = past_inputs(&g, source, arch.num_layers(), &positions, kv_cache);
     let injected_shape = [batch.clone(), arch.num_kv_heads().into(), "injected".into(), arch.head_dim().into()];
     let injected: Vec<[Value; 2]> = (0..injected_layers)
-        .map(|l| ["key", "value"].map(|part| g.input(&format!("injected.{l}.{part}"), DType::F32, &injected_shape)))
+        .map(|l| {
+            let LayerCache { rows, scales } = cache_input(&g, &format!("injected.{l}"), &injected_shape, kv_cache);
+            match scales {
+                None => rows,
+                Some(scales) => [0, 1].map(|part| dequantized(&g, &rows[part], &scales[part])),
+            }
+        })
         .collect();
     let rows = Rows::new(&g, &model, &positions, cache);
     let mut x = model.embed(&g, &ids);
     g.tap("embed", &x);
-    for (l, [past_key, past_value]) in past.iter().enumerate() {
+    for (l, past) in past.iter().enumerate() {
         let layer = model.layer(&g, l);
-        let attended = rows.attend(&layer, &x, Some([past_key, past_value]));
+        let attended = rows.attend(&layer, &x, Some(past));
         let residual = match injected.get(l) {
             Some(context) => model.cross_attend(&layer, &attended.residual, &positions, context.each_ref()),
             None => attended.residual,
@@ -49,6 +68,9 @@ pub fn decoder(source: &Source, injected_layers: usize) -> Scope {
         x = model.mlp_residual(&layer, &residual);
         g.output(&format!("present.{l}.key"), &attended.key);
         g.output(&format!("present.{l}.value"), &attended.value);
+        for (part, scale) in ["key", "value"].iter().zip(attended.scales.iter().flatten()) {
+            g.output(&format!("present.{l}.{part}_scale"), scale);
+        }
     }
     let kept = g.concat(&[&positions.shape_at_run_time(0, 1), &g.ints(&[-1, arch.vocab_size() as i64])], 0);
     let logits = model.head(&g, &x).within(&g).reshape_as(&kept, &[batch, "kept".into(), arch.vocab_size().into()]);
@@ -63,21 +85,36 @@ pub(super) fn past_inputs(
     source: &Source,
     layers: usize,
     positions: &Value,
-) -> (Vec<[Value; 2]>, Option<CachedRows>) {
+    kv_cache: KvCache,
+) -> (Vec<LayerCache>, Option<CachedRows>) {
     let arch = &source.arch;
     let (extent, in_place) = match source.target {
         Target::OrtCpu => ("capacity", Some(g.input("past_length", DType::I64, &[1.into()]))),
         Target::Portable => ("past", None),
     };
     let shape = [positions.dim(0), arch.num_kv_heads().into(), extent.into(), arch.head_dim().into()];
-    let past: Vec<[Value; 2]> = (0..layers)
-        .map(|l| ["key", "value"].map(|part| g.input(&format!("past_key_values.{l}.{part}"), DType::F32, &shape)))
-        .collect();
+    let past: Vec<LayerCache> =
+        (0..layers).map(|l| cache_input(g, &format!("past_key_values.{l}"), &shape, kv_cache)).collect();
     let cache = in_place.map_or_else(
-        || past.first().map(|[key, _]| CachedRows::Growing { visible: visible_rows(g, key, positions) }),
+        || past.first().map(|past| CachedRows::Growing { visible: visible_rows(g, &past.rows[0], positions) }),
         |past_length| Some(CachedRows::InPlace { past_length }),
     );
     (past, cache)
+}
+
+/// Inputs for the keys and values of one layer, `shape` being `[batch, G, rows, d]`.
+fn cache_input(g: &Scope, name: &str, shape: &[Dim; 4], kv_cache: KvCache) -> LayerCache {
+    let both = |suffix: &str, dtype, shape: &[Dim; 4]| {
+        ["key", "value"].map(|part| g.input(&format!("{name}.{part}{suffix}"), dtype, shape))
+    };
+    let [batch, groups, _, width] = shape.clone();
+    match kv_cache {
+        KvCache::Fp32 => LayerCache { rows: both("", DType::F32, shape), scales: None },
+        KvCache::Int8 => LayerCache {
+            rows: both("", DType::I8, shape),
+            scales: Some(both("_scale", DType::F32, &[batch, groups, 1.into(), width])),
+        },
+    }
 }
 
 /// `[sequence, past + sequence]`: new row `t` sees the past and the new rows up to itself.

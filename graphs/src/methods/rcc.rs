@@ -10,6 +10,7 @@ use crate::dtype::DType;
 use crate::functions::{self, select_rows};
 use crate::onnx::{Dim, Scope, Value};
 use crate::plan::rcc::RccSettings;
+use crate::precision::KvCache;
 
 /// The graphs of the method: `encoder`, `slots` and `decoder`.
 pub fn graphs(source: &Source, model: &RccModel, settings: RccSettings) -> Graphs {
@@ -151,7 +152,7 @@ pub fn slots(source: &Source) -> Scope {
     let maps = g.input("maps", DType::F32, &shape);
     let positions = g.input("position_ids", DType::I64, &[batch, slots]);
     let inner = layers.saturating_sub(1);
-    let (past, cache) = plain::past_inputs(&g, source, inner, &positions);
+    let (past, cache) = plain::past_inputs(&g, source, inner, &positions, KvCache::Fp32);
     let rows = Rows::new(&g, &model, &positions, cache);
     let map = |i: usize| {
         let g = g.scope("maps");
@@ -161,9 +162,9 @@ pub fn slots(source: &Source) -> Scope {
     };
     let mut x = map(0);
     g.tap("embed", &x);
-    for (l, [past_key, past_value]) in past.iter().enumerate() {
+    for (l, past) in past.iter().enumerate() {
         let layer = model.layer(&g, l);
-        let attended = rows.attend(&layer, &x, Some([past_key, past_value]));
+        let attended = rows.attend(&layer, &x, Some(past));
         x = model.mlp_residual(&layer, &attended.residual).within(&layer) + map(l + 1);
         layer.tap("injected", &x);
         g.output(&format!("present.{l}.key"), &attended.key);

@@ -2,10 +2,12 @@
 //! fp32.
 
 mod float16;
+mod kv_cache;
 mod quantize;
 
 pub use crate::onnx::Arithmetic;
 pub use float16::{Decision, Keep, float16};
+pub use kv_cache::KvCache;
 pub use quantize::quantize;
 
 use crate::dtype::DType;

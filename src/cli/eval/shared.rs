@@ -142,7 +142,7 @@ impl CommonArguments {
         let (engine, operators) = (self.engine.name(), self.engine.operators());
         let target = serde_json::to_value(manifest.target)?;
         let engine = Settings::from([
-            ("engine".to_owned(), format!("{engine} {}, {operators} operators", manifest.precision)),
+            ("engine".to_owned(), format!("{engine} {}, {operators} operators", manifest.numbers())),
             ("target".to_owned(), target.as_str().unwrap_or_default().to_owned()),
         ]);
         let session = Session { contenders: &contenders, tokenizer, engine, explain };

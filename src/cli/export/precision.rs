@@ -2,7 +2,7 @@
 
 use accordion::precision::Recipe;
 use accordion_calibration::ranges::Calibrator;
-use accordion_graphs::precision::Precision;
+use accordion_graphs::precision::{KvCache, Precision};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 
@@ -35,6 +35,17 @@ pub(super) struct PrecisionArguments {
     /// Matrices that stay as they are: those with this word in their names; may be given several times
     #[arg(long, value_name = "WORD")]
     keep_float: Vec<String>,
+    /// What numbers keys and values are kept in behind a context, while tokens are decoded
+    #[arg(long, value_enum, default_value_t = KvCacheName::Fp32)]
+    kv_cache: KvCacheName,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KvCacheName {
+    /// Single precision
+    Fp32,
+    /// 8-bit integers with a scale per head and channel: a quarter of the memory
+    Int8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -78,6 +89,10 @@ impl PrecisionArguments {
             smooth: !self.no_smoothing,
             max_error: self.max_error,
             emulated: self.emulate,
+            kv_cache: match self.kv_cache {
+                KvCacheName::Fp32 => KvCache::Fp32,
+                KvCacheName::Int8 => KvCache::Int8,
+            },
         }
     }
 }

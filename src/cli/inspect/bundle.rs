@@ -7,6 +7,7 @@ use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::onnx::{GraphSignature, ValueInfo, module_pattern};
 use accordion_graphs::plan::sharedllm::Quirks;
+use accordion_graphs::precision::KvCache;
 use serde::Serialize;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -19,6 +20,9 @@ pub(super) struct Description<'b> {
     method: &'b Method,
     target: Target,
     precision: &'b str,
+    kv_cache: KvCache,
+    #[serde(skip)]
+    numbers: String,
     architecture: &'b Architecture,
     #[serde(skip_serializing_if = "Option::is_none")]
     compressor: Option<&'b Compressor>,
@@ -112,6 +116,8 @@ pub(super) fn describe(bundle: &Bundle) -> anyhow::Result<Description<'_>> {
         method: &manifest.method,
         target: manifest.target,
         precision: manifest.precision.name(),
+        kv_cache: manifest.kv_cache,
+        numbers: manifest.numbers(),
         architecture: &manifest.architecture,
         compressor: manifest.compressor.as_ref(),
         fingerprint: &manifest.fingerprint,
@@ -139,7 +145,7 @@ impl Described for Description<'_> {
             Target::Portable => "any runtime",
             Target::OrtCpu => "ONNX Runtime's CPU provider",
         };
-        rows.push(("graphs for", format!("{target}, {}", self.precision)));
+        rows.push(("graphs for", format!("{target}, {}", self.numbers)));
         rows.extend(architecture(self.architecture));
         rows.extend(self.compressor.iter().flat_map(|compressor| compressor::rows(compressor, self.architecture)));
         for file in &self.weights {

@@ -85,7 +85,7 @@ impl QualityArguments {
         let rows = paths.iter().zip(&bundles).zip(qualities).map(|((path, bundle), quality)| QualityRow {
             bundle: path.to_path_buf(),
             method: bundle.manifest().method.name().to_owned(),
-            precision: bundle.manifest().precision.to_string(),
+            precision: bundle.manifest().numbers(),
             quality,
         });
         let report = QualityReport {

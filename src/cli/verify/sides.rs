@@ -18,7 +18,7 @@ use accordion::verify::weights::finite_weights;
 use accordion::verify::{Findings, VerifyError};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
-use accordion_graphs::precision::Precision;
+use accordion_graphs::precision::{KvCache, Precision};
 use std::path::Path;
 
 /// The other side of a comparison, opened.
@@ -241,12 +241,14 @@ fn graphs_of(bundle: &Bundle, engine: &EngineArguments) -> String {
         Target::Portable => "portable",
         Target::OrtCpu => "ort-cpu",
     };
-    format!("{} {} ({target} graphs)", engine.name(), bundle.manifest().precision)
+    format!("{} {} ({target} graphs)", engine.name(), bundle.manifest().numbers())
 }
 
 /// What the graphs of `bundle` compute in, as far as bounds tell it apart: integers are held to those of the coarsest floats.
 fn precision_of(bundle: &Bundle) -> DType {
-    match bundle.manifest().precision {
+    let manifest = bundle.manifest();
+    match manifest.precision {
+        _ if manifest.kv_cache == KvCache::Int8 => DType::Bf16,
         Precision::Fp32 => DType::F32,
         Precision::Fp16 => DType::F16,
         _ => DType::Bf16,

@@ -2,6 +2,7 @@
 
 use super::super::array::{Scope, split_heads};
 use super::super::attention::full_attention;
+use super::super::cache::KeyValue;
 use super::super::llama::Llama;
 use super::super::rope::{Frequencies, Rotary};
 use super::super::weights::{Linear, Weights, rms_norm};
@@ -29,27 +30,35 @@ impl CrossAttention {
         })
     }
 
-    /// `x [L, D]` with what its rows find in all of the context added to it.
+    /// `x [L, D]` with what its rows find in all of the context added to it. Where the context is `rounded`, so are keys that
+    /// are rotated back by the rotation of the queries, which then need none.
     pub(super) fn attend(
         &self,
         upper: &Llama,
         x: &Array2<f32>,
-        injected: &Injected,
+        (injected, rounded): (&Injected, bool),
         layer: usize,
         taps: &mut Scope<'_>,
     ) -> Result<Array2<f32>> {
         let &architecture::Llama { head_dim, rms_norm_eps, .. } = upper.architecture();
         let rows = injected.rows(layer);
-        let queries = query_rotation(upper, injected.chunks(), x.nrows(), injected.quirks)?;
+        let rotation = |rows, backwards| {
+            query_rotation(upper, injected.chunks(), (rows, x.nrows() == 1), injected.quirks, backwards)
+        };
         // On top of the rotation inside the node that the keys have already.
         let keys = upper.rotary(&injected.key_positions());
         let q = self.q_proj.apply(&rms_norm(x, &self.layernorm, rms_norm_eps as f32));
-        let q = queries.apply(&split_heads(&q, head_dim));
-        let k = keys.apply(&rows.k);
-        let out = full_attention(&q, &k, &rows.v);
+        let (q, k) = (split_heads(&q, head_dim), keys.apply(&rows.k));
+        let (q, KeyValue { k, v, .. }) = if rounded {
+            let k = rotation(rows.rows(), true)?.apply(&k);
+            (q, KeyValue::new(k, rows.v).rounded())
+        } else {
+            (rotation(x.nrows(), false)?.apply(&q), KeyValue::new(k, rows.v))
+        };
+        let out = full_attention(&q, &k, &v);
         taps.tap_rows("cross.q", &q)?;
         taps.tap_rows("cross.k", &k)?;
-        taps.tap_rows("cross.v", &rows.v)?;
+        taps.tap_rows("cross.v", &v)?;
         taps.tap("cross.out", &out)?;
         let residual = x + &self.o_proj.apply(&out);
         taps.tap("cross_residual", &residual)?;
@@ -73,19 +82,26 @@ pub(super) fn key_positions(chunks: usize, kept_per_chunk: usize, quirks: Quirks
     (0..chunks * kept_per_chunk).map(|row| position(row) as i64).collect()
 }
 
-/// The rotation of `rows` queries. As released, a single one is rotated by one angle in all pairs of dimensions (Q5): its
-/// position is looked up in the angles of that position.
-fn query_rotation(upper: &Llama, chunks: usize, rows: usize, quirks: Quirks) -> Result<Rotary> {
+/// The rotation of queries for `rows` rows, or the one back. As released, a `single` query is rotated by one angle in all pairs
+/// of dimensions (Q5): its position is looked up in the angles of that position.
+fn query_rotation(
+    upper: &Llama,
+    chunks: usize,
+    (rows, single): (usize, bool),
+    quirks: Quirks,
+    backwards: bool,
+) -> Result<Rotary> {
+    let sign = if backwards { -1 } else { 1 };
     let architecture::Llama { head_dim, ref rope, .. } = *upper.architecture();
     let position = query_position(chunks);
-    if rows != 1 || quirks == Quirks::Fixed {
-        return Ok(upper.rotary(&vec![position; rows]));
+    if !single || quirks == Quirks::Fixed {
+        return Ok(upper.rotary(&vec![sign * position; rows]));
     }
     if chunks + 1 >= head_dim {
         return Err(ReferenceError::SingleTokenRotation { chunks, most: head_dim.saturating_sub(2) });
     }
     let Frequencies { inv_freq, .. } = Frequencies::new(rope, head_dim, position);
-    let angle = position as f32 * inv_freq[(chunks + 1) % inv_freq.len()];
+    let angle = (sign * position) as f32 * inv_freq[(chunks + 1) % inv_freq.len()];
     Ok(Rotary::of_angle(angle, rows, inv_freq.len()))
 }
 

@@ -51,7 +51,7 @@ impl Injected {
                 part(&chunks[row / kept])[[head, row % kept, i]]
             })
         };
-        KeyValue { k: flat(|kv| &kv.k), v: flat(|kv| &kv.v) }
+        KeyValue::new(flat(|kv| &kv.k), flat(|kv| &kv.v))
     }
 }
 

@@ -99,6 +99,8 @@ fn check(upper: &architecture::Llama, SharedLlmModel { lower, injected_layers }:
 #[derive(Debug, Clone)]
 pub struct RunningText<'a> {
     injected: &'a Injected,
+    /// Whether keys and values are kept as 8-bit integers, those of the context as well.
+    rounded: bool,
     /// Keys and values of all that was fed.
     pub cache: Cache,
 }
@@ -106,7 +108,13 @@ pub struct RunningText<'a> {
 impl<'a> RunningText<'a> {
     /// An empty text.
     pub fn new(model: &SharedLlm, injected: &'a Injected) -> Self {
-        Self { injected, cache: model.upper.empty_cache() }
+        Self { injected, rounded: false, cache: model.upper.empty_cache() }
+    }
+
+    /// The same, with keys and values that are kept as 8-bit integers from here on.
+    #[must_use]
+    pub fn rounded(self) -> Self {
+        Self { cache: self.cache.rounded(), rounded: true, ..self }
     }
 
     /// The position of the next token. The context does not take part in the count.
@@ -133,7 +141,8 @@ impl<'a> RunningText<'a> {
             let mut taps = taps.within(&format!("layers.{layer}."));
             let mut attended = upper.attention_half(layer, &hidden, &rotary, Some(past), &mut taps)?;
             if let Some(cross) = model.cross.get(layer) {
-                attended.residual = cross.attend(upper, &attended.residual, self.injected, layer, &mut taps)?;
+                attended.residual =
+                    cross.attend(upper, &attended.residual, (self.injected, self.rounded), layer, &mut taps)?;
             }
             hidden = upper.mlp_half(layer, &attended.residual, &mut taps)?;
             grown.layers.push(attended.kv);

@@ -213,7 +213,7 @@ fn plain_rows(case: &HomerCase) -> Option<usize> {
 /// Generated text is left to the teacher's tokens, which take the same way without depending on each other.
 pub(super) fn compare(name: &str, case: &HomerCase, plan: &HomerPlan, found: &Tensors) -> Findings {
     let dtype = case.dtype;
-    let mut judge = Judge::new(Rc::new(move |kind| Bounds::golden(kind, dtype)));
+    let mut judge = Judge::new(Rc::new(move |_, kind| Bounds::golden(kind, dtype)));
     judge.prefix = format!("{name}.");
     // Only what the authors' code recorded is asked for: the graphs have far more.
     let mut recorded: Vec<&String> = case.expected.keys().filter(|name| Detail::All.includes(name)).collect();

@@ -206,7 +206,7 @@ struct Held<'a> {
 
 impl<'a> Held<'a> {
     fn new(side: &'a str, found: &'a Tensors, dtype: DType) -> Self {
-        let mut judge = Judge::new(Rc::new(move |kind| Bounds::golden(kind, dtype)));
+        let mut judge = Judge::new(Rc::new(move |_, kind| Bounds::golden(kind, dtype)));
         judge.prefix = format!("{side}.");
         judge.begin(false);
         Self { judge, side, found }

@@ -19,6 +19,7 @@ use crate::dtype::DType;
 use crate::onnx::{Dim, Scope, Value};
 use crate::plan::PlanError;
 use crate::plan::sharedllm::{Level, SharedLlmSettings};
+use crate::precision::KvCache;
 
 /// The graphs of the method: `compress`, `compress_masked` and `decoder`.
 ///
@@ -31,7 +32,7 @@ pub fn graphs(source: &Source, model: &SharedLlmModel, settings: SharedLlmSettin
     Ok(Graphs::from([
         ("compress".to_owned(), compress("compress", false)),
         ("compress_masked".to_owned(), compress("compress_masked", true)),
-        ("decoder".to_owned(), plain::decoder(source, model.injected_layers)),
+        ("decoder".to_owned(), plain::decoder(source, model.injected_layers, KvCache::Fp32)),
     ]))
 }
 
