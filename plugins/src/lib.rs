@@ -42,6 +42,7 @@ pub const DOMAIN: &str = "ai.accordion";
 pub fn domain() -> ort::Result<OperatorDomain> {
     Operators::new(DOMAIN)?
         .add(attention::GroupQueryAttention)?
+        .add(attention::GroupQueryAttentionBf16)?
         .add(linear::Linear)?
         .add(linear::LinearBias)?
         .add(linear_block::LinearBlock4)?
