@@ -12,7 +12,7 @@ mod strided_compress;
 mod swiglu;
 mod topk_prune;
 
-pub use attention::{CACHED_ATTENTION, CAUSAL_ATTENTION};
+pub use attention::{CACHED_ATTENTION, CACHED_ATTENTION_BF16, CAUSAL_ATTENTION, CAUSAL_ATTENTION_BF16};
 pub use linear::{LINEAR, LINEAR_BIAS};
 pub use merge_cache::MERGE_CACHE;
 pub(crate) use merge_cache::merge_rows;
