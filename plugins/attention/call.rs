@@ -52,6 +52,8 @@ impl Call<'_> {
             visible: past + first + 1,
             keys: &self.key[cache.clone()],
             values: &self.value[cache],
+            // Logits in base 2, so that the softmax needs no multiplication of its own.
+            scale: self.scale * LOG2_E,
         }
     }
 
@@ -74,14 +76,10 @@ impl Call<'_> {
         MEMORY.with_borrow_mut(|memory| {
             let block = self.block(head, range.start);
             let rows = range.len() * block.group;
-            // Logits in base 2, so that the softmax needs no multiplication of its own.
-            let scale = self.scale * LOG2_E;
             let width = block.group * block.dim;
             let queries = memory.queries.at_least(rows * block.dim);
             for (t, to) in range.zip(queries.chunks_exact_mut(width)) {
-                for (to, from) in to.iter_mut().zip(&self.query[self.row(head, t)]) {
-                    *to = from * scale;
-                }
+                to.copy_from_slice(&self.query[self.row(head, t)]);
             }
             block.attend(rows, keys, memory);
             finish(memory)

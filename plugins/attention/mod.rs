@@ -3,6 +3,7 @@
 mod block;
 mod cache;
 mod call;
+mod halves;
 mod kernels;
 mod operator;
 mod softmax;
@@ -10,12 +11,16 @@ mod softmax;
 mod tests;
 mod tile;
 
-pub use operator::GroupQueryAttention;
+pub use operator::{GroupQueryAttention, GroupQueryAttentionBf16};
 
 use self::call::Call;
+use self::halves::rounded;
 use self::kernels::Kernels;
 use crate::parallel::{ParallelError, ParallelFor};
 use crate::simd::Level;
+
+/// Rows of queries, positions times heads of a group, from which on it is worth making pairs of the keys and values they see.
+const WORTH_PAIRING: usize = 16;
 
 /// Largest supported head dimension.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -79,6 +84,15 @@ pub struct Outputs<'a> {
     pub present_key: &'a mut [f32],
     /// `[B, G, S', d]`.
     pub present_value: &'a mut [f32],
+}
+
+/// What queries, keys and values are multiplied as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Factors {
+    /// As they are.
+    F32,
+    /// Rounded to bfloat16.
+    Bf16,
 }
 
 /// Why a call was refused.
@@ -150,12 +164,28 @@ pub fn attend(
     outputs: Outputs<'_>,
     threads: &dyn ParallelFor,
 ) -> Result<(), AttentionError> {
-    attend_at(Level::detect(), geometry, inputs, outputs, threads)
+    attend_at(Level::detect(), Factors::F32, geometry, inputs, outputs, threads)
 }
 
-/// [`attend`] with the kernels of one instruction set, or of the widest narrower one that this processor has.
+/// [`attend`] with queries, new keys and new values rounded to bfloat16, and stored as that. Weights may be rounded, too,
+/// before they meet the values.
+///
+/// # Errors
+///
+/// As [`attend`].
+pub fn attend_bf16(
+    geometry: &Geometry,
+    inputs: &Inputs<'_>,
+    outputs: Outputs<'_>,
+    threads: &dyn ParallelFor,
+) -> Result<(), AttentionError> {
+    attend_at(Level::detect(), Factors::Bf16, geometry, inputs, outputs, threads)
+}
+
+/// [`attend`] or [`attend_bf16`] with the kernels of one instruction set, or of the widest narrower one that this processor has.
 fn attend_at(
     level: Level,
+    factors: Factors,
     geometry: &Geometry,
     inputs: &Inputs<'_>,
     outputs: Outputs<'_>,
@@ -186,8 +216,12 @@ fn attend_at(
         Past::InPlace => [None, None],
         Past::Copied { key, value, capacity } => [Some((key, capacity)), Some((value, capacity))],
     };
-    let key = cache::append(geometry, inputs.key, past_key, present_key, threads)?;
-    let value = cache::append(geometry, inputs.value, past_value, present_value, threads)?;
-    let call = Call { kernels: Kernels::of(level), geometry, query: inputs.query, key, value, scale: inputs.scale };
+    let [query, key, value] =
+        [inputs.query, inputs.key, inputs.value].map(|numbers| rounded(numbers, factors == Factors::Bf16));
+    let key = cache::append(geometry, &key, past_key, present_key, threads)?;
+    let value = cache::append(geometry, &value, past_value, present_value, threads)?;
+    let many = factors == Factors::Bf16 && rows * geometry.group() >= WORTH_PAIRING;
+    let kernels = many.then(|| Kernels::of_bf16(level, head_dim)).flatten().unwrap_or_else(|| Kernels::of(level));
+    let call = Call { kernels, geometry, query: &query, key, value, scale: inputs.scale };
     Ok(call.run(output, threads)?)
 }

@@ -7,56 +7,75 @@ use ort::operator::{
 };
 use ort::value::TensorElementType::{Float32, Int64};
 
-use super::{Geometry, Inputs, Outputs, Past, attend};
+use super::{AttentionError, Geometry, Inputs, Outputs, Past, attend, attend_bf16};
 use crate::operator::{
     error, expect_shape, input, integer, length, optional_input, output, output_like_first_input, tensor,
 };
-use crate::parallel::SessionThreads;
+use crate::parallel::{ParallelFor, SessionThreads};
 
-/// The operator of `contract.md`, for the CPU provider.
-#[derive(Debug, Clone, Copy)]
-pub struct GroupQueryAttention;
+/// [`attend`] or [`attend_bf16`].
+type Attend = fn(&Geometry, &Inputs<'_>, Outputs<'_>, &dyn ParallelFor) -> Result<(), AttentionError>;
 
-impl Operator for GroupQueryAttention {
-    type Kernel<'attr> = BoxedKernel<'attr>;
+macro_rules! operator {
+    ($(#[$doc:meta])* $operator:ident, $attend:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy)]
+        pub struct $operator;
 
-    fn name(&self) -> &'static str {
-        "GroupQueryAttention"
-    }
+        impl Operator for $operator {
+            type Kernel<'attr> = BoxedKernel<'attr>;
 
-    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
-        [
-            OperatorInput::required(Float32),
-            OperatorInput::required(Float32),
-            OperatorInput::required(Float32),
-            OperatorInput::optional(Float32),
-            OperatorInput::optional(Float32),
-            OperatorInput::optional(Int64),
-        ]
-    }
+            fn name(&self) -> &'static str {
+                stringify!($operator)
+            }
 
-    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
-        [OperatorOutput::required(Float32), OperatorOutput::required(Float32), OperatorOutput::required(Float32)]
-    }
+            fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+                let past = [Float32, Float32, Int64].map(OperatorInput::optional);
+                [Float32; 3].map(OperatorInput::required).into_iter().chain(past)
+            }
 
-    fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<Self::Kernel<'attr>> {
-        let heads = integer(context, "num_heads")?;
-        let kv_heads = integer(context, "kv_num_heads")?;
-        if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
-            return Err(error(format!(
-                "num_heads is {heads} and kv_num_heads is {kv_heads}: expected a positive multiple of kv_num_heads"
-            )));
+            fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+                [Float32; 3].map(OperatorOutput::required)
+            }
+
+            fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<Self::Kernel<'attr>> {
+                kernel($attend, context)
+            }
+
+            fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
+                output_like_first_input(context)
+            }
         }
-        let scale = context.get::<f32>("scale");
-        Ok(Box::new(move |context: &ComputeContext| compute(context, heads, kv_heads, scale)))
-    }
-
-    fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        output_like_first_input(context)
-    }
+    };
 }
 
-fn compute(context: &ComputeContext, heads: usize, kv_heads: usize, scale: Option<f32>) -> ort::Result<()> {
+operator! {
+    /// The operator of `contract.md`, for the CPU provider.
+    GroupQueryAttention, attend
+}
+operator! {
+    /// The operator of `contract.md` over numbers of type bfloat16, for the CPU provider.
+    GroupQueryAttentionBf16, attend_bf16
+}
+
+fn kernel<'attr>(attend: Attend, context: &KernelContext<'attr>) -> ort::Result<BoxedKernel<'attr>> {
+    let heads = integer(context, "num_heads")?;
+    let kv_heads = integer(context, "kv_num_heads")?;
+    if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+        return Err(error(format!(
+            "num_heads is {heads} and kv_num_heads is {kv_heads}: expected a positive multiple of kv_num_heads"
+        )));
+    }
+    let scale = context.get::<f32>("scale");
+    Ok(Box::new(move |context: &ComputeContext| compute(context, attend, [heads, kv_heads], scale)))
+}
+
+fn compute(
+    context: &ComputeContext,
+    attend: Attend,
+    [heads, kv_heads]: [usize; 2],
+    scale: Option<f32>,
+) -> ort::Result<()> {
     let (query, key, value) = (input(context, 0, "query")?, input(context, 1, "key")?, input(context, 2, "value")?);
     let ([batch, rows, width], query) = tensor::<f32, 3>(&query, "query")?;
     let (key_shape, key) = tensor::<f32, 3>(&key, "key")?;

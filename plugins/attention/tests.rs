@@ -55,6 +55,7 @@ struct Case {
     seed: u64,
     /// Magnitude of the queries; large ones make one key win everything.
     magnitude: f32,
+    factors: Factors,
 }
 
 struct Run {
@@ -71,8 +72,9 @@ fn run(case: &Case, level: Level, copied: Option<usize>, threads: usize) -> Run 
     let new_key = noise(case.seed + 1, batch * rows * kv_heads * head_dim);
     let new_value = noise(case.seed + 2, batch * rows * kv_heads * head_dim);
     let past_capacity = past + copied.unwrap_or(0);
-    let past_key = noise(case.seed + 3, batch * kv_heads * past_capacity * head_dim);
-    let past_value = noise(case.seed + 4, batch * kv_heads * past_capacity * head_dim);
+    let as_factors = |numbers: Vec<f32>| rounded(&numbers, case.factors == Factors::Bf16).into_owned();
+    let past_key = as_factors(noise(case.seed + 3, batch * kv_heads * past_capacity * head_dim));
+    let past_value = as_factors(noise(case.seed + 4, batch * kv_heads * past_capacity * head_dim));
 
     // What the cache must hold in the end; NaN wherever nothing may be read.
     let complete = |past_rows: &[f32], new: &[f32]| {
@@ -91,9 +93,10 @@ fn run(case: &Case, level: Level, copied: Option<usize>, threads: usize) -> Run 
         }
         cache
     };
-    let (full_key, full_value) = (complete(&past_key, &new_key), complete(&past_value, &new_value));
+    let full_key = complete(&past_key, &as_factors(new_key.clone()));
+    let full_value = complete(&past_value, &as_factors(new_value.clone()));
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let expected = naive(&geometry, &query, &full_key, &full_value, scale);
+    let expected = naive(&geometry, &as_factors(query.clone()), &full_key, &full_value, scale);
 
     let (mut key, mut value) = if copied.is_some() {
         (vec![f32::NAN; full_key.len()], vec![f32::NAN; full_value.len()])
@@ -115,6 +118,7 @@ fn run(case: &Case, level: Level, copied: Option<usize>, threads: usize) -> Run 
     let mut output = vec![f32::NAN; query.len()];
     attend_at(
         level,
+        case.factors,
         &geometry,
         &Inputs { query: &query, key: &new_key, value: &new_value, past, scale },
         Outputs { output: &mut output, present_key: &mut key, present_value: &mut value },
@@ -164,7 +168,7 @@ proptest! {
         // with the logits, which reach magnitude * sqrt(d) / 3 here.
         let magnitude = if large { 100.0 } else { 1.0 };
         let tolerance = if large { 2e-4 } else { 2e-6 };
-        let case = Case { geometry, seed, magnitude };
+        let case = Case { geometry, seed, magnitude, factors: Factors::F32 };
         for level in Level::available() {
             assert_close(&run(&case, level, None, 2), tolerance, &format!("{level:?} in place"));
             assert_close(&run(&case, level, Some(3), 1), tolerance, &format!("{level:?} copied"));
@@ -173,10 +177,27 @@ proptest! {
 
     #[test]
     fn does_not_depend_on_the_threads(geometry in geometries(), seed in 0u64..1000) {
-        let case = Case { geometry, seed, magnitude: 3.0 };
-        let one = run(&case, Level::detect(), None, 1);
-        let three = run(&case, Level::detect(), None, 3);
-        prop_assert!(one.output.iter().zip(&three.output).all(|(a, b)| a.to_bits() == b.to_bits()));
+        for factors in [Factors::F32, Factors::Bf16] {
+            let case = Case { geometry, seed, magnitude: 3.0, factors };
+            let one = run(&case, Level::detect(), None, 1);
+            let three = run(&case, Level::detect(), None, 3);
+            prop_assert!(one.output.iter().zip(&three.output).all(|(a, b)| a.to_bits() == b.to_bits()));
+        }
+    }
+
+    #[test]
+    fn multiplies_what_is_rounded_at_every_level(geometry in geometries(), seed in 0u64..1000, large in any::<bool>()) {
+        // Values are at most 1. Weights lose at most half a unit in the last of 8 bits, each by itself.
+        let magnitude = if large { 100.0 } else { 1.0 };
+        let case = Case { geometry, seed, magnitude, factors: Factors::Bf16 };
+        for level in Level::available() {
+            assert_close(&run(&case, level, None, 2), 2.2e-3, &format!("{level:?} in place"));
+            assert_close(&run(&case, level, Some(3), 1), 2.2e-3, &format!("{level:?} copied"));
+        }
+        // Only what is worth pairing is: elsewhere nothing but the order of additions differs.
+        if geometry.rows * geometry.group() < WORTH_PAIRING && !large {
+            assert_close(&run(&case, Level::detect(), None, 2), 2e-6, "few rows");
+        }
     }
 }
 
@@ -186,7 +207,7 @@ fn long_rows_with_huge_logits_stay_finite() {
     for level in Level::available() {
         for rows in [3, 40] {
             let geometry = Geometry { rows, past: 5003 - rows, ..geometry };
-            let run = run(&Case { geometry, seed: 7, magnitude: 1e4 }, level, None, 2);
+            let run = run(&Case { geometry, seed: 7, magnitude: 1e4, factors: Factors::F32 }, level, None, 2);
             // One key wins; the others' weights are far below what f32 can hold.
             assert_close(&run, 2e-2, &format!("{level:?}"));
         }
@@ -201,6 +222,7 @@ fn scalar_rows(level: Level, keys: &[f32]) -> Vec<f32> {
     let (mut output, mut present_key, mut present_value) = (vec![0.0; rows], vec![0.0; rows], vec![0.0; rows]);
     attend_at(
         level,
+        Factors::F32,
         &geometry,
         &Inputs { query: &vec![1.0; rows], key: keys, value: &value, past: Past::InPlace, scale: 1.0 },
         Outputs { output: &mut output, present_key: &mut present_key, present_value: &mut present_value },

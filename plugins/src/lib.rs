@@ -45,6 +45,7 @@ pub fn domain() -> ort::Result<OperatorDomain> {
     Operators::new(DOMAIN)?
         .add(attention::GroupQueryAttention)?
         .add(attention_int8::GroupQueryAttentionInt8)?
+        .add(attention::GroupQueryAttentionBf16)?
         .add(linear::Linear)?
         .add(linear::LinearBias)?
         .add(linear_block::LinearBlock4)?

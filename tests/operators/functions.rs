@@ -1,9 +1,11 @@
 //! Operators against the bodies of their functions: the same graph, with our kernels and without.
 
 use super::model::{call, session, stock_session};
-use super::{noise, run, tensor};
+use super::{integers, noise, run, tensor};
 use accordion_graphs::dtype::DType;
-use accordion_graphs::functions::{LINEAR, LINEAR_BIAS, SELECTIVE_SCAN, SWIGLU};
+use accordion_graphs::functions::{
+    CACHED_ATTENTION_BF16, CAUSAL_ATTENTION_BF16, LINEAR, LINEAR_BIAS, SELECTIVE_SCAN, SWIGLU,
+};
 use accordion_graphs::onnx::Operator;
 use ort::value::DynValue;
 
@@ -69,6 +71,39 @@ fn kernels_agree_with_the_bodies_of_their_functions() {
             assert!((found - expected).abs() <= 1e-5, "{what}: {found} at {i}, expected {expected}");
         }
         assert!(expected.1.iter().any(|x| x.abs() > 0.1), "{what}: nothing is computed");
+    }
+}
+
+#[test]
+fn attention_rounds_what_its_body_rounds() {
+    let (heads, groups, dim) = (4, 2, 64);
+    // Few rows are multiplied in single precision, and many in pairs, whose weights lose half a unit in the last of 8 bits.
+    for (past, rows, bound) in [(0, 5, 1e-5), (0, 77, 2.2e-3), (40, 1, 1e-5), (40, 130, 2.2e-3)] {
+        let mut inputs: Vec<Input> = [("query", heads), ("key", groups), ("value", groups)]
+            .map(|(name, heads)| (name, vec![1, rows, heads * dim]))
+            .into();
+        let cache = vec![1, groups, past + rows, dim];
+        let operator = if past == 0 { &CAUSAL_ATTENTION_BF16 } else { &CACHED_ATTENTION_BF16 };
+        if past > 0 {
+            inputs.extend([("past_key", cache.clone()), ("past_value", cache.clone())]);
+        }
+        let mut types: Vec<_> = inputs.iter().map(|(name, shape)| (*name, DType::F32, shape.len())).collect();
+        types.extend((past > 0).then_some(("past_length", DType::I64, 1)));
+        let attributes = vec![("num_heads", heads.into()), ("kv_num_heads", groups.into())];
+        let bytes = call(operator, &types, attributes, &[(DType::F32, 3), (DType::F32, 4), (DType::F32, 4)]).unwrap();
+        let [found, expected] = [session(&bytes, 2), stock_session(&bytes, 2)].map(|session| {
+            let mut values = feed(&inputs);
+            values.extend((past > 0).then(|| ("past_length", integers(&[past as i64]))));
+            run(&mut session.unwrap(), values).unwrap()
+        });
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(found.0, expected.0, "{past} + {rows}: shape of output {i}");
+            let bound = if i == 0 { bound } else { 0.0 };
+            let worst = found.1.iter().zip(&expected.1).fold(0.0_f32, |worst, (a, b)| worst.max((a - b).abs()));
+            assert!(worst <= bound, "{past} + {rows}: output {i} is off by {worst}");
+        }
+        let kept = &found[1].1[past * dim..(past + 1) * dim];
+        assert!(kept.iter().all(|x| x.to_bits() & 0xffff == 0), "{past} + {rows}: keys are stored rounded");
     }
 }
 

@@ -6,6 +6,7 @@ use crate::dtype::DType;
 use crate::onnx::{Attribute, Dim, Operator, Scope, Value};
 
 const NAME: &str = "GroupQueryAttention";
+const NAME_BF16: &str = "GroupQueryAttentionBf16";
 const HEADS: [&str; 2] = ["num_heads", "kv_num_heads"];
 
 /// Queries, keys and values of one call: `[batch, sequence, heads * d]`.
@@ -34,9 +35,22 @@ fn group_query_attention(g: &Scope, [q, k, v]: &[Value; 3], past: Option<[&Value
 pub const CAUSAL_ATTENTION: Operator = Operator { name: NAME, attributes: &HEADS, body: causal_attention };
 
 fn causal_attention(g: &Scope) {
-    let qkv = projections(g);
+    causal(g, &projections(g));
+}
+
+/// [`CAUSAL_ATTENTION`] over queries, keys and values that are rounded to bfloat16: so are the keys and values that come out.
+/// Graphs whose linear layers round activations to 8 bits have it in place of the other.
+pub const CAUSAL_ATTENTION_BF16: Operator =
+    Operator { name: NAME_BF16, attributes: &HEADS, body: |g| causal(g, &projections(g).map(|x| rounded(&x))) };
+
+fn causal(g: &Scope, qkv: &[Value; 3]) {
     let rows = qkv[0].shape_at_run_time(1, 2);
-    group_query_attention(g, &qkv, None, &rows, "sequence".into());
+    group_query_attention(g, qkv, None, &rows, "sequence".into());
+}
+
+/// The nearest numbers of type bfloat16.
+fn rounded(x: &Value) -> Value {
+    x.cast(DType::Bf16).cast(DType::F32)
 }
 
 /// `GroupQueryAttention(query, key, value, past_key, past_value, past_length [1])`: as [`CAUSAL_ATTENTION`], after the first
@@ -45,10 +59,18 @@ fn causal_attention(g: &Scope) {
 pub const CACHED_ATTENTION: Operator = Operator { name: NAME, attributes: &HEADS, body: cached_attention };
 
 fn cached_attention(g: &Scope) {
-    let qkv = projections(g);
+    cached(g, &projections(g));
+}
+
+/// [`CACHED_ATTENTION`] over queries and new keys and values that are rounded to bfloat16: so are those that are written
+/// behind the past, which is taken as it is.
+pub const CACHED_ATTENTION_BF16: Operator =
+    Operator { name: NAME_BF16, attributes: &HEADS, body: |g| cached(g, &projections(g).map(|x| rounded(&x))) };
+
+fn cached(g: &Scope, qkv: &[Value; 3]) {
     let cache = ["batch".into(), "kv_heads".into(), "capacity".into(), "head".into()];
     let past = ["past_key", "past_value"].map(|name| g.input(name, DType::F32, &cache));
     let past_length = g.input("past_length", DType::I64, &[1.into()]);
     let total = past_length + qkv[0].shape_at_run_time(1, 2);
-    group_query_attention(g, &qkv, Some([&past[0], &past[1]]), &total, "capacity".into());
+    group_query_attention(g, qkv, Some([&past[0], &past[1]]), &total, "capacity".into());
 }

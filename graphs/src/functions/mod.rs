@@ -13,7 +13,7 @@ mod strided_compress;
 mod swiglu;
 mod topk_prune;
 
-pub use attention::{CACHED_ATTENTION, CAUSAL_ATTENTION};
+pub use attention::{CACHED_ATTENTION, CACHED_ATTENTION_BF16, CAUSAL_ATTENTION, CAUSAL_ATTENTION_BF16};
 pub use attention_int8::CACHED_ATTENTION_INT8;
 pub(crate) use attention_int8::{append, dequantized};
 pub use linear::{LINEAR, LINEAR_BIAS};

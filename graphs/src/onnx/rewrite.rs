@@ -3,7 +3,7 @@
 use super::modules::module_path;
 use super::scope::{GraphData, NodeData};
 use super::serialize::QuantizedLinear;
-use super::{Scope, Value};
+use super::{DOMAIN, Operator, Scope, Value};
 use crate::dtype::DType;
 use crate::weights::WeightIndex;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -80,6 +80,22 @@ impl Scope {
         }
         self.graph.borrow_mut().drop_unused_tensors();
         self.relink(weights);
+    }
+
+    /// Makes calls of `operator` with `inputs` inputs calls of `other`, which takes and gives the same.
+    pub(crate) fn replace_calls(&self, operator: &Operator, inputs: usize, other: &Operator) {
+        let mut replaced = false;
+        for node in &mut self.graph.borrow_mut().nodes {
+            if node.domain == DOMAIN && node.op == operator.name && node.inputs.len() == inputs {
+                node.name = node.name.replace(&format!("{}/", node.op), &format!("{}/", other.name));
+                other.name.clone_into(&mut node.op);
+                replaced = true;
+            }
+        }
+        if replaced {
+            self.define(other);
+            self.graph.borrow_mut().drop_unused_tensors();
+        }
     }
 
     fn matrix_use<'n>(

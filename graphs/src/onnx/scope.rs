@@ -302,6 +302,13 @@ impl Scope {
         attributes: Vec<(&'static str, Attribute)>,
         results: Vec<(DType, Vec<Dim>)>,
     ) -> Vec<Value> {
+        self.define(operator);
+        let inputs: Vec<Option<&Value>> = inputs.iter().map(|v| Some(*v)).collect();
+        self.node_in(super::DOMAIN, operator.name, &inputs, attributes, results)
+    }
+
+    /// Makes `operator` known to the model, if it is not yet.
+    pub(super) fn define(&self, operator: &Operator) {
         let known = self.graph.borrow().functions.contains_key(operator.name);
         if !known {
             match Function::new(operator) {
@@ -311,8 +318,6 @@ impl Scope {
                 Err(error) => self.fail(error.to_string()),
             }
         }
-        let inputs: Vec<Option<&Value>> = inputs.iter().map(|v| Some(*v)).collect();
-        self.node_in(super::DOMAIN, operator.name, &inputs, attributes, results)
     }
 
     fn new_value(&self, name: String, dtype: DType, shape: Vec<Dim>) -> Value {

@@ -4,8 +4,8 @@ use super::{MatrixForm, MatrixPart};
 use crate::blocks::Target;
 use crate::dtype::DType;
 use crate::functions::{
-    LINEAR_BLOCK_4, LINEAR_BLOCK_8, LINEAR_INT8, LINEAR_INT8_PER_TOKEN, linear_block, linear_int8,
-    linear_int8_per_token,
+    CACHED_ATTENTION, CACHED_ATTENTION_BF16, CAUSAL_ATTENTION, CAUSAL_ATTENTION_BF16, LINEAR_BLOCK_4, LINEAR_BLOCK_8,
+    LINEAR_INT8, LINEAR_INT8_PER_TOKEN, linear_block, linear_int8, linear_int8_per_token,
 };
 use crate::onnx::{Dim, MatrixUse, Operator, Scope, Value};
 use crate::weights::WeightIndex;
@@ -14,6 +14,9 @@ use std::rc::Rc;
 
 /// Replaces the matrices of `graph` that `forms` names, shapes `[out, in]`, by their parts in `weights`, which also holds
 /// every other tensor of the graph. A matrix whose rows are looked up as well must be in blocks.
+///
+/// Where activations become integers of 8 bits, causal attention for ONNX Runtime multiplies numbers of 8 significant bits
+/// as well: with as many of them to a vector as fp32 has, it would take longer than all linear layers.
 pub fn quantize(
     graph: &Scope,
     target: Target,
@@ -28,6 +31,10 @@ pub fn quantize(
         }
         MatrixUse::Gather { weight, ids } => Some(Matrix::new(g, weight, forms)?.rows(ids)),
     });
+    if forms.values().any(|(form, _)| matches!(form, MatrixForm::Int8 { .. } | MatrixForm::Int8PerToken { .. })) {
+        graph.replace_calls(&CAUSAL_ATTENTION, 3, &CAUSAL_ATTENTION_BF16);
+        graph.replace_calls(&CACHED_ATTENTION, 6, &CACHED_ATTENTION_BF16);
+    }
 }
 
 /// A quantized matrix in a place of a graph.
