@@ -1,7 +1,7 @@
 //! The key-value cache: behind the past, one row per new position.
 
 use super::Geometry;
-use crate::parallel::{ParallelError, ParallelFor, SharedSlice};
+use crate::parallel::{ParallelError, ParallelFor, SharedSlice, Threads};
 
 /// Positions that one task copies.
 const COPY_ROWS: usize = 512;
@@ -23,6 +23,9 @@ pub(super) fn append<'a>(
     let first = if past.is_some() { 0 } else { past_rows };
     let last = if past.is_some() { capacity } else { past_rows + rows };
     let chunks = (last - first).div_ceil(COPY_ROWS);
+    // A step appends a row per head: done before another thread has noticed.
+    let here = batch * kv_heads * (last - first) <= COPY_ROWS;
+    let threads = if here { &Threads(1) } else { threads };
     let shared = SharedSlice::new(&mut *present);
     threads.run(batch * kv_heads * chunks, &|task| {
         let (head, chunk) = (task / chunks, task % chunks);

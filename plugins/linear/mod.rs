@@ -16,7 +16,7 @@ use crate::simd::{Level, Portable, Simd, total};
 pub const MAX_ROWS: usize = 4;
 
 /// Weight elements per task: long enough runs for the hardware to prefetch, short enough to share among threads.
-const TASK: usize = 32 * 1024;
+const TASK: usize = 128 * 1024;
 
 /// Weight rows that are read side by side, so that additions do not wait for each other.
 const SIDE_BY_SIDE: usize = 4;

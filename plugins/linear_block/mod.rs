@@ -27,8 +27,12 @@ pub const MIN_BLOCK: usize = 16;
 /// Weight rows that are read side by side, so that additions do not wait for each other.
 const SIDE_BY_SIDE: usize = 4;
 
-/// Numbers of the weight per task: long enough runs for the hardware to prefetch, short enough to share among threads.
+/// Numbers of the weight that are expanded per task.
 const TASK: usize = 32 * 1024;
+
+/// Numbers of the weight per task at most, for few rows. With less to do than this, what another thread takes over is
+/// done before it has noticed, and in smaller pieces the hardware prefetches worse.
+const DOT_TASK: usize = 512 * 1024;
 
 /// Why a call was refused.
 #[derive(Debug, thiserror::Error)]
@@ -192,7 +196,7 @@ fn linear_block_at<const BITS: u8>(
         unsafe { (kernels.arrange)(x, to) };
     }
     let x = arranged.get();
-    let per_task = (TASK / inner).next_multiple_of(SIDE_BY_SIDE).max(SIDE_BY_SIDE);
+    let per_task = outer.div_ceil((outer * inner).div_ceil(DOT_TASK)).next_multiple_of(SIDE_BY_SIDE);
     let output = SharedSlice::new(output);
     let result = threads.run(outer.div_ceil(per_task), &|task| {
         let (start, end) = (task * per_task, outer.min((task + 1) * per_task));

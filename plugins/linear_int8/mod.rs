@@ -25,8 +25,8 @@ const MAX_DOT_ROWS: usize = 4;
 /// Weight rows that are read side by side, so that additions do not wait for each other.
 const SIDE_BY_SIDE: usize = 4;
 
-/// Bytes of the weight per task for few rows.
-const DOT_TASK: usize = 32 * 1024;
+/// Bytes of the weight per task at most, for few rows: as in `linear_block`.
+const DOT_TASK: usize = 512 * 1024;
 
 /// Rows of activations per task for many.
 const TASK_ROWS: usize = 96;
@@ -211,7 +211,7 @@ fn few(
     output: &mut [f32],
     threads: &dyn ParallelFor,
 ) -> Result<(), ParallelError> {
-    let per_task = (DOT_TASK / inner).next_multiple_of(SIDE_BY_SIDE).max(SIDE_BY_SIDE);
+    let per_task = outer.div_ceil((outer * inner).div_ceil(DOT_TASK)).next_multiple_of(SIDE_BY_SIDE);
     let (numbers, starts, scales) = (quantized.numbers.get(), quantized.starts.get(), quantized.scales.get());
     let output = SharedSlice::new(output);
     threads.run(outer.div_ceil(per_task), &|task| {
