@@ -15,7 +15,7 @@ use accordion::tensorrt::{BuiltProfile, ExecutionOptions, Flavour, TensorRt, Ten
 use accordion_graphs::dtype::DType;
 use accordion_graphs::onnx::{ValueInfo, tap_outputs};
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -27,15 +27,16 @@ const ON_HOST: [&str; 7] =
     ["keep", "prefix_length", "suffix_length", "num_logits_to_keep", "first_chunk", "num_chunks", "query_index"];
 
 /// Compiles a library of this folder: aside and renamed, because another process may use it.
-fn compile(name: &str, source: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("tensorrt-{source}"));
+fn compile(name: &str, source: &str, more: &[&OsStr]) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("tensorrt-{}", source.replace('/', "-")));
     std::fs::create_dir_all(&folder).unwrap();
     let library = tempfile::NamedTempFile::new_in(&folder).unwrap().into_temp_path();
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     let output = Command::new(&compiler)
         .args(["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"])
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tensorrt").join(source))
-        .arg(format!("-Wl,-soname,{name}"))
+        .arg(format!("-Wl,-Bsymbolic,-soname,{name}"))
+        .args(more)
         .arg("-o")
         .arg::<&Path>(&library)
         .arg("-ldl")
@@ -49,12 +50,48 @@ fn compile(name: &str, source: &str) -> PathBuf {
 
 pub(crate) fn driver() -> &'static Path {
     static DRIVER: OnceLock<PathBuf> = OnceLock::new();
-    DRIVER.get_or_init(|| compile("libcuda.so", "driver.cpp"))
+    DRIVER.get_or_init(|| compile("libcuda.so", "driver.cpp", &[]))
 }
 
 pub(crate) fn shim() -> &'static Path {
     static SHIM: OnceLock<PathBuf> = OnceLock::new();
-    SHIM.get_or_init(|| compile("libaccordion_shim.so", "double.cpp"))
+    SHIM.get_or_init(|| compile("libaccordion_shim.so", "double.cpp", &[]))
+}
+
+/// NVIDIA's library as far as the shim calls it, and the shim, both compiled with NVIDIA's headers.
+pub(crate) fn nvidia(headers: &Path) -> &'static [PathBuf; 2] {
+    static LIBRARIES: OnceLock<[PathBuf; 2]> = OnceLock::new();
+    LIBRARIES.get_or_init(|| {
+        let unused = tempfile::tempdir().unwrap();
+        let classes = std::fs::read_to_string(headers.join("NvInferImpl.h")).unwrap();
+        let unused_h = ["Runtime", "CudaEngine", "ExecutionContext"].map(|class| unused_functions(&classes, class));
+        std::fs::write(unused.path().join("unused.h"), unused_h.concat()).unwrap();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("plugins/tensorrt");
+        let includes: [&OsStr; 7] = [
+            "-isystem".as_ref(),
+            headers.as_ref(),
+            "-I".as_ref(),
+            root.as_ref(),
+            "-I".as_ref(),
+            unused.path().as_ref(),
+            "-Wno-deprecated-declarations".as_ref(),
+        ];
+        let library = compile("libnvinfer.so.11", "nvinfer.cpp", &includes);
+        [library, compile("libaccordion_shim.so", "../../plugins/tensorrt/shim.cpp", &includes)]
+    })
+}
+
+/// A class whose functions are all those that `V<class>` in NVIDIA's header wants, and end the process.
+fn unused_functions(header: &str, class: &str) -> String {
+    let (_, body) = header.split_once(&format!("class V{class} : public VRoot")).unwrap();
+    let (body, _) = body.split_once("\n};").unwrap();
+    let code: String = body.lines().map(|line| line.split("//").next().unwrap_or_default().to_owned() + " ").collect();
+    let functions = code.split(';').filter_map(|declaration| declaration.trim_end().strip_suffix("= 0"));
+    let functions = functions.filter_map(|declaration| Some(declaration.split_once("virtual")?.1.to_owned()));
+    let stubs: String = functions.map(|function| format!("{function} override {{ unexpected(); }}\n")).collect();
+    format!(
+        "namespace nvinfer1 {{ struct Unused{class} : apiv::V{class} {{\n{stubs}}}; }}\nusing nvinfer1::Unused{class};\n"
+    )
 }
 
 /// A function of a library that stays open, and whose symbols others find.
@@ -80,6 +117,13 @@ pub(crate) struct Machine {
     live: unsafe extern "C" fn() -> u64,
 }
 
+/// Tells a library with the double in it whom to ask.
+fn register(library: &Path) {
+    let register: unsafe extern "C" fn(*const Callbacks) = function(library, c"accordion_double_register");
+    // SAFETY: the functions are copied.
+    unsafe { register(&raw const CALLBACKS) };
+}
+
 /// Bytes that were copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Copied {
@@ -94,9 +138,7 @@ impl Machine {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let copied = function(driver(), c"emulated_driver_copied");
         let live = function(driver(), c"emulated_driver_live");
-        let register: unsafe extern "C" fn(*const Callbacks) = function(shim(), c"accordion_double_register");
-        // SAFETY: the double copies the functions.
-        unsafe { register(&raw const CALLBACKS) };
+        register(shim());
         Self { _turn: turn, device: Device::open(0).unwrap(), copied, live }
     }
 
@@ -110,6 +152,7 @@ impl Machine {
 
     /// Buffers that have not been freed.
     pub(crate) fn live(&self) -> u64 {
+        self.device.wait().unwrap();
         // SAFETY: it only counts.
         unsafe { (self.live)() }
     }
@@ -120,11 +163,27 @@ impl Machine {
         bundle: &'b Bundle,
         options: &ExecutionOptions,
     ) -> Result<TensorRt<'b>, TensorRtError> {
-        let nowhere = PathBuf::from("/nowhere");
-        let [library, parser, headers] = [(); 3].map(|()| nowhere.clone());
-        let toolkit = Toolkit { flavour: Flavour::TensorRt, library, parser, headers };
-        let shim = Shim::open_compiled(&toolkit, shim())?;
+        self.loader_of(bundle, [Path::new("/nowhere"), shim()], options)
+    }
+
+    /// What loads them through the shim `shim` over NVIDIA's `library`.
+    fn loader_of<'b>(
+        &self,
+        bundle: &'b Bundle,
+        [library, shim]: [&Path; 2],
+        options: &ExecutionOptions,
+    ) -> Result<TensorRt<'b>, TensorRtError> {
+        let [library, parser, headers] = [(); 3].map(|()| library.to_owned());
+        let shim = Shim::open_compiled(&Toolkit { flavour: Flavour::TensorRt, library, parser, headers }, shim)?;
         TensorRt::new(bundle, shim, self.device.clone(), options)
+    }
+
+    /// Engines of `bundle` through the shim itself, compiled with the headers of this version.
+    pub(crate) fn engines_of_nvidia<'b>(&self, bundle: &'b Bundle, headers: &Path) -> Engines<'b> {
+        let [library, shim] = nvidia(headers);
+        register(library);
+        let loader = self.loader_of(bundle, [library, shim], &ExecutionOptions::default());
+        Engines::new(bundle, Box::new(loader.unwrap()))
     }
 
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle) -> Engines<'b> {

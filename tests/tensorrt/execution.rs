@@ -6,7 +6,7 @@
 //! ```
 
 use super::double::{Build, Copied, Machine, build, driver, portable, shim};
-use super::goldens;
+use super::{goldens, prepared};
 use accordion::bundle::{Bundle, MethodSettings};
 use accordion::checkpoint::config_json;
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
@@ -17,6 +17,7 @@ use accordion::pipeline::prompt::PromptIds;
 use accordion::precision::Recipe;
 use accordion::tensor::Tensor;
 use accordion::tensorrt::ExecutionOptions;
+use accordion::tensorrt::engines::sha256;
 use accordion::tensorrt::ranges::Workload;
 use accordion::verify::golden::{self, Tensors};
 use accordion_graphs::blocks::Target;
@@ -211,6 +212,34 @@ fn a_prompt_of_the_built_lengths_is_served() {
         let expected = run(&mut Engines::new(&subject.bundle, Box::new(portable(&subject.bundle))));
         assert!(run(&mut machine.engines(&subject.bundle)) == expected);
     }
+}
+
+/// The same through the shim itself, compiled with NVIDIA's headers over a library of such classes.
+#[test]
+#[ignore = "needs NVIDIA's headers: tests/tensorrt/prepare"]
+fn the_shim_hands_on_what_it_is_given() {
+    let machine = Machine::open();
+    let headers = prepared("headers/TRT-Enterprise-11.4");
+    for subject in [Subject::plain().built(), Subject::homer().built()] {
+        let prompt = subject.prompt();
+        let run = |engines: &mut Engines<'_>| {
+            let state = subject.compression().compress(engines, &prompt, &mut |_, _| {}).unwrap();
+            let mut sequence = Sequence::continue_from(engines, &state, 0, Continuation::Next).unwrap();
+            (0..4).map(|id| sequence.forward(engines, &[id], 1).unwrap().to_f32()).collect::<Vec<_>>()
+        };
+        let expected = run(&mut Engines::new(&subject.bundle, Box::new(portable(&subject.bundle))));
+        assert!(run(&mut machine.engines_of_nvidia(&subject.bundle, &headers)) == expected);
+        assert_eq!(machine.live(), 0);
+    }
+    let subject = Subject::plain().built();
+    let plan = subject.bundle.dir().join("engines/tensorrt-11.4.0/decoder.plan");
+    let text = std::fs::read_to_string(&plan).unwrap();
+    std::fs::write(&plan, "nothing").unwrap();
+    let record = plan.with_file_name("engines.json");
+    let hashes = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, hashes.replace(&sha256(text.as_bytes()), &sha256(b"nothing"))).unwrap();
+    let error = read(&mut machine.engines_of_nvidia(&subject.bundle, &headers), 4).unwrap_err();
+    assert_eq!(error, "graph 'decoder': a plan of another library");
 }
 
 /// What a bundle computes of the ids `0..count`, or why not.
