@@ -3,8 +3,11 @@
 use super::output::Output;
 use accordion::bundle::Bundle;
 use accordion::pipeline::Engines;
+use accordion::runtime::Loader;
 use accordion::runtime::locate::{self, LoadOptions, LoadedRuntime};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion::runtime::ort_cuda::{self, OrtCudaOptions};
+use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::homer::HomerSettings;
 use anyhow::bail;
@@ -69,10 +72,28 @@ pub(crate) enum Operators {
     Portable,
 }
 
+/// What runs the graphs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Engine {
+    /// ONNX Runtime on the CPU
+    OrtCpu,
+    /// ONNX Runtime on an NVIDIA GPU, for bundles of --target portable
+    OrtCuda,
+}
+
 /// How graphs are run.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArguments {
+    /// What runs the graphs
+    #[arg(long, value_enum, default_value_t = Engine::OrtCpu)]
+    engine: Engine,
+    /// Number of the GPU, as nvidia-smi counts them
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    gpu: usize,
+    /// Let nodes that the GPU has no kernel for run on the CPU, with copies back and forth, instead of refusing the graph
+    #[arg(long)]
+    allow_fallback: bool,
     /// What runs the operators of the domain ai.accordion
     #[arg(long, value_enum, default_value_t = Operators::Fused)]
     operators: Operators,
@@ -81,7 +102,7 @@ pub(crate) struct EngineArguments {
 impl EngineArguments {
     /// Our kernels everywhere.
     pub(crate) fn fused() -> Self {
-        Self { operators: Operators::Fused }
+        Self { engine: Engine::OrtCpu, gpu: 0, allow_fallback: false, operators: Operators::Fused }
     }
 
     /// The same with other operators, if any are given.
@@ -91,13 +112,24 @@ impl EngineArguments {
         changed
     }
 
-    /// Engines for `bundle` on ONNX Runtime's CPU provider.
+    /// Engines for `bundle`.
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle, output: &Output) -> anyhow::Result<Engines<'b>> {
-        Ok(Engines::new(bundle, Box::new(self.loader(bundle, output)?)))
+        Ok(Engines::new(bundle, self.loader(bundle, output)?))
     }
 
     /// What loads such engines.
-    pub(crate) fn loader(&self, bundle: &Bundle, output: &Output) -> anyhow::Result<OrtCpu> {
+    pub(crate) fn loader(&self, bundle: &Bundle, output: &Output) -> anyhow::Result<Box<dyn Loader>> {
+        Ok(match self.engine {
+            Engine::OrtCpu => Box::new(self.cpu_loader(bundle, output)?),
+            Engine::OrtCuda => self.cuda_loader(bundle, output)?,
+        })
+    }
+
+    /// What loads engines on the CPU, for what can be done only there.
+    pub(crate) fn cpu_loader(&self, bundle: &Bundle, output: &Output) -> anyhow::Result<OrtCpu> {
+        if self.engine != Engine::OrtCpu {
+            bail!("this is done with --engine ort-cpu only");
+        }
         let format = bundle.manifest().float16();
         if format == Some(DType::Bf16) {
             bail!(
@@ -111,7 +143,32 @@ impl EngineArguments {
         Ok(OrtCpu::new(runtime(output)?, bundle.weights().clone(), &options)?)
     }
 
-    /// The same as arguments of another process.
+    fn cuda_loader(&self, bundle: &Bundle, output: &Output) -> anyhow::Result<Box<dyn Loader>> {
+        if bundle.manifest().target != Target::Portable {
+            bail!(
+                "{}: exported for a CPU; --engine ort-cuda runs bundles of --target portable",
+                bundle.dir().display()
+            );
+        }
+        let fused = self.operators == Operators::Fused;
+        let kernels = fused.then(super::selftest::compiled_kernels).transpose()?;
+        let options = OrtCudaOptions { device: self.gpu, kernels, allow_fallback: self.allow_fallback };
+        Ok(Box::new(ort_cuda::open(runtime(output)?, bundle.weights().clone(), &options)?))
+    }
+
+    /// What runs the graphs, as arguments of another process.
+    pub(crate) fn engine_flags(&self) -> Vec<String> {
+        match self.engine {
+            Engine::OrtCpu => Vec::new(),
+            Engine::OrtCuda => {
+                let gpu = self.gpu.to_string();
+                let fallback = self.allow_fallback.then(|| "--allow-fallback".to_owned());
+                ["--engine", "ort-cuda", "--gpu", &gpu].map(str::to_owned).into_iter().chain(fallback).collect()
+            }
+        }
+    }
+
+    /// The operators, as arguments of another process.
     pub(crate) fn flags(&self) -> [&'static str; 2] {
         let operators = match self.operators {
             Operators::Fused => "fused",

@@ -6,6 +6,7 @@
 
 mod faults;
 mod ranges;
+mod resident;
 mod subject;
 
 use accordion::bundle::Bundle;

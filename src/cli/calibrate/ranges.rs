@@ -117,7 +117,7 @@ pub(super) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     };
-    let table = calibrate(&bundle, Box::new(loader), &compression, &texts, settings, &mut on_window)?;
+    let table = calibrate(&bundle, loader, &compression, &texts, settings, &mut on_window)?;
     bar.finish_and_clear();
     table.save(&arguments.output)?;
     Report::new(&arguments.output, &table, Some(started.elapsed().as_secs_f64())).print(output)

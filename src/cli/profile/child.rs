@@ -49,7 +49,7 @@ impl Arguments {
         if let Some(text) = &self.text {
             command.arg("--text").arg(text);
         }
-        command.args(engine.flags()).args(output.is_quiet().then_some("--quiet"));
+        command.args(engine.engine_flags()).args(engine.flags()).args(output.is_quiet().then_some("--quiet"));
         command.stdout(Stdio::piped()).stderr(Stdio::inherit());
         Ok(command)
     }
@@ -125,7 +125,7 @@ impl Arguments {
         measured = measured.bounded_by(self.rates(case, output)?);
         if let Some(path) = &self.trace {
             let folder = tempfile::tempdir()?;
-            let loader = self.engine.loader(bundle, output)?.tracing(folder.path().to_owned());
+            let loader = self.engine.cpu_loader(bundle, output)?.tracing(folder.path().to_owned());
             let trace = record(Engines::new(bundle, Box::new(loader)), &case.compression, &prompt, folder.path())?;
             write_aside(path, &serde_json::to_vec(&trace.events)?)?;
             measured.operators = trace.operators;
