@@ -12,18 +12,29 @@ use ort::operator::{
 use crate::operator::error;
 
 /// A domain whose operators report a panic as an error of the node.
-pub(crate) struct Operators(OperatorDomain);
+pub struct Operators(OperatorDomain);
 
 impl Operators {
-    pub(crate) fn new(name: &str) -> ort::Result<Self> {
+    /// A domain of that name.
+    ///
+    /// # Errors
+    ///
+    /// ONNX Runtime is not loaded or refuses the name.
+    pub fn new(name: &str) -> ort::Result<Self> {
         OperatorDomain::new(name).map(Self)
     }
 
-    pub(crate) fn add<O: Operator + 'static>(self, operator: O) -> ort::Result<Self> {
+    /// The domain with one operator more.
+    ///
+    /// # Errors
+    ///
+    /// ONNX Runtime refuses it.
+    pub fn add<O: Operator + 'static>(self, operator: O) -> ort::Result<Self> {
         self.0.add(Guarded(operator)).map(Self)
     }
 
-    pub(crate) fn into_domain(self) -> OperatorDomain {
+    /// As a session builder takes it.
+    pub fn into_domain(self) -> OperatorDomain {
         self.0
     }
 }

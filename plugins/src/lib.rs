@@ -18,7 +18,7 @@ pub mod linear_block;
 pub mod linear_int8;
 #[path = "../merge_cache/mod.rs"]
 pub mod merge_cache;
-mod operator;
+pub mod operator;
 pub mod parallel;
 mod scratch;
 #[path = "../selective_scan/mod.rs"]
@@ -29,7 +29,7 @@ pub mod swiglu;
 #[path = "../topk_prune/mod.rs"]
 pub mod topk_prune;
 
-use guard::Operators;
+pub use guard::Operators;
 use ort::operator::OperatorDomain;
 use std::sync::{Mutex, PoisonError};
 

@@ -1,21 +1,30 @@
-//! What the custom operators of ONNX Runtime share: reading inputs and attributes with errors that name them.
+//! What custom operators of ONNX Runtime share, those of other providers too: reading inputs and attributes with errors that name
+//! them.
 
 use ort::operator::{ComputeContext, KernelContext, ShapeInferenceContext};
 use ort::value::{PrimitiveTensorElementType, ValueRef, ValueRefMut, ValueType};
 
 /// An error of an operator, as ONNX Runtime wants it.
-pub(crate) fn error(message: impl std::fmt::Display) -> ort::Error {
+pub fn error(message: impl std::fmt::Display) -> ort::Error {
     ort::Error::new(message.to_string())
 }
 
 /// The integer attribute `name`.
-pub(crate) fn integer(context: &KernelContext<'_>, name: &str) -> ort::Result<usize> {
+///
+/// # Errors
+///
+/// The node does not have it, or it is negative.
+pub fn integer(context: &KernelContext<'_>, name: &str) -> ort::Result<usize> {
     let value = context.get::<i64>(name).ok_or_else(|| error(format!("attribute {name} is missing")))?;
     usize::try_from(value).map_err(|_| error(format!("attribute {name} is {value}, expected at least 0")))
 }
 
 /// Input `index`, which must be there.
-pub(crate) fn input<'a>(context: &'a ComputeContext, index: usize, name: &str) -> ort::Result<ValueRef<'a>> {
+///
+/// # Errors
+///
+/// The node does not have it.
+pub fn input<'a>(context: &'a ComputeContext, index: usize, name: &str) -> ort::Result<ValueRef<'a>> {
     optional_input(context, index)?.ok_or_else(|| error(format!("input {name} is missing")))
 }
 
@@ -50,12 +59,20 @@ pub(crate) fn tensor<'v, T: PrimitiveTensorElementType, const N: usize>(
 }
 
 /// Refuses a shape other than the expected one.
-pub(crate) fn expect_shape(name: &str, found: &[usize], expected: &[usize]) -> ort::Result<()> {
+///
+/// # Errors
+///
+/// It is another.
+pub fn expect_shape(name: &str, found: &[usize], expected: &[usize]) -> ort::Result<()> {
     if found == expected { Ok(()) } else { Err(error(format!("{name} has shape {found:?}, expected {expected:?}"))) }
 }
 
-/// The one element of an int64 input, a length.
-pub(crate) fn length(value: &ValueRef<'_>, name: &str) -> ort::Result<usize> {
+/// The one element of an int64 input in memory of the host, a length.
+///
+/// # Errors
+///
+/// It is no such tensor, or the length is negative.
+pub fn length(value: &ValueRef<'_>, name: &str) -> ort::Result<usize> {
     let (shape, data) = value.try_extract_tensor::<i64>()?;
     match data {
         &[value] => usize::try_from(value).map_err(|_| error(format!("{name} is {value}, expected at least 0"))),
@@ -64,7 +81,11 @@ pub(crate) fn length(value: &ValueRef<'_>, name: &str) -> ort::Result<usize> {
 }
 
 /// Output `index`, allocated with this shape.
-pub(crate) fn output<'a, const N: usize>(
+///
+/// # Errors
+///
+/// The node does not have it, or there is not as much memory.
+pub fn output<'a, const N: usize>(
     context: &'a ComputeContext,
     index: usize,
     name: &str,
@@ -74,7 +95,11 @@ pub(crate) fn output<'a, const N: usize>(
 }
 
 /// Output `index`, or `None` where the node does not have it.
-pub(crate) fn optional_output<const N: usize>(
+///
+/// # Errors
+///
+/// There is not as much memory.
+pub fn optional_output<const N: usize>(
     context: &ComputeContext,
     index: usize,
     shape: [usize; N],

@@ -1,5 +1,6 @@
 //! What several commands share: settings of the methods, opening a bundle with its engines.
 
+use super::ort_cuda::OrtCudaArguments;
 use super::output::Output;
 use super::tensorrt::TensorRtArguments;
 use accordion::bundle::Bundle;
@@ -79,6 +80,8 @@ pub(crate) enum Operators {
 pub(crate) enum EngineName {
     /// ONNX Runtime on the CPU
     OrtCpu,
+    /// ONNX Runtime on an NVIDIA GPU
+    OrtCuda,
     /// TensorRT on the GPU: engines that accordion build made
     #[value(name = "tensorrt")]
     TensorRt,
@@ -92,6 +95,7 @@ impl EngineName {
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::OrtCpu => "ort-cpu",
+            Self::OrtCuda => "ort-cuda",
             Self::TensorRt => Flavour::TensorRt.word(),
             Self::TensorRtRtx => Flavour::TensorRtRtx.word(),
         }
@@ -100,7 +104,7 @@ impl EngineName {
     /// Whose engines it runs, if they were built before.
     fn flavour(self) -> Option<Flavour> {
         match self {
-            Self::OrtCpu => None,
+            Self::OrtCpu | Self::OrtCuda => None,
             Self::TensorRt => Some(Flavour::TensorRt),
             Self::TensorRtRtx => Some(Flavour::TensorRtRtx),
         }
@@ -118,13 +122,20 @@ pub(crate) struct EngineArguments {
     #[arg(long, value_enum, default_value_t = Operators::Fused)]
     operators: Operators,
     #[command(flatten)]
+    ort_cuda: OrtCudaArguments,
+    #[command(flatten)]
     tensorrt: TensorRtArguments,
 }
 
 impl EngineArguments {
     /// ONNX Runtime on the CPU with our kernels everywhere.
     pub(crate) fn fused() -> Self {
-        Self { engine: EngineName::OrtCpu, operators: Operators::Fused, tensorrt: TensorRtArguments::default() }
+        Self {
+            engine: EngineName::OrtCpu,
+            operators: Operators::Fused,
+            ort_cuda: OrtCudaArguments::default(),
+            tensorrt: TensorRtArguments::default(),
+        }
     }
 
     /// The same with other operators, if any are given.
@@ -143,6 +154,10 @@ impl EngineArguments {
     pub(crate) fn loader<'b>(&self, bundle: &'b Bundle, output: &Output) -> anyhow::Result<Box<dyn Loader + 'b>> {
         Ok(match self.engine {
             EngineName::OrtCpu => Box::new(self.ort_cpu("this", bundle, output)?),
+            EngineName::OrtCuda => {
+                let fused = self.operators == Operators::Fused;
+                self.ort_cuda.loader(bundle, runtime(output)?, fused)?
+            }
             EngineName::TensorRt => Box::new(self.tensorrt.loader(Flavour::TensorRt, bundle)?),
             EngineName::TensorRtRtx => Box::new(self.tensorrt.loader(Flavour::TensorRtRtx, bundle)?),
         })
@@ -184,6 +199,7 @@ impl EngineArguments {
     /// What loads graphs into ONNX Runtime's CPU provider, which alone can do `what`.
     pub(crate) fn ort_cpu(&self, what: &str, bundle: &Bundle, output: &Output) -> anyhow::Result<OrtCpu> {
         ensure!(self.is_ort_cpu(), "{what} needs --engine ort-cpu, and the engine is {}", self.name());
+        self.ort_cuda.check_unused()?;
         self.tensorrt.check_unused()?;
         let format = bundle.manifest().float16();
         if format == Some(DType::Bf16) {
@@ -201,6 +217,7 @@ impl EngineArguments {
     /// The same as arguments of another process.
     pub(crate) fn flags(&self) -> Vec<OsString> {
         let mut flags = ["--engine", self.name(), "--operators", self.operators()].map(OsString::from).to_vec();
+        flags.extend(self.ort_cuda.flags());
         flags.extend(self.tensorrt.flags());
         flags
     }

@@ -19,6 +19,7 @@ mod import;
 mod inspect;
 mod method;
 mod models;
+mod ort_cuda;
 mod output;
 mod profile;
 mod report;

@@ -46,11 +46,7 @@ struct Gpu {
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
     let Hardware::Gpu(gpu) = &arguments.hardware;
-    let beside = || Some(std::env::current_exe().ok()?.parent()?.join("kernels")).filter(|folder| folder.is_dir());
-    let kernels = match gpu.kernels.clone().or_else(beside) {
-        Some(folder) => Origin::Folder(folder),
-        None => Origin::Compiler(Cache::from_environment()?.folder().join("kernels")),
-    };
+    let kernels = gpu.kernels.clone().map_or_else(compiled_kernels, |folder| Ok(Origin::Folder(folder)))?;
     let options = Options { device: gpu.device, kernels, times: !gpu.no_times };
     let bar = output.bar("opening the GPU", 0);
     let report = run_selftest(&options, &mut |step| {
@@ -65,6 +61,15 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     }
     output.result(&report, || in_words(&report))?;
     Ok(if report.passed { Outcome::Done } else { Outcome::CheckFailed })
+}
+
+/// Where compiled kernels come from, unless somebody says: the folder beside this program, or NVRTC.
+pub(super) fn compiled_kernels() -> anyhow::Result<Origin> {
+    let beside = Some(std::env::current_exe()?.with_file_name("kernels")).filter(|folder| folder.is_dir());
+    Ok(match beside {
+        Some(folder) => Origin::Folder(folder),
+        None => Origin::Compiler(Cache::from_environment()?.folder().join("kernels")),
+    })
 }
 
 /// Aside and renamed: nothing is left half-written.

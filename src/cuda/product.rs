@@ -40,6 +40,11 @@ pub struct CublasLt {
     device: Device,
 }
 
+// SAFETY: cuBLASLt lets any thread use a handle, several at a time; the device is shared as such.
+unsafe impl Send for CublasLt {}
+// SAFETY: as above.
+unsafe impl Sync for CublasLt {}
+
 /// `y [n, m] = a [n, k] w^T`, where `w` is `[m, k]`, all row-major and the rows of `a` `a_stride` elements apart.
 #[derive(Debug, Clone, Copy)]
 struct Product {

@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn names_of_files_come_back() {
-        let name = format!("{}_2026-11-20_17-00-00_123.json", crate::runtime::ort_cpu::trace_prefix(12, "merge_x.0-1"));
+        let name = format!("{}_2026-11-20_17-00-00_123.json", crate::runtime::trace_prefix(12, "merge_x.0-1"));
         assert_eq!(parse_name(&name), Some((12.0, "merge_x.0-1")));
     }
 

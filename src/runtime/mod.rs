@@ -2,10 +2,18 @@
 //!
 //! The pipeline sees only [`Engine`] and [`Loader`]; which runtime is behind them is chosen once, when they are made.
 
+pub mod bound;
+mod cuda_operators;
 pub(crate) mod dylib;
 pub mod locate;
 pub mod ort_cpu;
+pub mod ort_cuda;
+mod placement;
 pub mod resident;
+mod session;
+
+#[cfg(test)]
+pub(crate) use session::trace_prefix;
 
 use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::dtype::DType;
@@ -114,6 +122,14 @@ pub enum EngineError {
         graph: String,
         /// What the runtime said.
         message: String,
+    },
+    /// It cannot run on this machine.
+    #[error("{engine}: {reason}")]
+    Unavailable {
+        /// The engine.
+        engine: &'static str,
+        /// What is missing, and where to get it.
+        reason: String,
     },
     /// An input or output is not one of the graph's.
     #[error("graph '{graph}' has no {kind} '{name}'")]

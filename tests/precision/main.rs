@@ -7,6 +7,7 @@
 mod faults;
 mod kv_cache;
 mod ranges;
+mod resident;
 mod subject;
 
 use accordion::bundle::Bundle;

@@ -108,10 +108,11 @@ impl Value {
         self.one("IsNaN", &[], vec![], DType::Bool, self.shape().to_vec())
     }
 
-    /// `(self + other) / 2`, of any type of floating-point numbers.
+    /// `(self + other) / 2`, of one shape and any type of floating-point numbers.
     #[must_use]
     pub fn mean(&self, other: &Value) -> Value {
-        self.binary("Mean", other, self.dtype())
+        // Not `Mean`, which ONNX Runtime's CUDA provider has no kernel for.
+        self.scope().concat(&[&self.unsqueeze(0), &other.unsqueeze(0)], 0).reduce("ReduceMean", 0)
     }
 
     /// Elementwise maximum.

@@ -76,9 +76,8 @@ fn rule(node: &FloatNode) -> Rule {
         "Cos" | "Sin" => Rule::Full(ANGLES),
         "Softplus" | "Exp" => Rule::Full(RECURRENCE),
         "ReduceL2" | "Div" | "ArgMax" => Rule::Full(CHOICE),
-        "Add" | "Sub" | "Mul" | "Max" | "Mean" | "Neg" | "Pow" | "Sigmoid" | "Gelu" | "MatMul" | "GreaterOrEqual" => {
-            Rule::Follow
-        }
+        "Add" | "Sub" | "Mul" | "Max" | "ReduceMean" | "Neg" | "Pow" | "Sigmoid" | "Gelu" | "MatMul"
+        | "GreaterOrEqual" => Rule::Follow,
         "Reshape" | "Transpose" | "Slice" | "Concat" | "Expand" | "Unsqueeze" | "Gather" | "GatherND" | "Where"
         | "Identity" => Rule::Move,
         "Cast" => Rule::Full(""),

@@ -1,0 +1,225 @@
+//! The engine whose tensors stay at a place, with the CPU as the place: the code that runs on a GPU, except for what CUDA itself
+//! does. All methods compute the very bits that the engine for the CPU computes, and only what the host reads is copied to it.
+
+use crate::subject::{Subject, plain, subjects};
+use accordion::bundle::Bundle;
+use accordion::pipeline::Engines;
+use accordion::runtime::bound::{Bound, BoundOptions, Place};
+use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
+use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion::runtime::{InPlace, Loader};
+use accordion::taps::TapSink;
+use accordion::tensor::Tensor;
+use accordion::verify::VerifyError;
+use accordion::verify::bundle::{Input, Plan, engine_parts};
+use accordion::verify::parts::Parts;
+use accordion_graphs::blocks::Target;
+use accordion_graphs::precision::Precision;
+use ort::memory::MemoryInfo;
+use ort::session::builder::SessionBuilder;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+/// The host, as if it were a device.
+struct Host {
+    memory: MemoryInfo<'static>,
+    /// Bytes of every copy to the host.
+    downloads: Arc<Mutex<Vec<usize>>>,
+    uploads: Arc<Mutex<Vec<usize>>>,
+    provider: &'static str,
+}
+
+impl Place for Host {
+    type Block = Vec<u64>;
+
+    fn engine(&self) -> &'static str {
+        "host"
+    }
+
+    fn provider(&self) -> &'static str {
+        self.provider
+    }
+
+    fn memory(&self) -> &MemoryInfo<'static> {
+        &self.memory
+    }
+
+    fn provide(&self, builder: SessionBuilder) -> Result<SessionBuilder, ort::Error> {
+        Ok(builder)
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<(Vec<u64>, usize), String> {
+        self.uploads.lock().unwrap().push(bytes.len());
+        let words = bytes.chunks(8).map(|word| {
+            let mut padded = [0; 8];
+            padded[..word.len()].copy_from_slice(word);
+            u64::from_ne_bytes(padded)
+        });
+        let block: Vec<u64> = words.collect();
+        let address = block.as_ptr().addr();
+        Ok((block, address))
+    }
+
+    unsafe fn download(&self, address: usize, bytes: &mut [u8]) -> Result<(), String> {
+        self.downloads.lock().unwrap().push(bytes.len());
+        // SAFETY: the caller promises as many bytes.
+        bytes.copy_from_slice(unsafe { std::slice::from_raw_parts(address as *const u8, bytes.len()) });
+        Ok(())
+    }
+}
+
+impl Host {
+    fn new() -> Self {
+        let (downloads, uploads) = Default::default();
+        Self { memory: MemoryInfo::default(), downloads, uploads, provider: "CPUExecutionProvider" }
+    }
+
+    fn loader(self, bundle: &Bundle) -> Bound<Self> {
+        Bound::new(runtime(), bundle.weights().clone(), self, BoundOptions::default())
+    }
+}
+
+fn runtime() -> &'static LoadedRuntime {
+    load(LoadOptions::fetching(&mut |_| {})).unwrap()
+}
+
+fn portable(subject: &Subject) -> Bundle {
+    subject.exported(subject.recipe(Precision::Fp32), Target::Portable)
+}
+
+/// Every tap of every part.
+#[derive(Default)]
+struct All {
+    part: BTreeMap<String, Tensor>,
+    parts: BTreeMap<(String, String), Tensor>,
+}
+
+impl TapSink for All {
+    fn wants(&self, _name: &str) -> bool {
+        true
+    }
+
+    fn record(&mut self, name: &str, value: Tensor) {
+        self.part.insert(name.to_owned(), value);
+    }
+}
+
+impl Parts for All {
+    fn end_part(&mut self, name: &str) -> Result<(), VerifyError> {
+        let part = std::mem::take(&mut self.part).into_iter();
+        self.parts.extend(part.map(|(tap, value)| ((name.to_owned(), tap), value)));
+        Ok(())
+    }
+}
+
+fn taps(loader: impl Loader, bundle: &Bundle, input: Input<'_>) -> BTreeMap<(String, String), Tensor> {
+    let mut all = All::default();
+    engine_parts(&mut Engines::new(bundle, Box::new(loader)), &input, &mut all, &mut |_| {}).unwrap();
+    all.parts
+}
+
+#[test]
+fn every_tap_is_that_of_the_cpu_bit_for_bit() {
+    for subject in subjects() {
+        let bundle = portable(&subject);
+        let cpu = OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions::default()).unwrap();
+        let expected = taps(cpu, &bundle, subject.input());
+        let found = taps(Host::new().loader(&bundle), &bundle, subject.input());
+        assert!(expected.len() > 20, "{}: {} taps", subject.name, expected.len());
+        assert!(found.keys().eq(expected.keys()), "{}", subject.name);
+        for (name, tensor) in &expected {
+            let found = &found[name];
+            assert_eq!((found.shape(), found.bytes()), (tensor.shape(), tensor.bytes()), "{} {name:?}", subject.name);
+        }
+    }
+}
+
+/// Wants nothing: what is left is what a pipeline reads itself.
+struct Nothing;
+
+impl TapSink for Nothing {
+    fn wants(&self, _name: &str) -> bool {
+        false
+    }
+
+    fn record(&mut self, name: &str, _value: Tensor) {
+        panic!("{name} is recorded although nobody wants it");
+    }
+}
+
+impl Parts for Nothing {
+    fn end_part(&mut self, _name: &str) -> Result<(), VerifyError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn only_logits_and_the_last_positions_are_copied_to_the_host() {
+    for subject in subjects() {
+        let bundle = portable(&subject);
+        let host = Host::new();
+        let downloads = Arc::clone(&host.downloads);
+        let mut engines = Engines::new(&bundle, Box::new(host.loader(&bundle)));
+        engine_parts(&mut engines, &subject.input(), &mut Nothing, &mut |_| {}).unwrap();
+        let downloads = downloads.lock().unwrap();
+        let row = 4 * bundle.architecture().vocab_size();
+        let logits = downloads.iter().filter(|bytes| bytes.is_multiple_of(row)).count();
+        eprintln!("{} {downloads:?} {row}", subject.name);
+        let positions = usize::from(matches!(subject.input().plan, Plan::Homer(..)));
+        assert!(logits >= 5, "{}: {downloads:?}", subject.name);
+        assert_eq!(downloads.len(), logits + positions, "{}: {downloads:?}, logits have {row}", subject.name);
+    }
+}
+
+#[test]
+fn a_weight_is_copied_to_the_place_once_for_all_graphs() {
+    let subject = subjects().swap_remove(1);
+    let bundle = portable(&subject);
+    let host = Host::new();
+    let uploads = Arc::clone(&host.uploads);
+    let loader = host.loader(&bundle);
+    let graphs: Vec<&String> = bundle.manifest().graphs.keys().collect();
+    assert!(graphs.len() > 2);
+    let mut engines = Vec::new();
+    for _ in 0..2 {
+        for name in &graphs {
+            let weights = &bundle.signature(name).unwrap().weights;
+            engines.push(loader.load(name, &bundle.graph(name).unwrap(), weights).unwrap());
+        }
+    }
+    let all = graphs.iter().flat_map(|name| &bundle.signature(name).unwrap().weights);
+    let distinct: std::collections::BTreeSet<_> = all.collect();
+    assert_eq!(uploads.lock().unwrap().len(), distinct.len());
+}
+
+#[test]
+fn nodes_that_compute_elsewhere_are_refused_unless_they_may() {
+    let subject = plain("C");
+    let bundle = portable(&subject);
+    let weights = &bundle.signature("decoder").unwrap().weights;
+    let elsewhere = || Host { provider: "SomeExecutionProvider", ..Host::new() };
+    let load = |options: BoundOptions| {
+        let loader = Bound::new(runtime(), bundle.weights().clone(), elsewhere(), options);
+        loader.load("decoder", &bundle.graph("decoder").unwrap(), weights).map(drop).map_err(|e| e.to_string())
+    };
+    let error = load(BoundOptions::default()).unwrap_err();
+    for part in ["graph 'decoder'", "SomeExecutionProvider has no kernel for", "Attention", "--allow-fallback"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    // The arithmetic on lengths is not what is wrong.
+    assert!(!error.contains("Shape") && !error.contains("Unsqueeze"), "{error}");
+    load(BoundOptions { allow_fallback: true, ..BoundOptions::default() }).unwrap();
+}
+
+#[test]
+fn memory_of_the_host_is_not_updated_in_place() {
+    let subject = plain("C");
+    let bundle = portable(&subject);
+    let weights = &bundle.signature("decoder").unwrap().weights;
+    let loader = Host::new().loader(&bundle);
+    let mut engine = loader.load("decoder", &bundle.graph("decoder").unwrap(), weights).unwrap();
+    let (input, output) = ("past_key_values.0.key", "present.0.key");
+    let mut slots = [InPlace { input, output, shape: &[1, 1, 1, 1], data: &mut [0.0] }];
+    let error = engine.run(&[], &mut slots, &[]).unwrap_err().to_string();
+    assert!(error.contains(input) && error.contains("host"), "{error}");
+}
