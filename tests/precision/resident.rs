@@ -7,7 +7,7 @@ use accordion::pipeline::Engines;
 use accordion::runtime::bound::{Bound, BoundOptions, Place};
 use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
-use accordion::runtime::{InPlace, Loader};
+use accordion::runtime::{InPlace, Loader, Memory};
 use accordion::taps::TapSink;
 use accordion::tensor::Tensor;
 use accordion::verify::VerifyError;
@@ -219,7 +219,7 @@ fn memory_of_the_host_is_not_updated_in_place() {
     let loader = Host::new().loader(&bundle);
     let mut engine = loader.load("decoder", &bundle.graph("decoder").unwrap(), weights).unwrap();
     let (input, output) = ("past_key_values.0.key", "present.0.key");
-    let mut slots = [InPlace { input, output, shape: &[1, 1, 1, 1], data: &mut [0.0] }];
+    let mut slots = [InPlace { input, output, shape: &[1, 1, 1, 1], data: Memory::F32(&mut [0.0]) }];
     let error = engine.run(&[], &mut slots, &[]).unwrap_err().to_string();
     assert!(error.contains(input) && error.contains("host"), "{error}");
 }
