@@ -68,26 +68,27 @@ fn misfit_of(range: &InputRange, given: &Given<'_>) -> Option<Misfit> {
         .or_else(|| outside(Place::Value, given.value?, range.value.as_ref()?))
 }
 
-/// Of what keeps each profile from serving a call, that which comes closest to serving it: with the range of its place over all
-/// profiles, unless that contains what was found.
+/// Of what keeps each profile from serving a call, that which keeps all of them from it, with the range of its place over all
+/// profiles; the closest one to its range of several.
 fn widest(profiles: &[BuiltProfile], misfits: impl Iterator<Item = Misfit>) -> Misfit {
-    let over = |misfit: &Misfit| {
-        let [min, max] = misfit.allowed.map(|n| n as i64);
-        (misfit.found - max).max(min - misfit.found)
+    let contains = |[min, max]: [usize; 2], found| usize::try_from(found).is_ok_and(|n| (min..=max).contains(&n));
+    let widened = |misfit: Misfit| {
+        let ranges = profiles.iter().flat_map(|profile| &profile.inputs).filter(|range| range.name == misfit.input);
+        let extents = ranges.filter_map(|range| match misfit.place {
+            Place::Rank => None,
+            Place::Dimension(i) => range.shape.get(i).copied(),
+            Place::Value => range.value,
+        });
+        let all = extents.fold(misfit.allowed, |[min, max], extent| [min.min(extent.min), max.max(extent.max)]);
+        let elsewhere = contains(all, misfit.found);
+        (elsewhere, if elsewhere { misfit } else { Misfit { allowed: all, ..misfit } })
+    };
+    let order = |(elsewhere, misfit): &(bool, Misfit)| {
+        let [min, max] = misfit.allowed.map(|n| i64::try_from(n).unwrap_or(i64::MAX));
+        (*elsewhere, misfit.found.saturating_sub(max).max(min.saturating_sub(misfit.found)))
     };
     let nothing = || Misfit { input: String::new(), place: Place::Rank, found: 0, allowed: [0, 0] };
-    let mut closest = misfits.min_by_key(over).unwrap_or_else(nothing);
-    let extents = profiles.iter().flat_map(|profile| &profile.inputs).filter(|range| range.name == closest.input);
-    let extents = extents.filter_map(|range| match closest.place {
-        Place::Rank => None,
-        Place::Dimension(i) => range.shape.get(i).copied(),
-        Place::Value => range.value,
-    });
-    let all = extents.fold(closest.allowed, |[min, max], extent| [min.min(extent.min), max.max(extent.max)]);
-    if !(all[0] as i64..=all[1] as i64).contains(&closest.found) {
-        closest.allowed = all;
-    }
-    closest
+    misfits.map(widened).min_by_key(order).map_or_else(nothing, |(_, misfit)| misfit)
 }
 
 #[cfg(test)]
