@@ -29,6 +29,7 @@ impl Operators {
     /// # Errors
     ///
     /// ONNX Runtime refuses it.
+    #[allow(clippy::should_implement_trait)] // as `OperatorDomain` calls it
     pub fn add<O: Operator + 'static>(self, operator: O) -> ort::Result<Self> {
         self.0.add(Guarded(operator)).map(Self)
     }

@@ -107,14 +107,13 @@ impl<P: Place> Bound<P> {
         let failed = failed::<String>(graph);
         let tensor = self.sessions.weight(graph, weight)?;
         let mut weights = self.weights.lock().unwrap_or_else(PoisonError::into_inner);
-        let placed = match weights.get(weight) {
-            Some(placed) => Arc::clone(placed),
-            None => {
-                let (block, address) = self.place.upload(tensor.bytes()).map_err(&failed)?;
-                let placed = Arc::new(Weight { _block: block, address });
-                weights.insert(weight.to_owned(), Arc::clone(&placed));
-                placed
-            }
+        let placed = if let Some(placed) = weights.get(weight) {
+            Arc::clone(placed)
+        } else {
+            let (block, address) = self.place.upload(tensor.bytes()).map_err(&failed)?;
+            let placed = Arc::new(Weight { _block: block, address });
+            weights.insert(weight.to_owned(), Arc::clone(&placed));
+            placed
         };
         let (memory, data) = (self.place.memory(), placed.address as *mut c_void);
         let value = Borrowed::new(memory, tensor.dtype(), tensor.shape(), data, tensor.byte_len()).map_err(failed)?;

@@ -12,7 +12,7 @@ use ort::operator::{
 use ort::value::TensorElementType::{self, Bfloat16, Float16, Float32, Int64};
 use ort::value::{Value, ValueType};
 use ort::{AsPointer as _, Error, sys};
-use std::ptr::null_mut;
+use std::ptr::{NonNull, null_mut};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Every operator for every element type, to compute on `device`.
@@ -59,7 +59,7 @@ struct Workspace {
 impl Shared {
     /// Refuses to compute on another stream than what surrounds the node.
     fn check_stream(&self, context: &ComputeContext) -> ort::Result<()> {
-        let stream = context.stream()?.map_or(null_mut(), |stream| stream.as_ptr());
+        let stream = context.stream()?.map_or(null_mut(), NonNull::as_ptr);
         if stream.addr() == self.device.shared_stream().addr() {
             return Ok(());
         }

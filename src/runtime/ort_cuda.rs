@@ -84,7 +84,7 @@ impl Gpu {
         let gpu = Self { device, ordinal, memory };
         // Loads the provider, and with it what it is linked to.
         let builder = Session::builder(runtime.environment()).and_then(|builder| gpu.provide(builder));
-        builder.map_err(|e| unavailable(format!("{e}; {GET_LIBRARIES}")))?;
+        builder.map_err(|e| unavailable(format!("{}; {GET_LIBRARIES}", e.to_string().trim_end())))?;
         Ok(gpu)
     }
 }

@@ -7,6 +7,7 @@ mod compress;
 mod convert;
 mod demo;
 mod doctor;
+mod engine;
 mod eval;
 mod export;
 mod fetch;

@@ -2,7 +2,7 @@
 // copies are copies, and kernels and products do nothing. The provider then loads graphs, places their nodes and moves tensors as
 // it does on a GPU, and what it would have computed is zero.
 //
-// ACCORDION_EMULATOR_LOG names a file that gets one line for every copy to the host and for every weight's memory.
+// ACCORDION_EMULATOR_LOG names a file that gets one line for every copy to the host and every block of memory, with its bytes.
 
 #include <cstddef>
 #include <cstdint>
@@ -93,7 +93,7 @@ int cudaDriverGetVersion(int *version) { return *version = 13000, 0; }
 int cudaRuntimeGetVersion(int *version) { return *version = 13000, 0; }
 int cudaMemGetInfo(size_t *free, size_t *total) { return *free = *total = size_t(1) << 33, 0; }
 
-int cudaMalloc(void **memory, size_t bytes) { return allocate(memory, bytes); }
+int cudaMalloc(void **memory, size_t bytes) { return log("memory", bytes), allocate(memory, bytes); }
 int cudaMallocFromPoolAsync(void **memory, size_t bytes, void *, void *) { return allocate(memory, bytes); }
 int cudaMallocHost(void **memory, size_t bytes) { return allocate(memory, bytes); }
 int cudaHostAlloc(void **memory, size_t bytes, unsigned) { return allocate(memory, bytes); }
@@ -158,7 +158,7 @@ int cublasLtMatmulPreferenceCreate(void **preference) { return object(preference
 int cublasLtMatrixLayoutCreate(void **layout, int, uint64_t, uint64_t, int64_t) { return object(layout); }
 int cublasLtMatrixTransformDescCreate(void **desc, int) { return object(desc); }
 int cublasLtMatmulAlgoGetHeuristic(void *, void *, void *, void *, void *, void *, void *, int, void *found, int *count) {
-  memset(found, 0, 64);
+  memset(found, 0, 96);
   return *count = 1, 0;
 }
 

@@ -142,9 +142,7 @@ impl TapSink for Nothing {
         false
     }
 
-    fn record(&mut self, name: &str, _value: Tensor) {
-        panic!("{name} is recorded although nobody wants it");
-    }
+    fn record(&mut self, _name: &str, _value: Tensor) {}
 }
 
 impl Parts for Nothing {
@@ -163,11 +161,18 @@ fn only_logits_and_the_last_positions_are_copied_to_the_host() {
         engine_parts(&mut engines, &subject.input(), &mut Nothing, &mut |_| {}).unwrap();
         let downloads = downloads.lock().unwrap();
         let row = 4 * bundle.architecture().vocab_size();
-        let logits = downloads.iter().filter(|bytes| bytes.is_multiple_of(row)).count();
-        eprintln!("{} {downloads:?} {row}", subject.name);
-        let positions = usize::from(matches!(subject.input().plan, Plan::Homer(..)));
-        assert!(logits >= 5, "{}: {downloads:?}", subject.name);
-        assert_eq!(downloads.len(), logits + positions, "{}: {downloads:?}, logits have {row}", subject.name);
+        let (mut expected, found) = (Vec::new(), downloads.iter().filter(|bytes| !bytes.is_multiple_of(row)));
+        // The slots' keys and values of the last layer, which a pipeline appends itself: once for every segment.
+        let mut appended = 0;
+        match subject.input().plan {
+            Plan::Homer(plan, _) => expected.push(8 * plan.nodes.last().unwrap().out_len),
+            Plan::Rcc(plan) => appended = 2 * plan.segments,
+            Plan::Plain | Plan::SharedLlm(_) => {}
+        }
+        let what = format!("{}: {downloads:?}, a row of logits has {row}", subject.name);
+        assert_eq!(found.copied().collect::<Vec<usize>>(), expected, "{what}");
+        // Logits, at most once for every token behind the prompt; a cache would be two tensors for every layer and call.
+        assert!((1..=6).contains(&(downloads.len() - expected.len() - appended)), "{what}");
     }
 }
 
