@@ -87,7 +87,7 @@ struct Run {
 /// Runs a case; `copied` positions are appended to the capacity of a past that is copied, `None` runs in place.
 fn run(case: &Case, level: Level, copied: Option<usize>, threads: usize) -> Run {
     let geometry = case.geometry;
-    let Geometry { batch, rows, heads, kv_heads, head_dim, past, capacity } = geometry;
+    let Geometry { batch, rows, heads, head_dim, past, capacity, .. } = geometry;
     let past_capacity = copied.map_or(capacity, |room| past + room);
     let query = noise(case.seed, batch * rows * heads * head_dim);
     let tensors = [10, 20].map(|offset| Tensors::new(&geometry, past_capacity, case.seed + offset));

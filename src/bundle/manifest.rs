@@ -255,7 +255,7 @@ impl Manifest {
     pub fn numbers(&self) -> String {
         match self.kv_cache {
             KvCache::Fp32 => self.precision.to_string(),
-            kv_cache => format!("{}, kv {kv_cache}", self.precision),
+            KvCache::Int8 => format!("{}, kv int8", self.precision),
         }
     }
 

@@ -77,7 +77,7 @@ impl KeyValue {
 /// The multiples of `unit [G, d]` that are nearest to `x [G, rows, d]`, ties to even.
 pub(super) fn multiples(x: &Array3<f32>, unit: &Array2<f32>) -> Array3<f32> {
     let unit = unit.view().insert_axis(Axis(1));
-    (x / &unit).mapv(|x| x.round_ties_even().clamp(-LEVELS, LEVELS)) * &unit
+    (x / &unit).mapv(|x| x.round_ties_even().clamp(-LEVELS, LEVELS)) * unit
 }
 
 /// One [`KeyValue`] per layer that has run, from layer 0 on; all have the same number of rows.

@@ -69,8 +69,10 @@ fn quantized(maps: &WeightMaps, quantization: &Quantization, name: &str) -> Resu
 /// reference, up to 0.22, with cosines from 0.982 on; the steps of 8-bit floats are twice as coarse.) That is a property of the
 /// precision and no error, so that only gross faults show here; single linear layers are held to fp32 by [`super::linears`].
 ///
-/// A cache of 8-bit integers is rounded as well, but most of it once, from numbers that agree closely: what is computed over
-/// it differs by the few entries that lie between two steps.
+/// A cache of 8-bit integers is rounded as well, but most of it once, from numbers that agree closely: it differs by the few
+/// entries that lie between two steps, and what is computed over it by what attention makes of these. (SmolLM2, graphs and
+/// reference, 256 to 512 tokens of a novel and at random: the cache up to 1.4e-3 of its norm, attention behind it 7.2e-3.) A scale that is 2 %
+/// off shows in the cache.
 pub fn bounds_of(bundle: &Bundle) -> impl Fn(&str, TapKind) -> Bounds + use<> {
     let forms: Vec<MatrixForm> = bundle
         .manifest()
@@ -97,12 +99,18 @@ pub fn bounds_of(bundle: &Bundle) -> impl Fn(&str, TapKind) -> Bounds + use<> {
             _ => Bounds::new(kind, dtype),
         };
         let behind = ["teacher.", "steps."].iter().any(|part| name.starts_with(part));
-        if kv_int8 && (behind || cache_rounded && name.starts_with("cache.")) { bounds.or(&KV_INT8) } else { bounds }
+        match kv_int8 {
+            true if behind => bounds.or(&BEHIND_KV_INT8),
+            true if cache_rounded && name.starts_with("cache.") => bounds.or(&KV_INT8),
+            _ => bounds,
+        }
     }
 }
 
-/// What may differ behind a context that is kept as 8-bit integers.
+/// What may differ of a cache of 8-bit integers, as the numbers that it stands for.
 const KV_INT8: Bounds = Bounds { abs: 1e-3, rel: 2e-2, norm_rel: 5e-3, min_cosine: 0.9999, min_top_k: 0.8 };
+/// What may differ of what is computed over it.
+const BEHIND_KV_INT8: Bounds = Bounds { norm_rel: 1.5e-2, min_cosine: 0.9998, ..KV_INT8 };
 
 /// The numbers that activations of `bundle` are in between operators.
 pub fn activation_type(bundle: &Bundle) -> DType {

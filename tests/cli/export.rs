@@ -173,7 +173,7 @@ fn a_cache_of_integers_is_recorded_and_has_a_decoder_of_its_own() {
         let types = |graph: &str, name: &str| {
             let signature = bundle.signature(graph).unwrap();
             let found = signature.inputs.iter().chain(&signature.outputs).find(|value| value.name == name);
-            found.map(|value| (value.dtype, value.shape[2].to_string()))
+            found.map(|value| (value.dtype, value.shape[2].clone()))
         };
         let rows = if target == "portable" { "past" } else { "capacity" };
         assert_eq!(types("decoder_kv_int8", "past_key_values.1.value"), Some((DType::I8, rows.to_owned())));

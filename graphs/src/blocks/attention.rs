@@ -84,12 +84,11 @@ impl<'a> Rows<'a> {
     pub fn attend(&self, layer: &Scope, x: &Value, past: Option<&LayerCache>) -> Attended {
         let (query, key, value) = self.projections(layer, x);
         let attn = self.model.attention_scope(layer);
-        let (mixed, cache) = match (&self.cache, past) {
-            (Some(cache), Some(past)) => self.attention_with_past(&attn, [&query, &key, &value], cache, past),
-            _ => {
-                let (mixed, key, value) = causal_attention(self.model, &attn, [&query, &key, &value]);
-                (mixed, LayerCache { rows: [key, value], scales: None })
-            }
+        let (mixed, cache) = if let (Some(cache), Some(past)) = (&self.cache, past) {
+            self.attention_with_past(&attn, [&query, &key, &value], cache, past)
+        } else {
+            let (mixed, key, value) = causal_attention(self.model, &attn, [&query, &key, &value]);
+            (mixed, LayerCache { rows: [key, value], scales: None })
         };
         let projected = self.model.attention_output(layer, &mixed.flatten_rows());
         let residual = self.model.residual(layer, x, &projected);
