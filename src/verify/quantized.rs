@@ -75,7 +75,8 @@ pub fn bounds_of(bundle: &Bundle) -> impl Fn(TapKind) -> Bounds + use<> {
         .iter()
         .flat_map(|quantization| quantization.matrices.values().copied())
         .collect();
-    let rounded = |norm_rel, min_cosine| Bounds { abs: 5e-3, rel: 2.0, norm_rel, min_cosine, min_top_k: 0.5 };
+    let rounded =
+        |norm_rel, min_cosine| Bounds { abs: 5e-3, rel: 2.0, norm_rel, min_cosine, min_top_k: 0.5, max_ulps: None };
     let rounded = if forms.contains(&MatrixForm::Fp8) {
         Some(rounded(0.6, 0.85))
     } else if forms.iter().any(|form| !matches!(form, MatrixForm::Block { .. })) {
