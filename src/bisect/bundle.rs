@@ -9,6 +9,7 @@ use crate::reference::rcc::Rcc;
 use crate::reference::sharedllm::SharedLlm;
 use crate::reference::transformer;
 use crate::verify::bundle::{Input, Plan, rcc_model, sharedllm_model};
+use crate::verify::quantized::weights_of;
 use std::ops::ControlFlow;
 
 /// The cases of `input`.
@@ -18,7 +19,7 @@ use std::ops::ControlFlow;
 /// The reference cannot be loaded or run, the bundle lacks a graph, or `visit` fails.
 pub fn cases(rebuilt: &Rebuilt<'_>, input: &Input<'_>, visit: &mut Visit<'_>) -> Result<ControlFlow<()>, BisectError> {
     let bundle = rebuilt.bundle();
-    let source = |name: &str| bundle.weights().tensor(name);
+    let source = weights_of(bundle);
     match input.plan {
         Plan::Plain => {
             let reference = transformer::load(bundle.architecture(), source)?;

@@ -16,6 +16,9 @@ pub(super) const PAIRS: &str = "pairs";
 /// What is done with one case after the other. It breaks where nothing more is to be seen.
 pub type Visit<'v> = dyn FnMut(&Case<'_>) -> Result<ControlFlow<()>, BisectError> + 'v;
 
+/// What is said of a point by its name, of what was found and expected there, and of the scores that a choice was made by.
+pub(super) type Judgement<'j> = dyn Fn(&str, &Tensor, &Tensor, Option<&Tensor>) -> TapResult + 'j;
+
 /// What a graph is given, and what should come out of it.
 pub struct Case<'r> {
     /// The graph.
@@ -72,6 +75,11 @@ impl Case<'_> {
 
     /// Whether `found` is what is expected at the point `name`; `None` where nothing is.
     pub(super) fn judge(&self, name: &str, found: &Tensor) -> Option<TapResult> {
+        self.judge_by(name, found, &|name, found, expected, scores| judge(name, found, expected, scores, &bounds(name)))
+    }
+
+    /// As [`Case::judge`], by what `judge` says.
+    pub(super) fn judge_by(&self, name: &str, found: &Tensor, judge: &Judgement<'_>) -> Option<TapResult> {
         let expected = self.expected.get(name)?;
         // The reference has no batch axis.
         let found = found.reshaped(expected.shape()).unwrap_or_else(|_| found.clone());
@@ -80,13 +88,18 @@ impl Case<'_> {
             TapKind::Choice => {
                 name.strip_suffix("chosen").and_then(|level| self.expected.get(&format!("{level}{PAIRS}")))
             }
-            TapKind::Logits | TapKind::Value => None,
+            TapKind::Logits | TapKind::Copy | TapKind::Value => None,
         };
-        Some(judge(name, &found, expected, scores, &bounds(name)))
+        Some(judge(name, &found, expected, scores))
     }
 }
 
 /// What is permitted at the point `name`.
 pub(super) fn bounds(name: &str) -> Bounds {
     Bounds::new(TapKind::of(name), DType::F32)
+}
+
+/// Whether what follows depends on what is chosen at the point `name`.
+pub(super) fn decides(name: &str) -> bool {
+    matches!(TapKind::of(name), TapKind::Selection | TapKind::Choice)
 }

@@ -30,18 +30,6 @@ pub enum BisectError {
         /// What wrote the bundle.
         producer: String,
     },
-    /// The graphs were changed after they were built.
-    #[error(
-        "{}: the graphs compute in {precision}, and only those in fp32 can be taken apart; hold this bundle --against the fp32 \
-         one, or search that",
-        path.display()
-    )]
-    Precision {
-        /// The bundle's description.
-        path: PathBuf,
-        /// What the graphs compute in.
-        precision: String,
-    },
     /// The bundle lacks something or is damaged.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -72,12 +60,4 @@ pub enum BisectError {
     /// The reproducer's folder cannot be written.
     #[error(transparent)]
     Staging(#[from] StagingError),
-    /// A file of the reproducer cannot be put together.
-    #[error("{}: {problem}", path.display())]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// What went wrong.
-        problem: String,
-    },
 }

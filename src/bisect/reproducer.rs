@@ -2,15 +2,12 @@
 //! should come out.
 
 use super::BisectError;
-use super::case::bounds;
+use super::culprit::{Culprit, Found, Origin};
 use super::rebuild::Rebuilt;
-use super::search::{Culprit, Found, Origin};
-use crate::checkpoint::{WeightMaps, read_index};
+use crate::checkpoint::{WeightMaps, read_index, safetensors_mixed_header};
 use crate::npz;
 use crate::staging::{Kind, Staging};
 use crate::tensor::Tensor;
-use crate::verify::recording::stored_type;
-use safetensors::tensor::TensorView;
 use serde_json::json;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -29,7 +26,7 @@ const SCRIPT: &str = include_str!("reproduce.py");
 pub fn write(rebuilt: &Rebuilt<'_>, found: &Found, out: &Path, replace: bool) -> Result<(), BisectError> {
     let mut staging = Staging::create(out, REPRODUCER, replace)?;
     let graph = rebuilt.graph(&found.culprit.graph)?;
-    let bytes = weight_file(graph.bundle.weights(), &found.part.weights, out)?;
+    let bytes = weight_file(graph.bundle.weights(), &found.part.weights)?;
     staging.write(WEIGHTS, &bytes)?;
     let index = read_index(&[staging.path(WEIGHTS)]).map_err(Box::new)?;
     let model = graph.scope.cut(&found.part, &index)?.finish(&[WEIGHTS.to_owned()])?;
@@ -40,26 +37,24 @@ pub fn write(rebuilt: &Rebuilt<'_>, found: &Found, out: &Path, replace: bool) ->
     staging.write_with("expected.npz", |file| npz::write(file, [output]))?;
     staging.write("reproduce.py", SCRIPT.as_bytes())?;
     staging.write("README.md", readme(found, &model.signature.weights).as_bytes())?;
-    let bounds = bounds(&found.culprit.tap);
-    let description = json!({ "schema": "accordion.reproducer/1", "bounds": bounds, "culprit": found.culprit });
+    let description = json!({ "schema": "accordion.reproducer/1", "bounds": found.bounds, "culprit": found.culprit });
     staging.write_json(MARKER, &description)?;
     staging.publish()?;
     Ok(())
 }
 
 /// The tensors `names` as a safetensors file of their own.
-fn weight_file(weights: &WeightMaps, names: &[String], out: &Path) -> Result<Vec<u8>, BisectError> {
-    let failed = |problem: String| BisectError::Format { path: out.join(WEIGHTS), problem };
+fn weight_file(weights: &WeightMaps, names: &[String]) -> Result<Vec<u8>, BisectError> {
     let tensors: Vec<(&String, Tensor)> = names
         .iter()
         .map(|name| Ok((name, weights.tensor(name).map_err(Box::new)?)))
         .collect::<Result<_, BisectError>>()?;
-    let mut views = Vec::with_capacity(tensors.len());
-    for (name, tensor) in &tensors {
-        let view = TensorView::new(stored_type(tensor.dtype()), tensor.shape().to_vec(), tensor.bytes());
-        views.push((name, view.map_err(|e| failed(format!("{name}: {e}")))?));
+    let described = |(name, tensor): &(&String, Tensor)| ((*name).clone(), tensor.dtype(), tensor.shape().to_vec());
+    let mut bytes = safetensors_mixed_header(tensors.iter().map(described));
+    for (_, tensor) in &tensors {
+        bytes.extend_from_slice(tensor.bytes());
     }
-    safetensors::serialize(views, None).map_err(|e| failed(e.to_string()))
+    Ok(bytes)
 }
 
 fn readme(found: &Found, weights: &[String]) -> String {
@@ -105,12 +100,16 @@ pub fn summary(culprit: &Culprit) -> String {
     for (label, value) in [
         ("graph", format!("{}{place}", culprit.graph)),
         ("first wrong", format!("{}: {}", culprit.tap, culprit.result.reason)),
+        ("matrix", culprit.matrix.clone().unwrap_or_default()),
         ("module", names(&culprit.modules)),
         ("nodes", nodes.join(", ")),
         ("on inputs", reads.join(", ")),
         ("origin", origin.to_owned()),
         ("effort", format!("{} runs for {} taps and outputs", culprit.runs, culprit.points)),
-    ] {
+    ]
+    .into_iter()
+    .filter(|(_, value)| !value.is_empty())
+    {
         // Writing into memory cannot fail.
         let _ = writeln!(text, "{label:<12} {value}");
     }

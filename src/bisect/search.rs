@@ -10,91 +10,23 @@
 //! not to blame (of a node with several results: for what the point needs of it); and of several wrong ones, what they have
 //! in common is. At last the nodes alone are run on the reference's values: if they are right then, it is what had gathered
 //! before them that made them wrong.
+//!
+//! All that rests on bounds that hold for a whole computation. In precisions that round activations there are none so
+//! narrow: there [`super::by_part`] looks.
 
 use super::BisectError;
-use super::case::{Case, Visit};
+use super::case::{Case, Visit, bounds, decides};
+use super::culprit::{Found, Origin, WrongPart};
 use crate::runtime::{EngineError, Loader};
 use crate::tensor::Tensor;
 use crate::verify::judge::is_score;
-use crate::verify::verdict::{TapKind, TapResult, Verdict};
+use crate::verify::verdict::{TapResult, Verdict};
 use accordion_graphs::onnx::{Part, PartNode, Point};
-use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::ops::ControlFlow;
 
 /// A point vouches for the nodes it needs if it uses no more of its bounds than this: rounding uses a hundredth.
 const CLEARLY_RIGHT: f64 = 0.1;
-
-/// Where the difference comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Origin {
-    /// From the nodes: they are wrong on the reference's values.
-    Nodes,
-    /// From before them: what they are given is within its bounds, and still too far off.
-    Accumulated,
-}
-
-/// A node of the graph.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Node {
-    /// Its name, as viewers show it.
-    pub name: String,
-    /// Its operator.
-    pub operator: String,
-}
-
-/// A value that the nodes read.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Read {
-    /// Its name in the graph.
-    pub value: String,
-    /// The tap that it is; none where it is an input of the graph.
-    pub tap: Option<String>,
-    /// Its shape in this run.
-    pub shape: Vec<usize>,
-}
-
-/// What went wrong first.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Culprit {
-    /// The graph.
-    pub graph: String,
-    /// The tree node it ran for; empty where there are none.
-    pub place: String,
-    /// The first wrong tap or output.
-    pub tap: String,
-    /// How wrong.
-    pub result: TapResult,
-    /// Whether the nodes are wrong by themselves.
-    pub origin: Origin,
-    /// The modules of the nodes that are to blame, in the order of the computation.
-    pub modules: Vec<String>,
-    /// The nodes that are to blame.
-    pub suspects: Vec<Node>,
-    /// The nodes between what is right and what is wrong.
-    pub nodes: Vec<Node>,
-    /// What these read; the tensors of the checkpoint apart.
-    pub reads: Vec<Read>,
-    /// The tensors of the checkpoint that these read.
-    pub weights: Vec<String>,
-    /// Points that the reference has a value for.
-    pub points: usize,
-    /// Runs that it took.
-    pub runs: usize,
-}
-
-/// A culprit, and what its nodes were given and should have made of it.
-pub struct Found {
-    /// What went wrong.
-    pub culprit: Culprit,
-    /// The nodes, or everything up to the wrong point where the difference was accumulated.
-    pub part: Part,
-    /// What they read.
-    pub inputs: Vec<(String, Tensor)>,
-    /// What they should compute.
-    pub expected: Tensor,
-}
 
 /// Looks for the first wrong point of the first wrong one of `cases`, with engines of `loader`. `on_case` hears how many turned
 /// out right. `None` if all did.
@@ -165,7 +97,7 @@ impl Search<'_, '_> {
     fn check_outputs(&mut self) -> Result<(), BisectError> {
         let outputs = &self.case.graph.model.signature.outputs;
         let is_output = |point: &Point| outputs.iter().any(|output| output.name == point.value.name);
-        let looked_at = |point: &Point| is_output(point) || decides(point) || is_score(&point.name);
+        let looked_at = |point: &Point| is_output(point) || decides(&point.name) || is_score(&point.name);
         let (places, points): (Vec<usize>, Vec<&Point>) =
             self.points.iter().enumerate().filter(|(_, point)| looked_at(point)).unzip();
         let names: Vec<&str> = points.iter().map(|point| point.value.name.as_str()).collect();
@@ -176,7 +108,8 @@ impl Search<'_, '_> {
         for (at, value) in places.into_iter().zip(values) {
             self.note(at, &value);
         }
-        let is_tie = |at: &usize| decides(&self.points[*at]) && self.checked[at].result.verdict == Verdict::Ambiguous;
+        let is_tie =
+            |at: &usize| decides(&self.points[*at].name) && self.checked[at].result.verdict == Verdict::Ambiguous;
         if let Some(tie) = self.checked.keys().copied().filter(is_tie).min() {
             self.points.truncate(tie);
             self.checked.retain(|&i, _| i < tie);
@@ -316,33 +249,8 @@ impl Search<'_, '_> {
             _ => Origin::Accumulated,
         };
         let Checked { result, shape } = self.checked.remove(&wrong).ok_or_else(|| self.absent(wrong))?;
-        let nodes = |nodes: &[PartNode]| -> Vec<Node> {
-            nodes.iter().map(|n| Node { name: n.name.clone(), operator: n.operator.clone() }).collect()
-        };
-        let mut modules: Vec<String> = Vec::new();
-        for node in suspects {
-            if !modules.iter().any(|known| known == node.module()) {
-                modules.push(node.module().to_owned());
-            }
-        }
-        let tap_of = |value: &str| Some(self.points.iter().find(|p| p.value.name == value)?.name.clone());
-        let culprit = Culprit {
-            graph: graph.name.clone(),
-            place: self.case.place.clone(),
-            origin,
-            modules,
-            suspects: nodes(suspects),
-            nodes: nodes(&part.nodes),
-            reads: inputs
-                .iter()
-                .map(|(name, value)| Read { value: name.clone(), tap: tap_of(name), shape: value.shape().to_vec() })
-                .collect(),
-            weights: part.weights.clone(),
-            points: self.points.len(),
-            runs: self.runs,
-            result,
-            tap,
-        };
+        let wrong_part = WrongPart { tap, matrix: None, result, origin, part: &part, suspects, inputs: &inputs };
+        let culprit = wrong_part.culprit(self.case, &self.points, self.runs);
         // Where the nodes alone are right, only all that is before them shows the difference.
         let (part, inputs) = match origin {
             Origin::Nodes => (part, inputs),
@@ -353,7 +261,8 @@ impl Search<'_, '_> {
             }
         };
         let expected = self.expected(wrong, &shape);
-        Ok(Found { culprit, part, inputs, expected })
+        let bounds = bounds(&culprit.tap);
+        Ok(Found { culprit, part, inputs, expected, bounds })
     }
 
     /// What `part` reads, as the reference has it.
@@ -382,11 +291,6 @@ impl Search<'_, '_> {
         let value = &self.case.expected[&self.points[at].name];
         value.reshaped(shape).unwrap_or_else(|_| value.clone())
     }
-}
-
-/// Whether what follows depends on what is chosen here.
-fn decides(point: &Point) -> bool {
-    matches!(TapKind::of(&point.name), TapKind::Selection | TapKind::Choice)
 }
 
 /// The nodes that compute something else than the values `acquitted`.

@@ -276,7 +276,7 @@ impl Manifest {
     }
 
     /// Every tensor of the model that the bundle's graphs may need, with its shape.
-    pub(super) fn required_tensors(&self) -> Vec<NamedShape> {
+    pub(crate) fn required_tensors(&self) -> Vec<NamedShape> {
         let mut tensors = decoder_tensors(&self.architecture);
         match (&self.method, &self.compressor, &self.architecture) {
             (Method::Rcc { settings }, Some(Compressor::Rcc(model)), decoder) => {

@@ -4,13 +4,15 @@ use super::Outcome;
 use super::common::EngineArguments;
 use super::output::Output;
 use accordion::bisect::bundle::{cases, count};
+use accordion::bisect::case::Visit;
+use accordion::bisect::culprit::Culprit;
 use accordion::bisect::rebuild::Rebuilt;
-use accordion::bisect::reproducer;
-use accordion::bisect::search::{Culprit, first_wrong};
-use accordion::bisect::{BisectError, cumulative};
+use accordion::bisect::terms::Terms;
+use accordion::bisect::{by_part, cumulative, reproducer, search};
 use accordion::bundle::Bundle;
 use accordion::verify::bundle::Input;
 use accordion::verify::{Detail, Findings};
+use accordion_graphs::precision::Precision;
 use clap::Args;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -51,7 +53,11 @@ impl BisectArguments {
         let loader = engine.ort_cpu("--bisect", bundle, output)?;
         let bar = output.bar("Searching", count(input) as u64);
         let mut on_case = |done| bar.set_position(done as u64);
-        let found = first_wrong(&loader, &mut on_case, |visit| cases(&rebuilt, input, visit))?;
+        let all = |visit: &mut Visit<'_>| cases(&rebuilt, input, visit);
+        let found = match bundle.manifest().precision {
+            Precision::Fp32 => search::first_wrong(&loader, &mut on_case, all)?,
+            _ => by_part::first_wrong(&loader, &Terms::of(bundle), &mut on_case, all)?,
+        };
         bar.finish_and_clear();
         if let (Some(found), Some(folder)) = (&found, &self.reproducer) {
             reproducer::write(&rebuilt, found, folder, false)?;
@@ -61,7 +67,11 @@ impl BisectArguments {
         let report = Report { schema: "accordion.bisect/1", culprit };
         output.result(&report, || match culprit {
             Some(culprit) => reproducer::summary(culprit),
-            None => "every output of every graph is within its bounds\n".to_owned(),
+            None if bundle.manifest().precision == Precision::Fp32 => {
+                "every output of every graph is within its bounds\n".to_owned()
+            }
+            None => "every part of every graph is right on the reference's values, and every linear layer by itself\n"
+                .to_owned(),
         })?;
         Ok(if culprit.is_some() { Outcome::CheckFailed } else { Outcome::Done })
     }
@@ -79,9 +89,8 @@ pub(crate) fn part_by_part(
     let loader = engine.ort_cpu("--cumulative", bundle, output)?;
     let bar = output.bar("Comparing part by part", count(input) as u64);
     let mut on_case = |done| bar.set_position(done as u64);
-    let all =
-        |visit: &mut accordion::bisect::case::Visit<'_>| -> Result<_, BisectError> { cases(&rebuilt, input, visit) };
-    let findings = cumulative::compare(&loader, detail, &mut on_case, all)?;
+    let all = |visit: &mut Visit<'_>| cases(&rebuilt, input, visit);
+    let findings = cumulative::compare(&loader, &Terms::of(bundle), detail, &mut on_case, all)?;
     bar.finish_and_clear();
     Ok(findings)
 }

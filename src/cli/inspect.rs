@@ -6,6 +6,7 @@ mod compressor;
 mod graph;
 mod pieces;
 mod plan;
+mod quantization;
 mod table;
 
 use super::output::Output;

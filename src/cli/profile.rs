@@ -115,10 +115,10 @@ struct ProtocolArguments {
     /// Least number of times a prefix is built, after one that is not counted
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     min_runs: u16,
-    /// Least time for building prefixes, in seconds
+    /// Least time for building prefixes, and for taking first tokens from one, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0, value_parser = parse_seconds)]
     min_time: f64,
-    /// Most time for building prefixes of one method and length, in seconds; once is always built
+    /// Most time for building prefixes of one method and length, and for first tokens, in seconds; once is always built
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0, value_parser = parse_seconds)]
     budget: f64,
 }
@@ -213,13 +213,13 @@ impl Arguments {
     }
 
     fn effort(&self) -> Effort {
-        let prefix = Protocol {
-            min_runs: usize::from(self.protocol.min_runs),
+        let first_token = Protocol {
             min_time: Duration::from_secs_f64(self.protocol.min_time),
             max_time: Some(Duration::from_secs_f64(self.protocol.budget)),
             ..Protocol::default()
         };
-        Effort { prefix, new_tokens: self.new_tokens.clone() }
+        let prefix = Protocol { min_runs: usize::from(self.protocol.min_runs), ..first_token };
+        Effort { prefix, first_token, new_tokens: self.new_tokens.clone() }
     }
 
     fn check_new_tokens(&self) -> anyhow::Result<()> {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Write one HTML page, or Markdown, from JSON results
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// Results of verify (with --quality too), profile, eval and run, as --json prints them; rows of eval --out, text of compress --kept
+    /// Results of verify (with --quality too), profile, eval and run, as --json prints them; rows of eval --out, text of compress --kept, plans of inspect --context
     #[arg(required = true, value_name = "RESULT")]
     results: Vec<PathBuf>,
     /// The page [default: report.html, unless there is --markdown]

@@ -101,7 +101,7 @@ fn parse_against(text: &str) -> Result<Against, String> {
     match text {
         "reference" => Ok(Against::Reference),
         path if Path::new(path).exists() => Ok(Against::Path(path.into())),
-        _ => Err("expected reference, a bundle, or a recording".to_owned()),
+        _ => Err("there is no such file or folder; expected reference, a bundle, or a recording".to_owned()),
     }
 }
 

@@ -35,6 +35,12 @@ impl Contender {
         Self { name: format!("last:{tokens}"), last: Some(tokens), ..Self::plain(None) }
     }
 
+    /// The same, called otherwise: another one has its name.
+    #[must_use]
+    pub fn called(self, name: String) -> Self {
+        Self { name, ..self }
+    }
+
     /// Its name: a method, or `last:N`.
     pub fn name(&self) -> &str {
         &self.name

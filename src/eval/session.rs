@@ -12,8 +12,12 @@ use crate::pipeline::Engines;
 /// Who takes part, on what.
 #[derive(Debug, Clone)]
 pub struct Session<'a> {
-    /// The contenders; the first one is what the others are compared with.
+    /// The contenders; the first one of all sessions is what the others are compared with.
     pub contenders: &'a [Contender],
+    /// Fingerprint of the model that rows are filed under.
+    pub model: &'a str,
+    /// Whether openings are read here: those of several sessions have to be read once, by one that can read plainly.
+    pub openings: bool,
     /// The model's tokenizer.
     pub tokenizer: &'a Tokenizer,
     /// Of the engine: what might change a result and is no one's else.
@@ -51,7 +55,7 @@ impl Session<'_> {
     ) -> Result<Vec<Row>, EvalError> {
         let plain = Contender::plain(None);
         let mut open = Vec::new();
-        for case in task.cases() {
+        for case in task.cases().into_iter().filter(|case| self.openings || !case.opening) {
             let everyone = if case.opening { std::slice::from_ref(&plain) } else { self.contenders };
             open.extend(everyone.iter().filter(|one| one.takes(case.length)).map(|contender| (case, contender)));
         }
@@ -61,7 +65,7 @@ impl Session<'_> {
         let total = open.len();
         let mut all = Vec::with_capacity(total);
         for (case, contender) in open {
-            let key = self.key(task, engines, contender, case);
+            let key = self.key(task, contender, case);
             let sample = task.sample(case)?;
             let known =
                 rows.get(&key).filter(|row| row.survival.is_some() || !self.explains(contender, &sample)).cloned();
@@ -83,7 +87,7 @@ impl Session<'_> {
         self.explain && contender.compression().method() == "homer" && !sample.marked.is_empty()
     }
 
-    fn key(&self, task: &dyn Task, engines: &Engines<'_>, contender: &Contender, case: Case) -> RowKey {
+    fn key(&self, task: &dyn Task, contender: &Contender, case: Case) -> RowKey {
         let mut settings = self.engine.clone();
         settings.extend(task.settings());
         settings.extend(contender.settings());
@@ -94,7 +98,7 @@ impl Session<'_> {
             depth: case.depth,
             sample: case.sample,
             seed: task.seed(),
-            model: engines.bundle().manifest().fingerprint.clone(),
+            model: self.model.to_owned(),
             settings,
         }
     }

@@ -1,6 +1,5 @@
 //! What the rows of an evaluation say together.
 
-use super::contender::Contender;
 use super::perplexity::OPENING;
 use super::schema::{
     BucketPerplexity, Cell, CellResult, Comparison, LevelSurvival, MethodSettings, Outcome, Row, RowKey, Running,
@@ -12,12 +11,21 @@ use super::task::{Settings, Task};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Summarises the `rows` of `task` in `session` on the model called `model`.
-pub fn summarise(task: &dyn Task, session: &Session<'_>, model: &str, rows: &[Row]) -> Summary {
-    let mut settings = session.engine.clone();
+/// Summarises the `rows` of `task` in `sessions`, of which the first one has the settings that hold where a method has none
+/// of its own.
+pub fn summarise(task: &dyn Task, sessions: &[Session<'_>], rows: &[Row]) -> Summary {
+    let mut settings = sessions.first().map(|session| session.engine.clone()).unwrap_or_default();
+    let methods = sessions.iter().flat_map(|session| {
+        let mut own = session.engine.clone();
+        own.retain(|name, value| settings.get(name) != Some(value));
+        session.contenders.iter().map(move |one| {
+            let settings = own.clone().into_iter().chain(one.settings()).collect();
+            MethodSettings { method: one.name().to_owned(), settings }
+        })
+    });
+    let methods = methods.collect();
     settings.extend(task.settings());
-    let of = |one: &Contender| MethodSettings { method: one.name().to_owned(), settings: one.settings() };
-    let methods = session.contenders.iter().map(of).collect();
+    let model = sessions.first().map_or("", |session| session.model);
     filled(task.name(), model, task.seed(), settings, methods, rows)
 }
 

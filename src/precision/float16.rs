@@ -8,7 +8,9 @@ use accordion_calibration::ranges::{RangeTable, TapRange};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::methods::Graphs;
+use accordion_graphs::onnx::Scope;
 use accordion_graphs::precision::{Arithmetic, Decision, Keep, Precision, float16};
+use accordion_graphs::weights::WeightIndex;
 use half::f16;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,6 +31,9 @@ pub struct Rounding {
     pub emulated: bool,
     /// What decided which parts of the graphs stay in fp32.
     pub decided_by: Basis,
+    /// What the rules were overruled by.
+    #[serde(default, skip_serializing_if = "Keep::is_empty")]
+    pub keep: Keep,
     /// The tensors that are stored in the format.
     pub tensors: BTreeSet<String>,
 }
@@ -62,10 +67,6 @@ pub(super) fn apply(
         }
         ranges = Some(used);
     }
-    let decide = match target {
-        Target::Portable => Decision::new,
-        Target::OrtCpu => Decision::storage,
-    };
     for word in &recipe.keep {
         let before = keep.matrices.len();
         let named = tensors.iter().filter(|(name, shape)| shape.len() > 1 && name.contains(word.as_str()));
@@ -74,7 +75,7 @@ pub(super) fn apply(
             return Err(PrecisionError::UnknownKeep { word: word.clone() });
         }
     }
-    let decisions: Vec<Decision> = graphs.values().map(|graph| decide(graph, &keep)).collect();
+    let decisions: Vec<Decision> = graphs.values().map(|graph| decide(graph, &keep, target)).collect();
     let mut stored: BTreeMap<&str, bool> = BTreeMap::new();
     for (name, &all) in decisions.iter().flat_map(|decision| &decision.weights) {
         *stored.entry(name).or_insert(true) &= all;
@@ -89,10 +90,26 @@ pub(super) fn apply(
         format,
         emulated: recipe.emulated,
         decided_by: if ranges.is_some() { Basis::RulesAndRanges } else { Basis::Rules },
+        keep,
         tensors: chosen.rounded.into_keys().collect(),
     };
     let kept = decisions.into_iter().flat_map(|decision| decision.kept).collect();
     Ok(Quantization { matrices: BTreeMap::new(), kept, ranges, rounding: Some(rounding) })
+}
+
+/// Puts `graphs`, as they are built in fp32, into 16 bits once more: as `rounding` says, over the tensors of `weights`.
+pub(super) fn again(rounding: &Rounding, graphs: &Graphs, target: Target, weights: &Rc<WeightIndex>) {
+    let arithmetic = Arithmetic { format: rounding.format, emulated: rounding.emulated };
+    for graph in graphs.values() {
+        float16(graph, &decide(graph, &rounding.keep, target), arithmetic, weights);
+    }
+}
+
+fn decide(graph: &Scope, keep: &Keep, target: Target) -> Decision {
+    match target {
+        Target::Portable => Decision::new(graph, keep),
+        Target::OrtCpu => Decision::storage(graph, keep),
+    }
 }
 
 /// The 16-bit format of a precision, if it is one.

@@ -23,6 +23,7 @@ use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
 use accordion_graphs::methods::Graphs;
 use accordion_graphs::precision::{self, KvCache, MatrixForm, Precision};
+use accordion_graphs::weights::WeightIndex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -140,6 +141,22 @@ pub(crate) fn apply(
 }
 
 impl Quantization {
+    /// Puts `graphs`, as they are built in fp32, into this precision once more: over the tensors of `weights`, of the bundle
+    /// that has `tensors` in it.
+    pub(crate) fn again(&self, graphs: &Graphs, tensors: &[NamedShape], target: Target, weights: &Rc<WeightIndex>) {
+        if let Some(rounding) = &self.rounding {
+            return float16::again(rounding, graphs, target, weights);
+        }
+        let form = |(name, shape): &NamedShape| match (self.matrices.get(name), &shape[..]) {
+            (Some(&form), &[out, inner]) => Some((name.clone(), (form, [out, inner]))),
+            _ => None,
+        };
+        let forms = tensors.iter().filter_map(form).collect();
+        for graph in graphs.values() {
+            precision::quantize(graph, target, &forms, weights);
+        }
+    }
+
     /// The tensors that a bundle in this precision has in place of `tensors`, with their types where these are other than the
     /// checkpoint's.
     pub(crate) fn stored(&self, tensors: Vec<NamedShape>) -> Vec<(NamedShape, Option<DType>)> {

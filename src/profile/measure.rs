@@ -27,9 +27,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Tokens that are decoded before those that are counted.
-const WARM_UP_TOKENS: usize = 2;
-/// How often the first token is timed, after once that is not counted.
-const FIRST_TOKENS: usize = 5;
+const WARM_UP_TOKENS: usize = 8;
 
 /// Tokens that a traced run decodes.
 const TRACED_TOKENS: usize = 4;
@@ -39,6 +37,8 @@ const TRACED_TOKENS: usize = 4;
 pub struct Effort {
     /// How often the prefix is built.
     pub prefix: Protocol,
+    /// How often a first token is taken from it.
+    pub first_token: Protocol,
     /// How many tokens are decoded behind it, at least one: the last number is that of all, and between two numbers the
     /// tokens have statistics of their own. Ascending.
     pub new_tokens: Vec<usize>,
@@ -48,7 +48,11 @@ impl Effort {
     /// One turn of many: a prefix, or as many as `min_time` asks for, cold or warm as they come, and `new_tokens` behind
     /// it.
     pub fn turn(min_time: Duration, new_tokens: usize) -> Self {
-        Self { prefix: Protocol { min_runs: 1, min_time, ..UNTIMED }, new_tokens: vec![new_tokens] }
+        Self {
+            prefix: Protocol { min_runs: 1, min_time, ..UNTIMED },
+            first_token: Protocol { warm_up_runs: 1, min_runs: 5, ..UNTIMED },
+            new_tokens: vec![new_tokens],
+        }
     }
 }
 
@@ -236,8 +240,7 @@ fn measure_state(
         let sequence = Sequence::continue_from(engines, &state, WARM_UP_TOKENS + decoded, Continuation::Next)?;
         Ok::<_, ProfileError>((sequence, largest(&state.logits)))
     };
-    let several = Protocol { warm_up_runs: 1, min_runs: FIRST_TOKENS, ..UNTIMED };
-    let first_token = stats::measure(&several, monotonic(), || start(engines).map(drop))?;
+    let first_token = stats::measure(&effort.first_token, monotonic(), || start(engines).map(drop))?;
 
     let (mut sequence, mut token) = start(engines)?;
     let rows = sequence.len();

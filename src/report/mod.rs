@@ -25,7 +25,8 @@ mod table;
 
 pub use markdown::markdown;
 pub use page::render;
-pub use result::{GenerationRecord, LevelNode, PlanSummary, ResultError};
+pub use plan::{LevelName, LevelNode, PlanSummary};
+pub use result::{GenerationRecord, ResultError};
 
 use crate::environment::Provenance;
 use crate::eval::kept::KeptText;

@@ -3,7 +3,7 @@
 use super::format::{error, grouped, percent, tokens};
 use super::html::Html;
 use super::page::{pairs, sort_key, verdict_mark};
-use crate::verify::compare::LogitAgreement;
+use crate::verify::logits::LogitAgreement;
 use crate::verify::order::scope;
 use crate::verify::schema::VerifyReport;
 use crate::verify::verdict::{TapResult, Verdict};

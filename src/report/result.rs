@@ -1,20 +1,19 @@
 //! The results that have no schema elsewhere, and reading any result from its JSON.
 
 use super::Report;
+use super::plan::{PLAN, PlanSummary};
 use crate::eval::summary::summarise_rows;
 use crate::pipeline::sampling::SamplingSettings;
-use crate::profile::schema::describe;
 use accordion_graphs::plan::PromptLengths;
-use accordion_graphs::plan::homer::HomerPlan;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::ops::Range;
 
 const GENERATION: &str = "accordion.generation/1";
 /// What `accordion run --json` prints.
 const RUN: &str = "accordion.run/1";
-const PLAN: &str = "accordion.plan/1";
+/// What `accordion inspect --json` prints.
+const INSPECT: &str = "accordion.inspect/1";
 
 /// One generated text and how it came about.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,58 +45,6 @@ impl GenerationRecord {
     pub const SCHEMA: &str = GENERATION;
 }
 
-/// One node of a plan's tree.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LevelNode {
-    /// 0 for leaves.
-    pub height: usize,
-    /// Left to right among the nodes of its height; its parent has half that index.
-    pub index: usize,
-    /// Tokens that enter.
-    pub in_len: usize,
-    /// Tokens that leave.
-    pub out_len: usize,
-    /// Layers it runs.
-    pub layers: Range<usize>,
-}
-
-/// A plan, as far as it is drawn.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlanSummary {
-    /// `accordion.plan/1`.
-    pub schema: String,
-    /// The method.
-    pub method: String,
-    /// The prompt it was made for.
-    pub prompt: PromptLengths,
-    /// The method's settings: names and values.
-    pub settings: Vec<(String, String)>,
-    /// The tree.
-    pub nodes: Vec<LevelNode>,
-}
-
-impl From<&HomerPlan> for PlanSummary {
-    fn from(plan: &HomerPlan) -> Self {
-        Self {
-            schema: PLAN.to_owned(),
-            method: "homer".to_owned(),
-            prompt: plan.lengths,
-            settings: describe(&plan.settings),
-            nodes: plan
-                .nodes
-                .iter()
-                .map(|node| LevelNode {
-                    height: node.height,
-                    index: node.index,
-                    in_len: node.in_len,
-                    out_len: node.out_len,
-                    layers: node.layers.clone(),
-                })
-                .collect(),
-        }
-    }
-}
-
 /// Why a file is no result.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -110,6 +57,12 @@ pub enum ResultError {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// An inspection of something that compresses no prompt.
+    #[error("{name}: it has no plan of a method; inspect a bundle of one with --context N")]
+    NoPlan {
+        /// What was read.
+        name: String,
+    },
     /// Another program's JSON, or another version's.
     #[error("{name}: schema is {found:?}, expected one of {}", SCHEMAS.join(", "))]
     Schema {
@@ -120,7 +73,18 @@ pub enum ResultError {
     },
 }
 
-const SCHEMAS: [&str; 8] = [
+/// What `accordion inspect --json` prints, as far as the page shows it.
+#[derive(Deserialize)]
+struct Inspection {
+    plan: Option<InspectedPlan>,
+}
+
+#[derive(Deserialize)]
+struct InspectedPlan {
+    tree: Option<PlanSummary>,
+}
+
+const SCHEMAS: [&str; 9] = [
     crate::verify::schema::SCHEMA,
     crate::profile::schema::SCHEMA,
     crate::eval::quality::report::SCHEMA,
@@ -129,6 +93,7 @@ const SCHEMAS: [&str; 8] = [
     PLAN,
     GENERATION,
     RUN,
+    INSPECT,
 ];
 
 impl Report {
@@ -163,6 +128,11 @@ impl Report {
                 crate::eval::kept::SCHEMA => self.kept.push(serde_json::from_value(value).map_err(malformed)?),
                 PLAN => self.plans.push(serde_json::from_value(value).map_err(malformed)?),
                 GENERATION => self.generations.push(serde_json::from_value(value).map_err(malformed)?),
+                INSPECT => {
+                    let tree =
+                        serde_json::from_value::<Inspection>(value).map_err(malformed)?.plan.and_then(|plan| plan.tree);
+                    self.plans.push(tree.ok_or_else(|| ResultError::NoPlan { name: name.to_owned() })?);
+                }
                 RUN => self.generations.push(serde_json::from_value::<Run>(value).map_err(malformed)?.into()),
                 _ => return Err(ResultError::Schema { name: name.to_owned(), found: schema }),
             }
@@ -214,7 +184,7 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
 
     use super::*;
-    use accordion_graphs::plan::homer::HomerSettings;
+    use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 
     #[test]
     fn results_are_told_apart_by_their_schema() {
@@ -224,7 +194,15 @@ mod tests {
         let summary = PlanSummary::from(&plan);
         let mut report = Report::default();
         report.add_result("plan.json", &serde_json::to_vec(&summary).unwrap()).unwrap();
-        assert_eq!(report.plans, [summary]);
+        assert_eq!(report.plans, std::slice::from_ref(&summary));
+        let inspected = |plan: &str| format!(r#"{{"schema": "accordion.inspect/1", "path": "b", "plan": {plan}}}"#);
+        let tree = format!(r#"{{"state_tokens": 3, "tree": {}}}"#, serde_json::to_string(&summary).unwrap());
+        report.add_result("inspect.json", inspected(&tree).as_bytes()).unwrap();
+        assert_eq!(report.plans, [summary.clone(), summary]);
+        for without in ["null", r#"{"state_tokens": 3}"#] {
+            let refused = report.add_result("inspect.json", inspected(without).as_bytes()).unwrap_err();
+            assert!(refused.to_string().contains("--context N"), "{refused}");
+        }
     }
 
     #[test]

@@ -20,10 +20,11 @@ use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Rows that are compared of every matrix, from the first run that meets it.
-const ROWS: usize = 64;
+pub(crate) const ROWS: usize = 64;
 
 /// How closely a single product is compared. Whatever its scale: the sum of a row in another order, no more.
-const BOUNDS: Bounds = Bounds { abs: 0.0, rel: 1e-4, norm_rel: 2e-5, min_cosine: 0.999_99, min_top_k: 0.0 };
+pub(crate) const BOUNDS: Bounds =
+    Bounds { abs: 0.0, rel: 1e-4, norm_rel: 2e-5, min_cosine: 0.999_99, min_top_k: 0.0, max_ulps: None };
 
 /// Every linear layer over a quantized matrix that engines run.
 pub struct LinearCheck(Arc<Mutex<State>>);
@@ -68,6 +69,33 @@ impl LinearCheck {
     }
 }
 
+/// The reference's layer of `linear` over the tensors of `source`.
+pub(crate) fn layer(
+    linear: &QuantizedLinear,
+    source: &dyn Fn(&str) -> Result<Weight, CheckpointError>,
+) -> Result<Linear, VerifyError> {
+    let read = |name: &str| source(name).map_err(Box::new);
+    let bias = linear.bias.as_deref().map(|name| read(name).map(|bias| bias.tensor)).transpose()?;
+    Ok(Linear::new(&linear.matrix, read(&linear.matrix)?, bias.as_ref())?)
+}
+
+/// Judges the `product` that a graph made of `rows` by what `layer` makes of them, as the tap `name`.
+pub(crate) fn judge_product(
+    name: &str,
+    layer: &Linear,
+    [rows, product]: [&Tensor; 2],
+    bounds: &Bounds,
+) -> Result<TapResult, VerifyError> {
+    let (rows, mut product) = (matrix(rows)?, matrix(product)?);
+    let expected = layer.apply(&rows);
+    if product.dim() == expected.dim() {
+        Zip::from(&mut product).and(&expected).and(&layer.leeway(&rows)).for_each(|found, expected, leeway| {
+            *found = expected + (*found - expected).signum() * ((*found - expected).abs() - leeway).max(0.0);
+        });
+    }
+    Ok(judge(name, &to_tensor(&product)?, &to_tensor(&expected)?, None, bounds))
+}
+
 impl State {
     fn compare(
         &self,
@@ -76,24 +104,13 @@ impl State {
         rows: &Tensor,
         product: &Tensor,
     ) -> Result<TapResult, VerifyError> {
-        let read = |name: &str| (self.source)(name).map_err(Box::new);
-        let bias = linear.bias.as_deref().map(|name| read(name).map(|bias| bias.tensor)).transpose()?;
-        let layer = Linear::new(&linear.matrix, read(&linear.matrix)?, bias.as_ref())?;
-        let [rows, product] = [rows, product].map(matrix);
-        let (rows, mut product) = (rows?, product?);
-        let expected = layer.apply(&rows);
-        if product.dim() == expected.dim() {
-            Zip::from(&mut product).and(&expected).and(&layer.leeway(&rows)).for_each(|found, expected, leeway| {
-                *found = expected + (*found - expected).signum() * ((*found - expected).abs() - leeway).max(0.0);
-            });
-        }
         let name = format!("linears.{graph}.{}", linear.matrix);
-        Ok(judge(&name, &to_tensor(&product)?, &to_tensor(&expected)?, None, &BOUNDS))
+        judge_product(&name, &layer(linear, &*self.source)?, [rows, product], &BOUNDS)
     }
 }
 
 /// The first rows of `tensor [.., rows, n]`.
-fn matrix(tensor: &Tensor) -> Result<Array2<f32>, VerifyError> {
+pub(crate) fn matrix(tensor: &Tensor) -> Result<Array2<f32>, VerifyError> {
     let columns = tensor.shape().last().copied().unwrap_or(1).max(1);
     let few = (tensor.len() / columns).min(ROWS);
     let mut numbers = tensor.to_f32();

@@ -1,6 +1,6 @@
 //! Comparison of the same taps from two computations: engine, reference or golden file.
 //!
-//! - [`compare`]: numbers only; how far two tensors are apart.
+//! - [`compare`]: numbers only; how far two tensors are apart; [`logits`]: whether two sets of logits would be used alike.
 //! - [`selection`]: the same for sets of surviving tokens, where near-ties have to be told from errors.
 //! - [`verdict`]: bounds, and what they say about those numbers.
 //! - [`judge`]: taps of one part, one after the other, and what cannot be compared any more.
@@ -22,6 +22,7 @@ pub mod homer;
 pub mod judge;
 pub mod linears;
 pub mod lockstep;
+pub mod logits;
 pub mod order;
 pub mod parts;
 pub mod plain;

@@ -80,7 +80,8 @@ pub fn bounds_of(bundle: &Bundle) -> impl Fn(&str, TapKind) -> Bounds + use<> {
         .iter()
         .flat_map(|quantization| quantization.matrices.values().copied())
         .collect();
-    let rounded = |norm_rel, min_cosine| Bounds { abs: 5e-3, rel: 2.0, norm_rel, min_cosine, min_top_k: 0.5 };
+    let rounded =
+        |norm_rel, min_cosine| Bounds { abs: 5e-3, rel: 2.0, norm_rel, min_cosine, min_top_k: 0.5, max_ulps: None };
     let rounded = if forms.contains(&MatrixForm::Fp8) {
         Some(rounded(0.6, 0.85))
     } else if forms.iter().any(|form| !matches!(form, MatrixForm::Block { .. })) {
@@ -108,7 +109,8 @@ pub fn bounds_of(bundle: &Bundle) -> impl Fn(&str, TapKind) -> Bounds + use<> {
 }
 
 /// What may differ of a cache of 8-bit integers, as the numbers that it stands for.
-const KV_INT8: Bounds = Bounds { abs: 1e-3, rel: 2e-2, norm_rel: 5e-3, min_cosine: 0.9999, min_top_k: 0.8 };
+const KV_INT8: Bounds =
+    Bounds { abs: 1e-3, rel: 2e-2, norm_rel: 5e-3, min_cosine: 0.9999, min_top_k: 0.8, max_ulps: None };
 /// What may differ of what is computed over it.
 const BEHIND_KV_INT8: Bounds = Bounds { norm_rel: 1.5e-2, min_cosine: 0.9998, ..KV_INT8 };
 

@@ -1,9 +1,9 @@
 //! What `accordion verify` reports: every tap in the order of the computation, grouped by the part of the model it
 //! belongs to.
 
-use super::compare::LogitAgreement;
 use super::judge::Findings;
 use super::lockstep::Cost;
+use super::logits::LogitAgreement;
 use super::order::{model_order, scope};
 use super::verdict::{Difference, TapResult, Verdict};
 use crate::environment::peak_resident_bytes;

@@ -11,7 +11,7 @@ const SPELLED_OUT: usize = 20;
 /// `report` as text. `paint` puts the label of a verdict into its colour.
 pub fn table(report: &VerifyReport, paint: &dyn Fn(&str, Verdict) -> String) -> String {
     let mut text = String::new();
-    let scopes: Vec<[String; 4]> = report
+    let scopes: Vec<[String; 5]> = report
         .scopes
         .iter()
         .map(|scope| {
@@ -19,16 +19,17 @@ pub fn table(report: &VerifyReport, paint: &dyn Fn(&str, Verdict) -> String) -> 
             let worst = scope.taps.iter().reduce(|worst, tap| if worse(tap, worst) { tap } else { worst });
             let name = worst.map_or("", |tap| tap.name[scope.name.len()..].trim_start_matches('.'));
             let share = worst.and_then(|tap| tap.bound_use).map_or_else(|| "-".to_owned(), percent);
-            [scope.name.clone(), format!("{passed}/{}", scope.taps.len()), share, name.to_owned()]
+            let ulps = worst.and_then(|tap| tap.difference.values()?.max_ulps).map_or_else(|| "-".to_owned(), count);
+            [scope.name.clone(), format!("{passed}/{}", scope.taps.len()), share, ulps, name.to_owned()]
         })
         .collect();
-    let header = ["part", "pass", "of bound", "worst tap"].map(str::to_owned);
-    let widths = [0, 1, 2]
+    let header = ["part", "pass", "of bound", "ulps", "worst tap"].map(str::to_owned);
+    let widths = [0, 1, 2, 3]
         .map(|column| scopes.iter().chain([&header]).map(|row| row[column].chars().count()).max().unwrap_or_default());
-    let mut row = |[part, pass, share, tap]: &[String; 4], verdict: &str| {
-        let [a, b, c] = widths;
+    let mut row = |[part, pass, share, ulps, tap]: &[String; 5], verdict: &str| {
+        let [a, b, c, d] = widths;
         // Writing into a string cannot fail.
-        let _ = writeln!(text, "{verdict}  {part:<a$}  {pass:>b$}  {share:>c$}  {tap}");
+        let _ = writeln!(text, "{verdict}  {part:<a$}  {pass:>b$}  {share:>c$}  {ulps:>d$}  {tap}");
     };
     row(&header, "         ");
     for (line, scope) in scopes.iter().zip(&report.scopes) {
@@ -118,6 +119,11 @@ fn worse(tap: &TapResult, than: &TapResult) -> bool {
     severity(tap) > severity(than)
 }
 
+/// A count as the eye takes it in: single units matter, millions do not.
+fn count(ulps: u64) -> String {
+    if ulps < 10_000 { ulps.to_string() } else { format!("{:.0e}", ulps as f64) }
+}
+
 fn percent(share: f64) -> String {
     if share > 10.0 { format!("{share:.0} x") } else { format!("{:.1} %", 100.0 * share) }
 }
@@ -147,7 +153,7 @@ mod tests {
         let failing = (0..30).map(|l| tap(&format!("layers.{l}.out"), 1.0));
         let taps = std::iter::once(tap("layers.0.attn.q", 5e-5)).chain(failing).collect();
         let text = table(&VerifyReport::in_order(subject, taps, 3), &|label, _| label.to_owned());
-        assert!(text.contains("FAIL       layers.0    1/2    4472 x  out\n"), "{text}");
+        assert!(text.contains("FAIL       layers.0    1/2    4472 x   4e6  out\n"), "{text}");
         assert!(text.contains("layers.19.out: max abs 1.0e0 at [1] exceeds 2.0e-3\n"), "{text}");
         assert!(text.contains("and 10 more\n") && !text.contains("layers.20.out:"), "{text}");
         let summary = "FAIL: tiny (plain), ort-cpu fp32 against reference: 1 of 31 taps pass, 30 failed, \

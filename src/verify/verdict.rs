@@ -9,7 +9,8 @@
 //! exact unless the values lie so near to each other that two sides, each within its bounds, may choose differently:
 //! such a near-tie is [`Verdict::Ambiguous`].
 
-use super::compare::{Comparison, FloatDifference, IntegerDifference, LogitAgreement, compare, compare_logits};
+use super::compare::{Comparison, FloatDifference, IntegerDifference, compare};
+use super::logits::{LogitAgreement, compare_logits};
 use super::selection::{SelectionDifference, SelectionError, compare_choices, compare_selections};
 use crate::tensor::Tensor;
 use accordion_graphs::dtype::DType;
@@ -46,6 +47,8 @@ pub enum TapKind {
     Choice,
     /// Scores over the vocabulary: `logits`.
     Logits,
+    /// Rows of a matrix, copied: `embed`, and what enters a leaf of a tree.
+    Copy,
     /// Everything else: floats within bounds, integers exactly.
     Value,
 }
@@ -57,6 +60,8 @@ impl TapKind {
             Some("keep_idx") => Self::Selection,
             Some("chosen") => Self::Choice,
             Some("logits" | "prefill_logits" | "step_logits") => Self::Logits,
+            Some("embed") => Self::Copy,
+            Some("in_hidden") if name.starts_with("node.h0.") => Self::Copy,
             _ => Self::Value,
         }
     }
@@ -76,6 +81,9 @@ pub struct Bounds {
     pub min_cosine: f64,
     /// Least mean share of common tokens among the best five; asked of logits only.
     pub min_top_k: f64,
+    /// Permitted distance of an element in units in the last place, where that says anything: of copies in fp32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_ulps: Option<u64>,
 }
 
 impl Bounds {
@@ -83,17 +91,23 @@ impl Bounds {
     /// is held against its scores as closely as rounding of well-conditioned numbers allows; those of choices are cosines.
     pub fn new(kind: TapKind, dtype: DType) -> Self {
         match dtype {
-            DType::F16 => Self { abs: 5e-3, rel: 1e-2, norm_rel: 4e-2, min_cosine: 0.999, min_top_k: 0.6 },
-            DType::Bf16 => Self { abs: 4e-2, rel: 5e-2, norm_rel: 0.12, min_cosine: 0.99, min_top_k: 0.6 },
+            DType::F16 => {
+                Self { abs: 5e-3, rel: 1e-2, norm_rel: 4e-2, min_cosine: 0.999, min_top_k: 0.6, max_ulps: None }
+            }
+            DType::Bf16 => {
+                Self { abs: 4e-2, rel: 5e-2, norm_rel: 0.12, min_cosine: 0.99, min_top_k: 0.6, max_ulps: None }
+            }
             DType::F32 | DType::I64 | DType::I32 | DType::Bool | DType::U8 | DType::I8 | DType::I4 | DType::F8E4m3 => {
                 let rel = match kind {
-                    TapKind::Value => 1e-3,
+                    TapKind::Value | TapKind::Copy => 1e-3,
                     // They sum over the full hidden width right after a normalisation.
                     TapKind::Logits => 1e-4,
                     TapKind::Selection | TapKind::Choice => 1e-5,
                 };
                 let abs = if kind == TapKind::Choice { 1e-5 } else { 1e-4 };
-                Self { abs, rel, norm_rel: 1e-4, min_cosine: 0.99999, min_top_k: 0.8 }
+                // A copy is the same numbers; those that entries of a quantized row stand for are rounded once.
+                let max_ulps = (kind == TapKind::Copy).then_some(1);
+                Self { abs, rel, norm_rel: 1e-4, min_cosine: 0.99999, min_top_k: 0.8, max_ulps }
             }
         }
     }
@@ -114,6 +128,7 @@ impl Bounds {
             norm_rel: self.norm_rel.max(other.norm_rel),
             min_cosine: self.min_cosine.min(other.min_cosine),
             min_top_k: self.min_top_k.min(other.min_top_k),
+            max_ulps: self.max_ulps.zip(other.max_ulps).map(|(a, b)| a.max(b)),
         }
     }
 
@@ -293,7 +308,10 @@ fn judge_floats(values: FloatDifference, choices: Option<LogitAgreement>, bounds
 
 fn agreement(values: &FloatDifference, allowed: f64) -> String {
     match values.max_abs_at {
-        Some(_) => format!("max abs {:.1e}, allowed {allowed:.1e}", values.max_abs),
+        Some(_) => {
+            let ulps = values.max_ulps.map(|ulps| format!(" ({ulps} ulp)")).unwrap_or_default();
+            format!("max abs {:.1e}{ulps}, allowed {allowed:.1e}", values.max_abs)
+        }
         None => format!("all {} elements equal", values.elements),
     }
 }
@@ -312,6 +330,15 @@ fn float_failure(values: &FloatDifference, bounds: &Bounds, allowed: f64) -> Opt
     if values.max_abs > allowed {
         let at = values.max_abs_at.as_deref().unwrap_or_default();
         return Some(format!("max abs {:.1e} at {at:?} exceeds {allowed:.1e}", values.max_abs));
+    }
+    if let (Some(allowed), Some(ulps)) = (bounds.max_ulps, values.max_ulps)
+        && ulps > allowed
+    {
+        let at = values.max_abs_at.as_deref().unwrap_or_default();
+        return Some(format!(
+            "a copy is off by up to {ulps} units in the last place, {:.1e} at {at:?}",
+            values.max_abs
+        ));
     }
     match (values.cosine, values.norm_rel) {
         (Some(cosine), _) if cosine < bounds.min_cosine && values.scale > bounds.abs => {
@@ -346,7 +373,8 @@ mod tests {
 
     use super::*;
 
-    const FP32: Bounds = Bounds { abs: 1e-4, rel: 1e-5, norm_rel: 1e-4, min_cosine: 0.99999, min_top_k: 0.8 };
+    const FP32: Bounds =
+        Bounds { abs: 1e-4, rel: 1e-5, norm_rel: 1e-4, min_cosine: 0.99999, min_top_k: 0.8, max_ulps: None };
 
     fn f32s(data: &[f32]) -> Tensor {
         Tensor::from_f32([data.len()], data.to_vec()).unwrap()
@@ -370,6 +398,22 @@ mod tests {
         assert!(reason.contains("at [2]"), "{reason}");
         assert_eq!(verdict("x", &f32s(&[1.0, -2.0]), &expected).0, Verdict::Fail);
         assert_eq!(verdict("x", &ids(&[1, -2, 3]), &expected).0, Verdict::Fail);
+    }
+
+    #[test]
+    fn copies_are_exact_whatever_the_scale() {
+        let (expected, off) = (f32s(&[100.0, 1.0]), f32s(&[100.0, 1.0 + 3.0 * f32::EPSILON]));
+        assert_eq!(verdict("layers.0.out", &off, &expected).0, Verdict::Pass);
+        assert_eq!(verdict("node.h1.i0.in_hidden", &off, &expected).0, Verdict::Pass);
+        for name in ["embed", "encoder.embed", "node.h0.i3.in_hidden"] {
+            assert_eq!(verdict(name, &expected, &expected).0, Verdict::Pass);
+            let (planted, reason) = verdict(name, &off, &expected);
+            assert_eq!(planted, Verdict::Fail);
+            assert!(reason.starts_with("a copy is off by up to 3 units"), "{reason}");
+        }
+        // In 16 bits the other side may have rounded.
+        let half = Bounds::new(TapKind::Copy, DType::F16);
+        assert_eq!(judge("embed", &off, &expected, None, &half).verdict, Verdict::Pass);
     }
 
     #[test]

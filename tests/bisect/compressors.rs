@@ -2,8 +2,10 @@
 
 use super::faults::{Fault, Frequencies};
 use super::faulty_runtime;
+use accordion::bisect::culprit::{Found, Origin};
 use accordion::bisect::rebuild::Rebuilt;
-use accordion::bisect::search::{Found, Origin, first_wrong};
+use accordion::bisect::search::first_wrong;
+use accordion::bisect::terms::Terms;
 use accordion::bisect::{cumulative, rcc, reproducer, sharedllm};
 use accordion::bundle::Bundle;
 use accordion::goldens::{RccCase, SharedLlmCase};
@@ -237,7 +239,7 @@ fn nothing_is_found_in_sound_rcc_bundles() {
             let rebuilt = Rebuilt::new(&laboratory.bundles[form]).unwrap();
             let loader = faulty_runtime(&laboratory.bundles[form], &none(), fused, Frequencies::new(1e4, 16));
             let found = laboratory.with_input(&none(), |reference, input| {
-                cumulative::compare(&loader, Detail::All, &mut |_| {}, |visit| {
+                cumulative::compare(&loader, &Terms::of(&laboratory.bundles[form]), Detail::All, &mut |_| {}, |visit| {
                     rcc::cases(&rebuilt, reference, input, visit)
                 })
                 .unwrap()
@@ -359,7 +361,7 @@ fn nothing_is_found_in_sound_sharedllm_bundles() {
             let rebuilt = Rebuilt::new(&laboratory.bundles[form]).unwrap();
             let loader = faulty_runtime(&laboratory.bundles[form], &none(), fused, Frequencies::new(1e4, 16));
             let found = laboratory.with_input(&none(), |reference, input| {
-                cumulative::compare(&loader, Detail::All, &mut |_| {}, |visit| {
+                cumulative::compare(&loader, &Terms::of(&laboratory.bundles[form]), Detail::All, &mut |_| {}, |visit| {
                     sharedllm::cases(&rebuilt, reference, input, visit)
                 })
                 .unwrap()

@@ -4,12 +4,15 @@
 
 mod compressors;
 mod faults;
+mod quantized;
 #[path = "../architectures/synthetic.rs"]
 mod synthetic;
 
 use accordion::bisect::case::Visit;
+use accordion::bisect::culprit::{Found, Origin};
 use accordion::bisect::rebuild::Rebuilt;
-use accordion::bisect::search::{Found, Origin, first_wrong};
+use accordion::bisect::search::first_wrong;
+use accordion::bisect::terms::Terms;
 use accordion::bisect::{BisectError, cumulative, homer, plain, reproducer};
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
 use accordion::checkpoint::Checkpoint;
@@ -113,19 +116,40 @@ impl Laboratory {
     }
 
     fn cases(&self, rebuilt: &Rebuilt<'_>, form: Form, visit: &mut Visit<'_>) -> Result<ControlFlow<()>, BisectError> {
-        let ids: Vec<u32> = (0..66).map(|i| i * 31 % 97).collect();
-        if !form.homer {
-            return plain::cases(rebuilt, &self.reference, &ids[..33], visit);
-        }
-        let lengths = PromptLengths { prefix: 3, context: 50, suffix: 4 };
-        let plan = HomerPlan::new(architecture().num_layers, lengths, SETTINGS).unwrap();
-        assert_eq!(plan.tree_height, 2);
-        let row: Vec<f32> = (0..=plan.max_distance()).map(|d| 0.3 / (1.0 + d as f32)).collect();
-        let bias = vec![row.as_slice(); architecture().num_layers];
-        let (prefix, context, suffix, teacher) = (&ids[..3], &ids[3..53], &ids[53..57], &ids[57..]);
-        let input = HomerInput { plan: &plan, prefix, context, suffix, teacher, bias: &bias, width: 1 };
-        homer::cases(rebuilt, &self.reference, &input, visit)
+        cases(rebuilt, &self.reference, form.homer, visit)
     }
+}
+
+/// The significance bias of every layer.
+fn bias(plan: &HomerPlan) -> Vec<Vec<f32>> {
+    let row: Vec<f32> = (0..=plan.max_distance()).map(|d| 0.3 / (1.0 + d as f32)).collect();
+    vec![row; architecture().num_layers]
+}
+
+/// A tree of height 2.
+const LENGTHS: PromptLengths = PromptLengths { prefix: 3, context: 50, suffix: 4 };
+
+fn token_ids() -> Vec<u32> {
+    (0..66).map(|i| i * 31 % 97).collect()
+}
+
+fn cases(
+    rebuilt: &Rebuilt<'_>,
+    reference: &Reference,
+    homer: bool,
+    visit: &mut Visit<'_>,
+) -> Result<ControlFlow<()>, BisectError> {
+    let ids = token_ids();
+    if !homer {
+        return plain::cases(rebuilt, reference, &ids[..33], visit);
+    }
+    let plan = HomerPlan::new(architecture().num_layers, LENGTHS, SETTINGS).unwrap();
+    assert_eq!(plan.tree_height, 2);
+    let bias = bias(&plan);
+    let bias: Vec<&[f32]> = bias.iter().map(Vec::as_slice).collect();
+    let (prefix, context, suffix, teacher) = (&ids[..3], &ids[3..53], &ids[53..57], &ids[57..]);
+    let input = HomerInput { plan: &plan, prefix, context, suffix, teacher, bias: &bias, width: 1 };
+    homer::cases(rebuilt, reference, &input, visit)
 }
 
 fn faulty_runtime(bundle: &Bundle, fault: &Fault, fused_operators: bool, rotary: Frequencies) -> FaultyRuntime {
@@ -237,7 +261,8 @@ fn part_by_part_only_what_is_wrong_by_itself_fails() {
         let loader = laboratory.loader(&bundle, &fault, form);
         let mut cases = 0;
         let all = |visit: &mut Visit<'_>| laboratory.cases(&rebuilt, form, visit);
-        let found = cumulative::compare(&loader, Detail::All, &mut |done| cases = done, all).unwrap();
+        let terms = Terms::of(&bundle);
+        let found = cumulative::compare(&loader, &terms, Detail::All, &mut |done| cases = done, all).unwrap();
         let wrong: Vec<&str> =
             found.taps.iter().filter(|t| t.verdict == Verdict::Fail).map(|t| t.name.as_str()).collect();
         assert!(wrong.iter().all(|name| name.ends_with("layers.2.attn.out")), "{form:?}: {wrong:?}");

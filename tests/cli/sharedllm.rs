@@ -284,3 +284,78 @@ fn plans_are_told_before_anything_runs() {
         assert!(text.contains(word), "{word} is not in\n{text}");
     }
 }
+
+#[test]
+fn what_cannot_read_plainly_is_compared_with_a_bundle_that_can() {
+    let tiny = tiny();
+    fs::write(tiny.path("book.txt"), LONG.repeat(20)).unwrap();
+    let eval = |more: &[&'static str]| -> Vec<&'static str> {
+        let fixed = [
+            "eval",
+            "perplexity",
+            "bundle",
+            "--text",
+            "book.txt",
+            "--length",
+            "64",
+            "--segment",
+            "8",
+            "--buffer",
+            "8",
+            "--bucket",
+            "8",
+            "--samples",
+            "2",
+            "--json",
+        ];
+        [&fixed[..], more].concat()
+    };
+    let summary = |more: &[&'static str]| -> Value { serde_json::from_str(&tiny.succeed(&eval(more))).unwrap() };
+    let methods = |summary: &Value| -> Vec<String> {
+        let all = summary["methods"].as_array().unwrap().iter();
+        all.map(|one| one["method"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(methods(&summary(&[])), ["sharedllm"]);
+    let compare = ["--compare", "plain", "--against", "plain,last:24", "--out", "rows.jsonl"];
+    let found = summary(&compare);
+    assert_eq!(methods(&found), ["sharedllm", "plain", "last:24"]);
+    // The same tokens are predicted by everyone, and differences are taken sample by sample.
+    let cells = found["cells"].as_array().unwrap();
+    assert!(cells.iter().all(|cell| cell["n"] == 2 && cell["tokens"] == 16), "{cells:?}");
+    assert_eq!(found["comparisons"].as_array().unwrap().len(), 2, "{found}");
+    let rows = fs::read_to_string(tiny.path("rows.jsonl")).unwrap();
+    assert_eq!(rows.lines().count(), 6);
+    // The second time nothing is computed, and a bundle's plain side goes by its folder beside another one.
+    assert_eq!(summary(&compare)["cells"], found["cells"]);
+    assert_eq!(fs::read_to_string(tiny.path("rows.jsonl")).unwrap(), rows);
+    let beside = tiny.succeed(&[
+        "eval",
+        "perplexity",
+        "plain",
+        "--text",
+        "book.txt",
+        "--length",
+        "64",
+        "--segment",
+        "8",
+        "--buffer",
+        "8",
+        "--samples",
+        "1",
+        "--json",
+        "--compare",
+        "bundle",
+        "--against",
+        "none",
+    ]);
+    assert_eq!(methods(&serde_json::from_str(&beside).unwrap()), ["plain", "sharedllm"]);
+
+    let tokenizer = fs::read_to_string(tiny.path("plain/tokenizer.json")).unwrap();
+    // It may be a link to the checkpoint's.
+    fs::remove_file(tiny.path("plain/tokenizer.json")).unwrap();
+    fs::write(tiny.path("plain/tokenizer.json"), tokenizer + "\n").unwrap();
+    let message = tiny.refuse(&eval(&["--compare", "plain"]));
+    assert!(message.contains("--compare plain: its tokenizer.json is another one than that of bundle"), "{message}");
+    assert!(tiny.refuse(&eval(&["--compare", "nowhere"])).contains("--compare nowhere"));
+    assert!(tiny.refuse(&eval(&["--against", "plain"])).contains("--against"));
+}

@@ -67,7 +67,7 @@ fn everything_but_the_times_follows_from_the_plan() {
         min_runs: 3,
         max_time: None,
     };
-    let effort = Effort { prefix: protocol, new_tokens: vec![1, 4] };
+    let effort = Effort { prefix: protocol, first_token: protocol, new_tokens: vec![1, 4] };
 
     let significance = Some(Significance::Uncalibrated);
     let plain_operations = OperationCount::plain_prefill(arch, case.lengths().total()).total();
@@ -111,13 +111,13 @@ fn everything_but_the_times_follows_from_the_plan() {
         assert_eq!(details.load_ms.unwrap() > 0.0, found.configuration.method == "homer");
         assert!(details.first_run_ms.unwrap() > 0.0);
         let spans: Vec<_> = details.decoded.iter().map(|s| (s.from, s.to, s.cache_rows, s.per_token.runs)).collect();
-        assert_eq!(spans, [(0, 1, kept + 3, 1), (1, 4, kept + 6, 3)]);
+        assert_eq!(spans, [(0, 1, kept + 9, 1), (1, 4, kept + 12, 3)]);
 
         // Halfway through the tokens, behind those that warm up, a step reads every weight but the table of embeddings,
         // and the cache.
         let index = bundle.weights().index();
         let table = if arch.tie_word_embeddings() { 0 } else { index.get("model.embed_tokens.weight").unwrap().len };
-        let past = kept + 2 + 2;
+        let past = kept + 8 + 2;
         let cache = arch.kv_bytes_per_token() * past as u64;
         let step =
             OperationCount::layer_after(arch, past, 1, 1).times(arch.num_layers()) + OperationCount::lm_head(arch, 1);

@@ -21,6 +21,8 @@ use accordion::verify::verdict::{Bounds, TapKind, TapResult, judge};
 use accordion_graphs::dtype::DType;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
+use accordion_graphs::plan::rcc::{RccPlan, RccSettings};
+use accordion_graphs::plan::sharedllm::{ChunkPolicy, Keep, Quirks, SharedLlmPlan, SharedLlmSettings};
 use std::time::Duration;
 
 pub(crate) const HOSTILE: &str = "</script><img src=x onerror=\"document.title='owned'\"><!-- ' & ]]>";
@@ -33,6 +35,23 @@ fn plan() -> HomerPlan {
     let settings =
         HomerSettings { max_chunk_len: 2048, max_initial_chunk_len: None, target_len: 2048, layers_warmup: 12 };
     HomerPlan::new(30, PromptLengths { prefix: 5, context: 32_768 - 7, suffix: 17 }, settings).unwrap()
+}
+
+fn rcc_plan() -> RccPlan {
+    let settings = RccSettings { window: 2048, ratio: 32, pairs: true, first_state_is_embedding: true };
+    RccPlan::new(PromptLengths { prefix: 5, context: 32_768 - 7, suffix: 17 }, settings).unwrap()
+}
+
+fn sharedllm_plan() -> SharedLlmPlan {
+    let settings = SharedLlmSettings {
+        chunk_len: 1024,
+        tree_depth: 3,
+        keep: Keep::Fraction(0.25),
+        retrieval: true,
+        quirks: Quirks::Fixed,
+    };
+    let lengths = PromptLengths { prefix: 5, context: 16_384 - 7, suffix: 17 };
+    SharedLlmPlan::new(lengths, settings, ChunkPolicy::FineTuning).unwrap()
 }
 
 /// A value that looks random and is the same every time.
@@ -428,7 +447,7 @@ pub(crate) fn report() -> Report {
         qualities: vec![quality()],
         evaluations: evaluations(),
         kept: kept(),
-        plans: vec![PlanSummary::from(&plan())],
+        plans: vec![PlanSummary::from(&plan()), PlanSummary::from(&rcc_plan()), PlanSummary::from(&sharedllm_plan())],
         generations: vec![
             generation(
                 "Mr. Knightley is the owner of Donwell Abbey and a friend of the family.\nHe thinks of Emma as a clever young woman who is often wrong.",

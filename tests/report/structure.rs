@@ -27,7 +27,11 @@ fn a_full_report_is_small_balanced_and_complete() {
     assert_eq!(count(&tags, "section"), 8);
     // Five of latency and memory, one of perplexity.
     assert_eq!(tags.iter().filter(|tag| has_class(tag, "chart")).count(), 6);
-    assert_eq!(tags.iter().filter(|tag| has_class(tag, "node")).count(), 63);
+    // HOMER's tree; RCC's 16 segments, as many slots, and the decoder; SharedLLM's model, chunks, and the first one's tree of three levels.
+    let chunks = report().plans[2].nodes.iter().filter(|node| node.height == 3).count();
+    assert!(chunks > 10, "{chunks}");
+    assert_eq!(tags.iter().filter(|tag| has_class(tag, "node")).count(), 63 + 2 * 16 + 1 + 1 + chunks + 3 * 2);
+    assert_eq!(tags.iter().filter(|tag| has_class(tag, "split")).count(), 2);
     let rows = tags.iter().filter(|tag| tag.attributes.iter().any(|(name, _)| *name == "data-verdict")).count();
     let listed: usize = report().verifications.iter().map(|v| v.counts.total().min(400)).sum();
     assert_eq!(rows, listed);
@@ -98,6 +102,9 @@ fn absurd_numbers_from_files_do_no_harm() {
     plan.nodes[1].in_len = usize::MAX;
     (plan.nodes[2].layers.start, plan.nodes[2].layers.end) = (usize::MAX, 0);
     plan.nodes[3].index = usize::MAX;
+    absurd.plans[1].nodes[0].parent = Some(usize::MAX);
+    absurd.plans[2].levels[0].height = usize::MAX;
+    absurd.plans[2].nodes[1].split = true;
     let row = &mut absurd.profiles[0].rows[0];
     row.measured.prompt.context = usize::MAX;
     row.measured.prefix.median_ms = -1e308;

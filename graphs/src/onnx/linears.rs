@@ -1,7 +1,7 @@
 //! The linear layers of a graph: nodes that multiply rows by a matrix of the checkpoint.
 
-use super::DOMAIN;
 use super::scope::{GraphData, NodeData};
+use super::{DOMAIN, QuantizedLinear, Scope};
 use crate::functions::{LINEAR, LINEAR_BIAS};
 use std::collections::{BTreeMap, HashMap};
 
@@ -11,6 +11,27 @@ pub(super) struct Linear<'g> {
     pub(super) weight: &'g str,
     /// The value that holds the rows, `[rows, in]`.
     pub(super) input: usize,
+}
+
+impl Scope {
+    /// Every linear layer of the graph, over matrices in whatever precision: the quantized ones first.
+    pub fn linear_layers(&self) -> Vec<QuantizedLinear> {
+        let graph = self.graph.borrow();
+        let matrices = graph.matrices();
+        let mut layers = graph.quantized_linears();
+        layers.extend(graph.nodes.iter().filter_map(|node| {
+            let linear = node.linear(&matrices)?;
+            let bias = node.inputs.get(2).copied().flatten().and_then(|bias| matrices.get(&bias));
+            let &[product] = &node.outputs[..] else { return None };
+            Some(QuantizedLinear {
+                matrix: linear.weight.to_owned(),
+                bias: bias.map(|&name| name.to_owned()),
+                rows: graph.values[linear.input].name.clone(),
+                product: graph.values[product].name.clone(),
+            })
+        }));
+        layers
+    }
 }
 
 impl GraphData {

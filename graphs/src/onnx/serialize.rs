@@ -27,7 +27,7 @@ pub struct ValueInfo {
     pub shape: Vec<String>,
 }
 
-/// A linear layer over a quantized matrix.
+/// A linear layer; of [`GraphSignature::quantized`], one over a quantized matrix.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuantizedLinear {
     /// The matrix, as the checkpoint calls it.

@@ -11,6 +11,7 @@ use crate::functions::{
 };
 use crate::onnx::{Arithmetic, DOMAIN, FloatNode, Operand, Operator, Ports, Scope, Source, Width, module_pattern};
 use crate::weights::WeightIndex;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
@@ -18,13 +19,16 @@ use std::rc::Rc;
 const FP32_INPUTS: [&str; 2] = ["significance_bias", "context_mask"];
 
 /// What must be in fp32, and why.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keep {
     /// Taps: what computes them and what reads them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub taps: BTreeMap<String, String>,
     /// Matrices: what is multiplied by them, what computes and reads that.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub inputs: BTreeMap<String, String>,
     /// Matrices themselves, and what reads them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub matrices: BTreeMap<String, String>,
 }
 
@@ -82,6 +86,13 @@ fn rule(node: &FloatNode) -> Rule {
         | "Identity" => Rule::Move,
         "Cast" => Rule::Full(""),
         _ => Rule::Full("there is no rule for it"),
+    }
+}
+
+impl Keep {
+    /// Whether the rules alone decide.
+    pub fn is_empty(&self) -> bool {
+        self.taps.is_empty() && self.inputs.is_empty() && self.matrices.is_empty()
     }
 }
 

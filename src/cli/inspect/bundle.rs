@@ -1,5 +1,6 @@
 //! What a bundle holds.
 
+use super::quantization::Forms;
 use super::{Described, architecture, compressor, facts};
 use crate::cli::text::{bytes, grouped, table};
 use accordion::bundle::{Bundle, GraphEntry, Method};
@@ -23,6 +24,8 @@ pub(super) struct Description<'b> {
     kv_cache: KvCache,
     #[serde(skip)]
     numbers: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantization: Option<Forms<'b>>,
     architecture: &'b Architecture,
     #[serde(skip_serializing_if = "Option::is_none")]
     compressor: Option<&'b Compressor>,
@@ -118,6 +121,7 @@ pub(super) fn describe(bundle: &Bundle) -> anyhow::Result<Description<'_>> {
         precision: manifest.precision.name(),
         kv_cache: manifest.kv_cache,
         numbers: manifest.numbers(),
+        quantization: manifest.quantization.as_ref().map(|quantization| Forms::of(bundle, quantization)),
         architecture: &manifest.architecture,
         compressor: manifest.compressor.as_ref(),
         fingerprint: &manifest.fingerprint,
@@ -162,6 +166,9 @@ impl Described for Description<'_> {
         rows.push(("written by", self.producer.to_owned()));
         rows.push(("fingerprint", self.fingerprint.to_owned()));
         let mut text = format!("bundle\n{}", facts(&rows));
+        if let Some(forms) = &self.quantization {
+            let _ = write!(text, "\n{}", forms.in_words());
+        }
         for graph in &self.graphs {
             let _ = write!(text, "\n{}: {}", graph.name, graph.in_words());
         }

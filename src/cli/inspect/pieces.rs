@@ -65,6 +65,8 @@ pub(super) struct Chunks {
     compression_ratio: f64,
     injected_layers: usize,
     levels: Vec<Level>,
+    #[serde(skip)]
+    pub(super) plan: SharedLlmPlan,
     /// By the policy that holds where no other is asked for.
     pub(super) default: Split,
     /// By the other named ones, where such a prompt can be split by them.
@@ -111,7 +113,8 @@ impl Chunks {
             compression_ratio: plan.compression_ratio(),
             injected_layers,
             others: others.collect(),
-            levels: plan.levels,
+            levels: plan.levels.clone(),
+            plan,
             default,
         })
     }

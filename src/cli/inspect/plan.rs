@@ -24,6 +24,9 @@ pub(super) struct Cost {
     /// The same prompt through the whole model.
     plain_operations: OperationCount,
     plain_state_bytes: u64,
+    /// The same for every method: its levels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tree: Option<PlanSummary>,
     #[serde(flatten)]
     steps: Option<Steps>,
     /// Graphs that the plan needs and the bundle does not have.
@@ -35,9 +38,8 @@ pub(super) struct Cost {
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Steps {
-    Tree(PlanSummary),
     Segments(Segments),
-    Chunks(Chunks),
+    Chunks(Box<Chunks>),
 }
 
 /// Plans for the method of `bundle`.
@@ -55,7 +57,7 @@ pub(super) fn of_bundle(bundle: &Bundle, lengths: PromptLengths) -> anyhow::Resu
                 state_tokens,
                 state_bytes: state_bytes(model, state_tokens),
                 missing_graphs: needed.filter(|name| bundle.signature(name).is_none()).collect(),
-                steps: Some(Steps::Tree(PlanSummary::from(&plan))),
+                tree: Some(PlanSummary::from(&plan)),
                 ..plain
             })
         }
@@ -67,6 +69,7 @@ pub(super) fn of_bundle(bundle: &Bundle, lengths: PromptLengths) -> anyhow::Resu
                 operations: work(bundle, &Compression::Rcc(rcc), lengths)?.0,
                 state_tokens,
                 state_bytes: state_bytes(model, state_tokens),
+                tree: Some(PlanSummary::from(&plan)),
                 steps: Some(Steps::Segments(Segments::from(&plan))),
                 ..plain
             })
@@ -74,7 +77,9 @@ pub(super) fn of_bundle(bundle: &Bundle, lengths: PromptLengths) -> anyhow::Resu
         Method::SharedLlm { settings } => {
             let chunks = Chunks::new(bundle, settings, lengths)?;
             let Split { operations, running, state_bytes, .. } = chunks.default;
-            Ok(Cost { operations, state_tokens: running, state_bytes, steps: Some(Steps::Chunks(chunks)), ..plain })
+            let tree = Some(PlanSummary::from(&chunks.plan));
+            let steps = Some(Steps::Chunks(Box::new(chunks)));
+            Ok(Cost { operations, state_tokens: running, state_bytes, tree, steps, ..plain })
         }
     }
 }
@@ -101,6 +106,7 @@ pub(super) fn plain(model: &Architecture, prompt: PromptLengths) -> Result<Cost,
         state_bytes,
         plain_operations: operations,
         plain_state_bytes: state_bytes,
+        tree: None,
         steps: None,
         missing_graphs: Vec::new(),
     })
@@ -114,7 +120,7 @@ impl Cost {
     pub(super) fn in_words(&self) -> String {
         let PromptLengths { prefix, context, suffix } = self.prompt;
         let OperationCount { linear, attention } = self.operations;
-        let plain = |what: String| if self.steps.is_some() { format!("; plain {what}") } else { String::new() };
+        let plain = |what: String| if self.tree.is_some() { format!("; plain {what}") } else { String::new() };
         let injected = match &self.steps {
             Some(Steps::Chunks(chunks)) => chunks.injected(),
             _ => String::new(),
@@ -135,14 +141,12 @@ impl Cost {
                 plain(bytes(self.plain_state_bytes)),
             ),
         ];
-        lines.extend(self.steps.as_ref().map(|steps| {
-            let text = match steps {
-                Steps::Tree(tree) => levels(tree),
-                Steps::Segments(segments) => segments.in_words(),
-                Steps::Chunks(chunks) => chunks.in_words(),
-            };
-            text.trim_end().to_owned()
-        }));
+        let text = match (&self.steps, &self.tree) {
+            (Some(Steps::Segments(segments)), _) => Some(segments.in_words()),
+            (Some(Steps::Chunks(chunks)), _) => Some(chunks.in_words()),
+            (None, tree) => tree.as_ref().map(levels),
+        };
+        lines.extend(text.map(|text| text.trim_end().to_owned()));
         if !self.missing_graphs.is_empty() {
             let missing = self.missing_graphs.join(", ");
             lines.push(format!("  not in the bundle: {missing}; export with --context {context} to run this prompt"));

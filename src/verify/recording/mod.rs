@@ -8,7 +8,6 @@
 mod write;
 
 pub use write::Recorder;
-pub(crate) use write::stored_type;
 
 use super::error::VerifyError;
 use super::parts::{Parts, part_of};

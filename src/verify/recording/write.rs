@@ -130,7 +130,7 @@ fn joined(mut target: NamedTempFile, data: BufWriter<File>, header: Map<String, 
 }
 
 /// The name of an element type in safetensors.
-pub(crate) fn stored_type(dtype: DType) -> Dtype {
+fn stored_type(dtype: DType) -> Dtype {
     match dtype {
         DType::F32 => Dtype::F32,
         DType::F16 => Dtype::F16,
