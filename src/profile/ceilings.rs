@@ -99,6 +99,13 @@ fn matrices(bundle: &Bundle) -> (WeightIndex, Forms) {
     (WeightIndex::new(stored.files().to_vec(), tensors), forms)
 }
 
+/// Makes of `graph` what exporting `bundle`, whose matrices have these forms, made of its graphs.
+fn in_precision(graph: &Scope, bundle: &Bundle, forms: &Forms) {
+    if !forms.is_empty() {
+        precision::quantize(graph, bundle.manifest().target, forms, &Rc::new(bundle.weights().index().clone()));
+    }
+}
+
 /// A small graph, loaded, with its inputs.
 struct Probe {
     engine: Box<dyn Engine>,
@@ -131,15 +138,13 @@ impl Probe {
             outputs.push(output);
             elements += (to * from) as u64;
         }
-        if !forms.is_empty() {
-            precision::quantize(&g, bundle.manifest().target, &forms, &Rc::new(bundle.weights().index().clone()));
-        }
+        in_precision(&g, bundle, &forms);
         let inputs = inputs.into_keys().map(|width| Ok((width_name(width), varied([rows, width])?)));
         let inputs = inputs.collect::<Result<_, ProfileError>>()?;
         Ok((Self::load(loader, bundle, &g, inputs, outputs)?, 2 * elements * rows as u64))
     }
 
-    /// Causal attention of one sequence, as the graphs of the bundle's target have it.
+    /// Causal attention of one sequence, as the bundle's graphs have it.
     fn attention(loader: &dyn Loader, bundle: &Bundle, arch: &Architecture, rows: usize) -> Result<Self, ProfileError> {
         let g = Scope::new("attention_rate", Rc::default());
         let heads = [arch.num_heads(), arch.num_kv_heads(), arch.num_kv_heads()];
@@ -161,6 +166,7 @@ impl Probe {
             }
         };
         g.output("mixed", &mixed);
+        in_precision(&g, bundle, &matrices(bundle).1);
         let inputs = names.iter().zip(&shapes).map(|(&name, shape)| Ok((name.to_owned(), varied(shape.clone())?)));
         let inputs = inputs.collect::<Result<_, ProfileError>>()?;
         Self::load(loader, bundle, &g, inputs, vec!["mixed".to_owned()])

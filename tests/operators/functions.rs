@@ -103,7 +103,7 @@ fn attention_rounds_what_its_body_rounds() {
             assert!(worst <= bound, "{past} + {rows}: output {i} is off by {worst}");
         }
         let kept = &found[1].1[past * dim..(past + 1) * dim];
-        assert!(kept.iter().all(|x| x.to_bits() & 0xffff == 0), "{past} + {rows}: keys are stored rounded");
+        assert!(kept.iter().all(|x| x.to_bits().trailing_zeros() >= 16), "{past} + {rows}: keys are stored rounded");
     }
 }
 
