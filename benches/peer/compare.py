@@ -208,6 +208,9 @@ def main():
     task["scratch"] = str(out)
     results, bundles = [], []
 
+    def save():
+        (out / "results.json").write_text(json.dumps(results, indent=1))
+
     def ours():
         run = measured([accordion, "--json", "calibrate", "ranges", str(out / "fp32"), "--text", args.text,
                         "--windows", str(args.windows), "--window-len", str(args.length), "-o", str(table)])
@@ -237,6 +240,7 @@ def main():
             as_bundle(out, quantized, f"peer-{name}")
             bundles.append(f"peer-{name}")
     ours()
+    save()
     if args.held_out:
         static = ["--precision", "int8", "--ranges", str(table)]
         kept = ["--keep-float", "v_proj", "--keep-float", "down_proj"]
@@ -247,7 +251,7 @@ def main():
             bundles.append(name)
             results.append(row(f"{name}: exporting", args.windows, args.length, export(name, *static, *more)))
         results.append({"quality": quality(args, out, bundles)})
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    save()
 
 
 if __name__ == "__main__":

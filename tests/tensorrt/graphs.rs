@@ -1,16 +1,19 @@
-//! Every graph of every method through the ONNX parser and the builder of TensorRT-RTX, by `accordion build`.
+//! Every graph of every method in every precision through the ONNX parser and the builder of TensorRT-RTX, by `accordion
+//! build`.
 
 use super::{goldens, prepared};
-use accordion::bundle::{ExportOptions, MethodSettings, WeightStorage, export};
-use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json};
+use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
+use accordion::checkpoint::{Checkpoint, RCC_FILE, architecture_json, config_json, rcc_json, sharedllm_json};
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
 use accordion::precision::Recipe;
 use accordion::tensorrt::engines::sha256;
 use accordion::verify::golden;
+use accordion_calibration::ranges::{Observation, RangeEstimator, SiteLayout};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::sharedllm::Quirks;
 use accordion_graphs::precision::Precision;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -49,33 +52,66 @@ fn plain_graphs_become_engines() {
     let folder = tempfile::tempdir().unwrap();
     let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
     let llama = checkpoint(folder.path(), case.weights_path(), &[("config.json", config_json(&case.architecture))]);
-    check(&llama, MethodSettings::Plain, &["--context", "200"]);
+    check_precisions(&llama, &MethodSettings::Plain, &["--context", "200"]);
     let folder = tempfile::tempdir().unwrap();
     let case = RccCase::open(&goldens().join("rcc/neox_r32.config.json")).unwrap();
     let neox = checkpoint(folder.path(), case.weights_path(), &[("config.json", architecture_json(&case.decoder))]);
-    check(&neox, MethodSettings::Plain, &["--context", "200"]);
+    check_precisions(&neox, &MethodSettings::Plain, &["--context", "200"]);
 }
 
-/// Weights in 8 and 4 bits, and matrix products in 8-bit integers. The builder takes quantized constants in front of
-/// `DequantizeLinear` only, and embeddings are looked up first: they stay as they are.
-#[test]
-#[ignore = "needs NVIDIA's libraries: tests/tensorrt/prepare"]
-fn quantized_graphs_become_engines() {
-    for precision in [Precision::WeightInt8, Precision::WeightInt4, Precision::Int8PerToken] {
-        let folder = tempfile::tempdir().unwrap();
-        let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
-        let llama = checkpoint(folder.path(), case.weights_path(), &[("config.json", config_json(&case.architecture))]);
-        let bundle = folder.path().join("bundle");
+/// All that bundles compute in.
+const PRECISIONS: [Precision; 8] = [
+    Precision::Fp32,
+    Precision::Fp16,
+    Precision::Bf16,
+    Precision::WeightInt8,
+    Precision::WeightInt4,
+    Precision::Int8PerToken,
+    Precision::Int8,
+    Precision::Fp8,
+];
+
+/// Ranges for every linear layer of `bundle`, in fp32: of numbers that nobody computed, but scales are scales.
+fn ranges(bundle: &Bundle, path: &Path) {
+    let graphs = bundle.manifest().graphs.values();
+    let names: BTreeSet<&String> = graphs.flat_map(|graph| graph.signature.linears.keys()).collect();
+    let channels = |name: &String| bundle.weights().index().get(name).unwrap().shape[1];
+    let site = |name: &&String| SiteLayout { weights: vec![(*name).clone()], channels: channels(name) };
+    let mut estimator = RangeEstimator::new(names.iter().map(site).collect(), vec![]).unwrap();
+    estimator.begin_window("any", 0).unwrap();
+    for (number, name) in names.iter().enumerate() {
+        let rows: Vec<f32> = (0..4 * channels(name)).map(|i| (i as f32).sin()).collect();
+        estimator.observe(&[Observation::Rows(number, &rows)]).unwrap();
+    }
+    let table = estimator.finish(bundle.manifest().identity(), "plain".to_owned(), 4, "test".to_owned());
+    table.unwrap().save(path).unwrap();
+}
+
+/// Builds every graph of the checkpoint in every precision.
+fn check_precisions(checkpoint: &Path, method: &MethodSettings, more: &[&str]) {
+    let table = checkpoint.with_file_name("ranges.safetensors");
+    let mut problems = Vec::new();
+    for precision in PRECISIONS {
+        let mut recipe = Recipe::of(precision);
+        recipe.ranges = precision.needs_ranges().then(|| table.clone());
+        let out = checkpoint.with_file_name(precision.name());
         let options = ExportOptions {
-            method: MethodSettings::Plain,
+            method: method.clone(),
             target: Target::Portable,
             weights: WeightStorage::Link,
-            recipe: Recipe { keep: vec!["embed".to_owned()], ..Recipe::of(precision) },
+            recipe,
             force: false,
         };
-        export(&Checkpoint::open(llama).unwrap(), &bundle, &options).unwrap();
-        built(&bundle, &["--context", "200"]);
+        export(&Checkpoint::open(checkpoint).unwrap(), &out, &options).unwrap();
+        if precision == Precision::Fp32 {
+            ranges(&Bundle::open(&out).unwrap(), &table);
+        }
+        let output = build(&out, more);
+        if output.status.code() != Some(0) {
+            problems.push(format!("{precision}: {}", String::from_utf8_lossy(&output.stderr)));
+        }
     }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 
 /// What was built is found again, with its hashes; another plan in its place is refused.
@@ -153,7 +189,12 @@ fn homers_graphs_become_engines() {
         let [prefix, context, suffix] =
             [&case.prefix_ids, &case.context_ids, &case.suffix_ids].map(|ids| ids.len().to_string());
         let lengths = ["--prefix", &prefix, "--context", &context, "--suffix", &suffix, "--width", "2"];
-        check(&checkpoint, method, &lengths);
+        // What differs between the cases is not what computes in other precisions.
+        if name == "E" {
+            check_precisions(&checkpoint, &method, &lengths);
+        } else {
+            check(&checkpoint, method, &lengths);
+        }
     }
 }
 
@@ -167,7 +208,8 @@ fn rccs_graphs_become_engines() {
         let rcc = rcc_json(&case.model.encoder, case.settings);
         let files = [("config.json", architecture_json(&case.decoder)), (RCC_FILE, rcc)];
         let checkpoint = checkpoint(folder.path(), case.weights_path(), &files);
-        check(&checkpoint, MethodSettings::Rcc(case.settings), &["--context", "1000", "--suffix", "8", "--width", "4"]);
+        let lengths = ["--context", "1000", "--suffix", "8", "--width", "4"];
+        check_precisions(&checkpoint, &MethodSettings::Rcc(case.settings), &lengths);
     }
 }
 
@@ -179,16 +221,16 @@ fn sharedllms_graphs_become_engines() {
         let case = SharedLlmCase::open(&path).unwrap();
         for quirks in [Quirks::Faithful, Quirks::Fixed] {
             let folder = tempfile::tempdir().unwrap();
-            let bundle = golden::sharedllm::bundle(
-                &case,
-                case.weights_path(),
-                quirks,
-                Target::Portable,
-                &Recipe::fp32(),
-                folder.path(),
-            );
+            let settings = case.settings(quirks);
+            let config = sharedllm_json(&case.architecture, &case.model, &settings);
+            let checkpoint = checkpoint(folder.path(), case.weights_path(), &[("config.json", config)]);
             let context = case.context_ids.len().to_string();
-            built(bundle.unwrap().dir(), &["--prefix", "0", "--context", &context]);
+            let (method, lengths) = (MethodSettings::SharedLlm(settings), ["--prefix", "0", "--context", &context]);
+            if case.name == "q4" && quirks == Quirks::Faithful {
+                check_precisions(&checkpoint, &method, &lengths);
+            } else {
+                check(&checkpoint, method, &lengths);
+            }
         }
     }
 }

@@ -14,12 +14,11 @@ pub(super) struct Linear<'g> {
 }
 
 impl Scope {
-    /// Every linear layer of the graph, over matrices in whatever precision: the quantized ones first.
+    /// Every linear layer of the graph, over matrices in whatever precision: those over integers first.
     pub fn linear_layers(&self) -> Vec<QuantizedLinear> {
         let graph = self.graph.borrow();
         let matrices = graph.matrices();
-        let mut layers = graph.quantized_linears();
-        layers.extend(graph.nodes.iter().filter_map(|node| {
+        let of_node = |node: &NodeData| {
             let linear = node.linear(&matrices)?;
             let bias = node.inputs.get(2).copied().flatten().and_then(|bias| matrices.get(&bias));
             let &[product] = &node.outputs[..] else { return None };
@@ -28,8 +27,14 @@ impl Scope {
                 bias: bias.map(|&name| name.to_owned()),
                 rows: graph.values[linear.input].name.clone(),
                 product: graph.values[product].name.clone(),
+                format: None,
             })
-        }));
+        };
+        let nodes: Vec<QuantizedLinear> = graph.nodes.iter().filter_map(of_node).collect();
+        let mut layers = graph.quantized_linears();
+        // A layer in 16 bits is still a node of its own.
+        layers.retain(|layer| !nodes.iter().any(|node| node.matrix == layer.matrix));
+        layers.extend(nodes);
         layers
     }
 }

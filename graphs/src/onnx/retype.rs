@@ -3,6 +3,7 @@
 use super::Scope;
 use super::function::{Function, Operator};
 use super::modules::module_path;
+use super::rewrite::ReplacedLinear;
 use super::scope::{GraphData, NodeData};
 use crate::dtype::DType;
 use crate::weights::WeightIndex;
@@ -122,6 +123,7 @@ impl Scope {
         functions: &[&Operator],
     ) {
         let nodes = self.graph.borrow().nodes.clone();
+        let linears = self.linears_in(&nodes, ports, arithmetic.format);
         let stored = self.take_types_of(weights);
         self.graph.borrow_mut().nodes.clear();
         let mut casts = Casts { graph: self, arithmetic, stored, rounded: HashSet::new(), known: HashMap::new() };
@@ -142,6 +144,7 @@ impl Scope {
         let called: Vec<&Operator> = {
             let mut graph = self.graph.borrow_mut();
             graph.drop_unused_tensors();
+            graph.replaced.extend(linears);
             functions.iter().filter(|operator| graph.functions.contains_key(operator.name)).copied().collect()
         };
         for operator in called {
@@ -150,6 +153,17 @@ impl Scope {
                 Err(error) => self.fail(error.to_string()),
             }
         }
+    }
+
+    /// The linear layers among `nodes`, those that `ports` has in 16 bits in `format`.
+    fn linears_in(&self, nodes: &[NodeData], ports: &HashMap<usize, Ports>, format: DType) -> Vec<ReplacedLinear> {
+        let graph = self.graph.borrow();
+        let matrices = graph.matrices();
+        let linear = |(index, node): (usize, &NodeData)| {
+            let half = ports.get(&index)?.outputs.first() == Some(&Width::Half);
+            node.replaced_linear(&matrices, *node.outputs.first()?, half.then_some(format))
+        };
+        nodes.iter().enumerate().filter_map(linear).collect()
     }
 
     /// Points the linked tensors at their places in `weights`, and takes over their types. Returns the values that are one of

@@ -73,7 +73,7 @@ impl Scope {
             match (replacement, &node.outputs[..]) {
                 (Some(value), &[output]) => {
                     self.take_place(&value, output);
-                    self.graph.borrow_mut().replaced.extend(node.replaced_linear(&by_id, output));
+                    self.graph.borrow_mut().replaced.extend(node.replaced_linear(&by_id, output, None));
                 }
                 _ => self.graph.borrow_mut().nodes.push(node),
             }
@@ -161,7 +161,7 @@ impl Scope {
     }
 }
 
-/// A linear layer whose matrix was replaced.
+/// A linear layer that was put into another precision.
 pub(super) struct ReplacedLinear {
     matrix: String,
     bias: Option<String>,
@@ -169,15 +169,22 @@ pub(super) struct ReplacedLinear {
     rows: usize,
     /// The value that holds their product, `[rows, out]`.
     product: usize,
+    /// The 16-bit format that all of it is rounded to.
+    format: Option<DType>,
 }
 
 impl NodeData {
-    /// What the node, which yielded the value `product`, was, if it was a linear layer.
-    fn replaced_linear(&self, matrices: &HashMap<usize, &str>, product: usize) -> Option<ReplacedLinear> {
+    /// What the node, which yielded the value `product`, was, if it was a linear layer; `format` is what it is in now.
+    pub(super) fn replaced_linear(
+        &self,
+        matrices: &HashMap<usize, &str>,
+        product: usize,
+        format: Option<DType>,
+    ) -> Option<ReplacedLinear> {
         let linear = self.linear(matrices)?;
         let bias = self.inputs.get(2).copied().flatten().and_then(|bias| matrices.get(&bias));
         let (matrix, bias) = (linear.weight.to_owned(), bias.map(|&name| name.to_owned()));
-        Some(ReplacedLinear { matrix, bias, rows: linear.input, product })
+        Some(ReplacedLinear { matrix, bias, rows: linear.input, product, format })
     }
 
     /// Whether the node looks up rows of its first input.
@@ -188,7 +195,7 @@ impl NodeData {
 }
 
 impl GraphData {
-    /// Every linear layer whose matrix was replaced, in the order of the graph.
+    /// Every linear layer that was put into another precision, in the order of the graph.
     pub(super) fn quantized_linears(&self) -> Vec<QuantizedLinear> {
         let name = |id: usize| self.values[id].name.clone();
         let linear = |linear: &ReplacedLinear| QuantizedLinear {
@@ -196,6 +203,7 @@ impl GraphData {
             bias: linear.bias.clone(),
             rows: name(linear.rows),
             product: name(linear.product),
+            format: linear.format,
         };
         self.replaced.iter().map(linear).collect()
     }

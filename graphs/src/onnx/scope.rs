@@ -36,7 +36,7 @@ pub(super) struct GraphData {
     pub(super) inputs: Vec<usize>,
     pub(super) outputs: Vec<usize>,
     pub(super) taps: Vec<(String, usize)>,
-    /// Linear layers whose matrix was replaced.
+    /// Linear layers that were put into another precision.
     pub(super) replaced: Vec<ReplacedLinear>,
     pub(super) linked: BTreeMap<String, (usize, WeightRef)>,
     pub(super) constants: Vec<(usize, Constant)>,

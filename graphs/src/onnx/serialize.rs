@@ -27,7 +27,7 @@ pub struct ValueInfo {
     pub shape: Vec<String>,
 }
 
-/// A linear layer; of [`GraphSignature::quantized`], one over a quantized matrix.
+/// A linear layer over a matrix that is not stored in fp32, or of a graph that computes in 16 bits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuantizedLinear {
     /// The matrix, as the checkpoint calls it.
@@ -39,6 +39,9 @@ pub struct QuantizedLinear {
     pub rows: String,
     /// The value in the graph that comes of it, `[rows, out]`.
     pub product: String,
+    /// The 16-bit format that rows, matrix, bias and product are rounded to, where they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DType>,
 }
 
 /// What a graph takes, gives and needs.
@@ -56,7 +59,7 @@ pub struct GraphSignature {
     /// Matrix of the checkpoint -> the values whose rows linear layers multiply by it; older bundles do not say.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub linears: BTreeMap<String, Vec<String>>,
-    /// Linear layers over quantized matrices.
+    /// Linear layers in another precision than fp32.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub quantized: Vec<QuantizedLinear>,
     /// Number of nodes.

@@ -29,7 +29,7 @@ pub fn quantize(
             let y = matrix.linear(target, x);
             Some(bias.as_ref().map_or_else(|| y.clone(), |bias| &y + bias))
         }
-        MatrixUse::Gather { weight, ids } => Some(Matrix::new(g, weight, forms)?.rows(ids)),
+        MatrixUse::Gather { weight, ids } => Some(Matrix::new(g, weight, forms)?.rows(target, ids)),
     });
     if forms.values().any(|(form, _)| matches!(form, MatrixForm::Int8 { .. } | MatrixForm::Int8PerToken { .. })) {
         graph.replace_calls(&CAUSAL_ATTENTION, 3, &CAUSAL_ATTENTION_BF16);
@@ -109,7 +109,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// The rows that `ids` name, `[..ids.., in]`.
-    fn rows(&self, ids: &Value) -> Value {
+    fn rows(&self, target: Target, ids: &Value) -> Value {
         let MatrixForm::Block { block, .. } = self.form else {
             self.g.fail(format!(
                 "rows of matrix '{}' are looked up: it must be in blocks, not {:?}",
@@ -118,6 +118,11 @@ impl<'a> Matrix<'a> {
             return ids.clone();
         };
         let ids = ids.within(self.g);
+        if target == Target::Portable {
+            // NVIDIA's builder takes quantized numbers from a `DequantizeLinear` only.
+            let (entries, scale) = (self.part(MatrixPart::Entries), self.part(MatrixPart::Scale));
+            return entries.dequantize(&scale, Some(1), Some(block.into())).gather(&ids);
+        }
         let with = |last: &[usize]| -> Vec<Dim> {
             ids.shape().iter().cloned().chain(last.iter().map(|&n| n.into())).collect()
         };
