@@ -88,7 +88,8 @@ fn unused_functions(header: &str, class: &str) -> String {
     let code: String = body.lines().map(|line| line.split("//").next().unwrap_or_default().to_owned() + " ").collect();
     let functions = code.split(';').filter_map(|declaration| declaration.trim_end().strip_suffix("= 0"));
     let functions = functions.filter_map(|declaration| Some(declaration.split_once("virtual")?.1.to_owned()));
-    let stubs: String = functions.map(|function| format!("{function} override {{ unexpected(); }}\n")).collect();
+    let stubs: Vec<String> = functions.map(|function| format!("{function} override {{ unexpected(); }}\n")).collect();
+    let stubs = stubs.concat();
     format!(
         "namespace nvinfer1 {{ struct Unused{class} : apiv::V{class} {{\n{stubs}}}; }}\nusing nvinfer1::Unused{class};\n"
     )
