@@ -104,7 +104,7 @@ pub(super) fn check(runtime: &'static LoadedRuntime, weights: &WeightMaps, kerne
                 inputs
             };
             let compress = |element| {
-                let attributes = vec![("ratio", 4.into()), ("offset", 3.into())];
+                let attributes = vec![("ratio", 4_usize.into()), ("offset", 3_usize.into())];
                 graph(operator, &inputs(element), attributes, &[(element, 2)])
             };
             let expected = run(&cpu, &compress(F32), &inputs(F32), 1);
