@@ -22,12 +22,13 @@ use accordion_graphs::onnx::QuantizedLinear;
 use accordion_graphs::precision::MatrixForm;
 
 type Source<'a> = dyn Fn(&str) -> Result<Weight, CheckpointError> + 'a;
+type BoundsOf<'a> = dyn Fn(&str, TapKind) -> Bounds + 'a;
 
 /// What the parts of a bundle's graphs are held to.
 pub struct Terms<'a> {
     source: Box<Source<'a>>,
     rounds: Rounds,
-    whole: Box<dyn Fn(&str, TapKind) -> Bounds + 'a>,
+    whole: Box<BoundsOf<'a>>,
     /// Whether linear layers are looked at one by one.
     pub(super) linears: bool,
 }
