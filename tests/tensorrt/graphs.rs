@@ -93,9 +93,10 @@ const REFUSED_MAMBA: [(Precision, &str); 2] = [
     (Precision::Bf16, "Mismatched number of elements in reshape op"),
 ];
 
-/// What it says of SharedLLM's graphs over 8-bit integers: an exception of its own that it did not expect.
-const REFUSED_SHAREDLLM: [(Precision, &str); 3] = [
+/// What it says of SharedLLM's graph `compress` over integers: an exception of its own that it did not expect.
+const REFUSED_SHAREDLLM: [(Precision, &str); 4] = [
     (Precision::WeightInt8, "Unexpected exception vector::_M_range_check"),
+    (Precision::WeightInt4, "Unexpected exception vector::_M_range_check"),
     (Precision::Int8PerToken, "Unexpected exception vector::_M_range_check"),
     (Precision::Int8, "Unexpected exception vector::_M_range_check"),
 ];
