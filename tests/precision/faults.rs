@@ -1,7 +1,7 @@
 //! Faults on one side that the comparison has to find, in every matrix and every precision that can have them.
 
 use super::subject::{Subject, one_of_each, plain};
-use super::{Nowhere, changed_matrices, engines, recipes};
+use super::{Nowhere, QUANTIZED, changed_matrices, engines, recipes};
 use accordion::bundle::Bundle;
 use accordion::checkpoint::CheckpointError;
 use accordion::precision::Recipe;
@@ -95,7 +95,12 @@ fn every_fault_is_found_in_every_matrix() {
     let mut had = [0; FAULTS.len()];
     let mut unseen_anywhere = Vec::new();
     for subject in one_of_each() {
-        for recipe in recipes(&subject, Target::Portable) {
+        // Of fp16 that is not emulated the runtime leaves roundings out: what they may make is as much as some faults make
+        // in a single row.
+        let strict = |recipe: &Recipe| recipe.emulated || QUANTIZED.contains(&recipe.precision);
+        let mut recipes = recipes(&subject, Target::Portable);
+        recipes.retain(strict);
+        for recipe in recipes {
             let row = format!("{} {}, emulated: {}", subject.name, recipe.precision, recipe.emulated);
             let bundle = subject.exported(recipe, Target::Portable);
             for ((name, fault), had) in FAULTS.into_iter().zip(&mut had) {
