@@ -60,7 +60,8 @@ impl TapKind {
             Some("keep_idx") => Self::Selection,
             Some("chosen") => Self::Choice,
             Some("logits" | "prefill_logits" | "step_logits") => Self::Logits,
-            Some("embed") => Self::Copy,
+            // That of a segment is mapped to the decoder's width.
+            Some("embed") if !name.starts_with("segments.") => Self::Copy,
             Some("in_hidden") if name.starts_with("node.h0.") => Self::Copy,
             _ => Self::Value,
         }

@@ -144,7 +144,7 @@ impl Fault {
             }
             Self::Scale(attention) => {
                 let prefix = format!("{attention}.");
-                let attends = |n: &NodeProto| n.op_type == "Attention" || n.op_type == "GroupQueryAttention";
+                let attends = |n: &NodeProto| n.op_type == "Attention" || n.op_type.starts_with("GroupQueryAttention");
                 if let Some(at) = graph.node.iter().position(|n| n.name.starts_with(&prefix) && attends(n)) {
                     let scaled = "planted.query".to_owned();
                     let query = std::mem::replace(&mut graph.node[at].input[0], scaled.clone());

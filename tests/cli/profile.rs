@@ -88,14 +88,14 @@ fn methods_lengths_and_time_can_be_limited() {
     let mut profile = command();
     profile.arg("profile").arg(workspace.path("homer")).args(["--methods", "plain", "--context", "70"]);
     let run = Run::of(profile.args(&FLAGS[..4]).args(["--new-tokens", "1,3"]).args(&FLAGS[6..12]));
-    // Two tokens warm up: 2 + 70 + 3 rows and those, then 1 and 3 more.
+    // Eight tokens warm up: 2 + 70 + 3 rows and those, then 1 and 3 more.
     let spans: Vec<Vec<&str>> = run
         .out
         .lines()
         .skip_while(|line| !line.contains("by tokens"))
         .map(|line| line.split_whitespace().collect())
         .collect();
-    assert_eq!((&spans[2][..4], &spans[3][..4]), (&["1", "to", "1", "78"][..], &["2", "to", "3", "80"][..]), "{run:?}");
+    assert_eq!((&spans[2][..4], &spans[3][..4]), (&["1", "to", "1", "84"][..], &["2", "to", "3", "86"][..]), "{run:?}");
     assert!(run.out.contains("between graphs") && run.out.contains("decoder"), "{run:?}");
     assert!(run.out.contains("These numbers"), "{run:?}");
     assert!(run.err.contains("plain at 70 context tokens is beyond the 64 positions"), "{run:?}");
