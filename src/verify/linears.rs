@@ -4,10 +4,10 @@
 //! With the same rows on both sides nothing adds up, so that bounds are those of fp32. Numbers that lie between two steps so
 //! exactly that a unit in the last place decides may be rounded either way: what that makes of the product is taken away
 //! from a difference before it is judged. Where a layer is in 16 bits the product is such a number itself: two sums of `n`
-//! products in fp32 differ by no more than [`SPREAD`]` sqrt(n) u` of the sum of their magnitudes, `u = 2^-24` (Higham and
+//! products in fp32 differ by no more than `SPREAD sqrt(n) u` of the sum of their magnitudes, `u = 2^-24` (Higham and
 //! Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019), and what is found must be what the format makes
 //! of a number that near. A runtime that computes in fp32 and converts to 16 bits in between, as ONNX Runtime does on the CPU,
-//! joins conversions back and forth, and multiplies rows that were not rounded: [`UNROUNDED`]` u` of the root of the sum of
+//! joins conversions back and forth, and multiplies rows that were not rounded: `UNROUNDED u` of the root of the sum of
 //! the products' squares, `u` the format's.
 
 use super::error::VerifyError;

@@ -14,7 +14,7 @@ const GROWTH: f32 = 1.25;
 
 /// `GroupQueryAttentionInt8(query, key, value [batch, sequence, heads * d], past_key, past_value int8 [batch, G, capacity, d],
 /// past_key_scale, past_value_scale [batch, G, 1, d], past_length [1]) -> output, present_key, present_value,
-/// present_key_scale, present_value_scale`: as [`super::CACHED_ATTENTION`], over a cache that [`append`] appends to.
+/// present_key_scale, present_value_scale`: as [`super::CACHED_ATTENTION`], over a cache that `append` appends to.
 pub const CACHED_ATTENTION_INT8: Operator =
     Operator { name: "GroupQueryAttentionInt8", attributes: &[], body: cached_attention };
 

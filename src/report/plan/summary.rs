@@ -47,7 +47,7 @@ pub struct LevelName {
 /// A plan, as far as it is drawn.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanSummary {
-    /// [`PLAN`].
+    /// `PLAN`.
     pub schema: String,
     /// The method.
     pub method: String,
