@@ -274,6 +274,24 @@ impl Device {
         self.wait()
     }
 
+    /// Copies what lies at `address` into `bytes`, once everything before is done: memory of a library that computes on the
+    /// same stream.
+    ///
+    /// # Errors
+    ///
+    /// What was under way has failed.
+    ///
+    /// # Safety
+    ///
+    /// As many bytes lie there, on this device.
+    pub(crate) unsafe fn read(&self, address: Address, bytes: &mut [u8]) -> Result<(), CudaError> {
+        self.bind()?;
+        let doing = format!("copy {} bytes from the device", bytes.len());
+        // SAFETY: the bytes are borrowed until the copy is done; else the caller's promise.
+        unsafe { result::memcpy_dtoh_async(bytes, address, self.stream.cu_stream()) }.doing(doing)?;
+        self.wait()
+    }
+
     /// Makes this device the one that libraries find in this thread.
     ///
     /// # Errors

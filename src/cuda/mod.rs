@@ -7,7 +7,6 @@ mod calls;
 mod compile;
 mod device;
 mod error;
-mod foreign;
 mod kernels;
 pub(crate) mod libraries;
 mod product;

@@ -60,7 +60,7 @@ impl Shared {
     /// Refuses to compute on another stream than what surrounds the node.
     fn check_stream(&self, context: &ComputeContext) -> ort::Result<()> {
         let stream = context.stream()?.map_or(null_mut(), NonNull::as_ptr);
-        if stream.addr() == self.device.shared_stream().addr() {
+        if stream.addr() == self.device.stream_pointer().addr() {
             return Ok(());
         }
         Err(error("the node computes on another stream than the session was given"))

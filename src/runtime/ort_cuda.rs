@@ -101,7 +101,7 @@ impl Drop for ProviderOptions {
 
 impl Gpu {
     fn options(&self) -> Result<ProviderOptions, Error> {
-        let stream = self.device.shared_stream().addr();
+        let stream = self.device.stream_pointer().addr();
         let options = [
             ("device_id", self.ordinal.to_string()),
             ("use_tf32", "0".to_owned()),
