@@ -11,12 +11,14 @@ pub mod ort_cuda;
 mod placement;
 pub mod resident;
 mod session;
+pub mod steps;
 
 #[cfg(test)]
 pub(crate) use session::trace_prefix;
 
 use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::dtype::DType;
+use steps::{MaybeSteps, StepCall};
 
 /// One graph, loaded and ready to run.
 pub trait Engine: Send {
@@ -34,6 +36,15 @@ pub trait Engine: Send {
         in_place: &mut [InPlace<'_>],
         outputs: &[&str],
     ) -> Result<Vec<Tensor>, EngineError>;
+
+    /// Prepares to run the graph step by step, if the engine has something to gain from it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::run`], or there is not as much memory.
+    fn steps(&mut self, _call: &StepCall<'_>) -> MaybeSteps {
+        Ok(None)
+    }
 }
 
 /// Memory that a graph reads and writes.
