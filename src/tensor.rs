@@ -1,6 +1,10 @@
 //! The tensor that travels between checkpoints, engines, the reference and the comparison: row-major, cheap to clone, on
 //! the host or wherever an engine left it until the host reads it.
 
+mod parts;
+
+pub use parts::Runs;
+
 use accordion_graphs::dtype::DType;
 use accordion_graphs::fp8;
 use half::{bf16, f16};
@@ -33,7 +37,20 @@ pub trait Storage: Any + Send + Sync {
     fn fetch(&self) -> Result<(), String> {
         Ok(())
     }
+
+    /// New memory of `byte_len` bytes where this one lies, which `pieces` of this and of others fill; nothing if this is the
+    /// host's, or one of the others lies elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn gathered(&self, _byte_len: usize, _pieces: &[(&dyn Storage, Runs)]) -> MaybeStorage {
+        Ok(None)
+    }
 }
+
+/// What [`Storage::gathered`] returns.
+pub type MaybeStorage = Result<Option<Arc<dyn Storage>>, String>;
 
 macro_rules! vector_storage {
     ($($element:ty),*) => {$(
@@ -46,7 +63,28 @@ macro_rules! vector_storage {
         }
     )*};
 }
-vector_storage!(u8, i8, f32, f16, bf16, i64, i32);
+vector_storage!(u8, i8, f32, f16, bf16, i64, i32, u64);
+
+/// Bytes of the host that are aligned for every element type.
+pub(crate) struct HostBytes(Vec<u64>);
+
+impl HostBytes {
+    /// `byte_len` bytes, and as many more as make whole words.
+    pub(crate) fn filled(byte_len: usize, byte: u8) -> Self {
+        Self(vec![u64::from_ne_bytes([byte; 8]); byte_len.div_ceil(8)])
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: integers have no padding, and every bit pattern is one; the length is the vector's own.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), size_of_val(self.0.as_slice())) }
+    }
+}
+
+impl Storage for HostBytes {
+    fn bytes(&self) -> &[u8] {
+        self.0.bytes()
+    }
+}
 
 /// A dense row-major tensor. Clones share the memory.
 #[derive(Clone)]
@@ -80,6 +118,24 @@ pub enum TensorError {
     /// It lies on a device and cannot be copied to the host.
     #[error("a tensor cannot be copied from the device: {0}")]
     Device(String),
+    /// They cannot be joined: there are none, they differ in type or in another dimension, or elements share a byte.
+    #[error("tensors cannot be joined along axis {axis}: {}", parts.join(", "))]
+    Unlike {
+        /// The dimension.
+        axis: usize,
+        /// Their types and shapes.
+        parts: Vec<String>,
+    },
+    /// It has no such entries, or elements of others share their bytes.
+    #[error("a tensor of shape {shape:?} has no entries {range:?} along axis {axis} that can be taken")]
+    Outside {
+        /// The dimension.
+        axis: usize,
+        /// The entries asked for.
+        range: Range<usize>,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
     /// Read as another type than it has.
     #[error("the tensor is {found}, expected {expected}")]
     WrongType {

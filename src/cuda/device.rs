@@ -4,9 +4,11 @@ use super::calls::Address;
 use super::compile::Architecture;
 use super::error::{CudaError, Doing as _};
 use super::libraries::require;
+use crate::tensor::Runs;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr as _, DriverError, result, sys};
 use std::ffi::{CStr, c_void};
+use std::ptr::{null, null_mut};
 use std::sync::Arc;
 
 /// The driver's functions that are used here, by `cudarc` or directly.
@@ -38,6 +40,7 @@ const FUNCTIONS: &[&CStr] = &[
     c"cuMemFreeAsync",
     c"cuMemFree_v2",
     c"cuMemGetInfo_v2",
+    c"cuMemcpy2DAsync_v2",
     c"cuMemcpyDtoDAsync_v2",
     c"cuMemcpyDtoHAsync_v2",
     c"cuMemcpyHtoDAsync_v2",
@@ -51,6 +54,9 @@ const FUNCTIONS: &[&CStr] = &[
     c"cuStreamEndCapture",
     c"cuStreamSynchronize",
 ];
+
+/// The driver takes no longer ones.
+const MAX_PITCH: usize = i32::MAX as usize;
 
 /// A device with a stream. Its parts live as long as it is used.
 #[derive(Debug, Clone)]
@@ -290,6 +296,53 @@ impl Device {
         // SAFETY: the bytes are borrowed until the copy is done; else the caller's promise.
         unsafe { result::memcpy_dtoh_async(bytes, address, self.stream.cu_stream()) }.doing(doing)?;
         self.wait()
+    }
+
+    /// Copies runs of bytes from what lies at one address to what lies at the other, behind everything before.
+    ///
+    /// # Errors
+    ///
+    /// The driver refuses.
+    ///
+    /// # Safety
+    ///
+    /// The runs lie in memory of this device there, which stays until they are copied, and do not overlap.
+    pub(crate) unsafe fn copy_runs(&self, from: Address, to: Address, runs: &Runs) -> Result<(), CudaError> {
+        if runs.count == 0 || runs.bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        let at = |start: Address, offset: usize| start + offset as Address;
+        let (from, to) = (at(from, runs.from), at(to, runs.to));
+        let stream = self.stream.cu_stream();
+        // SAFETY: the caller's promise.
+        let copied = if runs.count > 1 && runs.from_pitch.max(runs.to_pitch) <= MAX_PITCH {
+            let copy = sys::CUDA_MEMCPY2D {
+                srcXInBytes: 0,
+                srcY: 0,
+                srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                srcHost: null(),
+                srcDevice: from,
+                srcArray: null_mut(),
+                srcPitch: runs.from_pitch,
+                dstXInBytes: 0,
+                dstY: 0,
+                dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                dstHost: null_mut(),
+                dstDevice: to,
+                dstArray: null_mut(),
+                dstPitch: runs.to_pitch,
+                WidthInBytes: runs.bytes,
+                Height: runs.count,
+            };
+            unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream) }.result()
+        } else {
+            (0..runs.count).try_for_each(|i| unsafe {
+                let (from, to) = (at(from, i * runs.from_pitch), at(to, i * runs.to_pitch));
+                result::memcpy_dtod_async(to, from, runs.bytes, stream)
+            })
+        };
+        copied.doing("copy on the device")
     }
 
     /// Makes this device the one that libraries find in this thread.

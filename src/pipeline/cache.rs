@@ -1,6 +1,6 @@
 //! Keys and values of one sequence, in the form that the graphs of a target append to.
 
-use super::reserved::{Reserved, put};
+use super::reserved::Reserved;
 use super::{ContextState, PipelineError};
 use crate::bundle::Bundle;
 use crate::runtime::{Engine, InPlace};
@@ -10,8 +10,6 @@ use std::collections::VecDeque;
 
 /// The cache of all layers.
 pub(super) struct Cache {
-    groups: usize,
-    head_dim: usize,
     sliding_window: Option<usize>,
     rows: Rows,
     /// What entries of keys and values count in, `[1, G, 1, d]` per layer, where they are 8-bit integers.
@@ -54,8 +52,6 @@ impl Cache {
             (0..arch.num_layers()).map(|l| ["key", "value"].map(|part| format!("{what}.{l}.{part}{suffix}"))).collect()
         };
         Self {
-            groups: arch.num_kv_heads(),
-            head_dim: arch.head_dim(),
             sliding_window: arch.sliding_window(),
             rows,
             scales,
@@ -168,18 +164,13 @@ impl Cache {
 
     /// Appends the `new` rows `handed`, keys and values in turn, to the layers from `first` on.
     fn append(&mut self, first: usize, handed: &[Tensor], new: usize) -> Result<(), TensorError> {
-        let (length, head_dim) = (self.length, self.head_dim);
+        let length = self.length;
         match &mut self.rows {
             Rows::Reserved(reserved) => reserved.put(first, handed, length, new),
             Rows::ReservedInt8(reserved) => reserved.put(first, handed, length, new),
             Rows::Growing(rows) => {
-                let shape = [1, self.groups, length + new, head_dim];
-                let stride = (length + new) * head_dim;
                 for (old, tensor) in rows[first..].iter_mut().flatten().zip(handed) {
-                    let mut grown = vec![0.0; self.groups * stride];
-                    put(&mut grown, stride, 0, old.as_f32()?, length * head_dim);
-                    put(&mut grown, stride, length * head_dim, tensor.as_f32()?, new * head_dim);
-                    *old = Tensor::from_f32(shape, grown)?;
+                    *old = Tensor::concat(&[old, tensor], 2)?;
                 }
                 Ok(())
             }

@@ -7,7 +7,7 @@
 use super::decode::token_tensor;
 use super::{ContextState, Engines, PipelineError};
 use crate::taps::TapSink;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::architecture::Architecture;
 use accordion_graphs::methods::homer::graph_name;
 use accordion_graphs::onnx::ValueInfo;
@@ -343,26 +343,7 @@ fn last_row(hidden: &Tensor) -> Result<Tensor, PipelineError> {
 }
 
 /// Nodes joined along the batch axis; a single one is not copied.
-fn stack<'f>(nodes: impl ExactSizeIterator<Item = &'f Finished>) -> Result<Finished, PipelineError> {
-    let nodes: Vec<&Finished> = nodes.collect();
-    let join = |part: fn(&Finished) -> &Tensor| -> Result<Tensor, PipelineError> {
-        let first = part(nodes[0]);
-        if nodes.len() == 1 {
-            return Ok(first.clone());
-        }
-        let shape = [&[nodes.len()], &first.shape()[1..]].concat();
-        if first.dtype() == accordion_graphs::dtype::DType::I64 {
-            let mut all = Vec::with_capacity(first.len() * nodes.len());
-            for node in &nodes {
-                all.extend_from_slice(part(node).as_i64()?);
-            }
-            return Ok(Tensor::from_i64(shape, all)?);
-        }
-        let mut all = Vec::with_capacity(first.len() * nodes.len());
-        for node in &nodes {
-            all.extend_from_slice(part(node).as_f32()?);
-        }
-        Ok(Tensor::from_f32(shape, all)?)
-    };
+fn stack<'f>(nodes: impl Iterator<Item = &'f Finished> + Clone) -> Result<Finished, TensorError> {
+    let join = |part: fn(&Finished) -> &Tensor| Tensor::concat(&nodes.clone().map(part).collect::<Vec<_>>(), 0);
     Ok(Finished { hidden: join(|n| &n.hidden)?, positions: join(|n| &n.positions)?, kv: join(|n| &n.kv)? })
 }

@@ -1,10 +1,8 @@
 //! Another question about a context that was compressed for the first one.
 
 use super::decode::{Continuation, Sequence};
-use super::reserved::Element;
 use super::{ContextState, Engines, PipelineError};
-use crate::tensor::{Tensor, TensorError};
-use accordion_graphs::dtype::DType;
+use crate::tensor::TensorError;
 
 /// The state in which another suffix stands in the place of the last `suffix_len` tokens of `state`, which is not
 /// changed.
@@ -27,7 +25,7 @@ pub fn with_suffix(
         cache: state
             .cache
             .iter()
-            .map(|[k, v]| Ok([first_rows(k, kept)?, first_rows(v, kept)?]))
+            .map(|[k, v]| Ok([k.narrow(2, 0..kept)?, v.narrow(2, 0..kept)?]))
             .collect::<Result<_, TensorError>>()?,
         position_ids: state.position_ids[..kept].to_vec(),
         last_position: state.last_position - suffix_len as i64,
@@ -42,22 +40,4 @@ pub fn with_suffix(
     asked.position_ids = context.position_ids;
     asked.position_ids.extend(start..start + suffix.len() as i64);
     Ok(asked)
-}
-
-/// The first `rows` rows of every head of `[1, G, L, d]`.
-fn first_rows(tensor: &Tensor, rows: usize) -> Result<Tensor, TensorError> {
-    match tensor.dtype() {
-        DType::I8 => first_rows_of::<i8>(tensor, rows),
-        _ => first_rows_of::<f32>(tensor, rows),
-    }
-}
-
-fn first_rows_of<T: Element>(tensor: &Tensor, rows: usize) -> Result<Tensor, TensorError> {
-    let &[batch, groups, length, width] = tensor.shape() else { return Ok(tensor.clone()) };
-    if rows == length {
-        return Ok(tensor.clone());
-    }
-    let heads = T::of(tensor)?.chunks_exact((length * width).max(1));
-    let kept = heads.flat_map(|head| &head[..rows * width]).copied().collect();
-    T::tensor([batch, groups, rows, width], kept)
 }

@@ -129,7 +129,7 @@ impl<T: Element> Reserved<T> {
 
 /// Copies every head of `from`, `count` elements each, to the place `offset` in the head of `to` that has the same number;
 /// heads of `to` are `stride` elements apart.
-pub(super) fn put<T: Copy>(to: &mut [T], stride: usize, offset: usize, from: &[T], count: usize) {
+fn put<T: Copy>(to: &mut [T], stride: usize, offset: usize, from: &[T], count: usize) {
     for (to, from) in to.chunks_exact_mut(stride.max(1)).zip(from.chunks_exact(count.max(1))) {
         to[offset..offset + count].copy_from_slice(&from[..count]);
     }

@@ -131,8 +131,10 @@ pub fn inject(
         on_progress(chunks.end * plan.settings.chunk_len);
     }
     let joined = |name: &str| {
-        let parts = calls.iter().flatten().filter(|(output, _)| *output == name).map(|(_, part)| part).collect();
-        join_rows(parts)
+        let parts = calls.iter().flatten().filter(|(output, _)| *output == name).map(|(_, part)| part);
+        let parts: Vec<&Tensor> = parts.collect();
+        // `[1, G, rows, d]`
+        if parts.is_empty() { Ok(None) } else { Tensor::concat(&parts, 2).map(Some) }
     };
     let mut layers = Vec::new();
     while let Some(key) = joined(&format!("injected.{}.key", layers.len()))? {
@@ -210,22 +212,4 @@ fn run_tapped(
         taps.record(tap, if batched { value.reshaped(&value.shape()[1..])? } else { value });
     }
     Ok(results)
-}
-
-/// Parts `[1, G, rows, d]` joined along their rows; a single one is not copied.
-fn join_rows(mut parts: Vec<&Tensor>) -> Result<Option<Tensor>, PipelineError> {
-    if parts.len() < 2 {
-        return Ok(parts.pop().cloned());
-    }
-    let &[_, groups, _, width] = parts[0].shape() else { return Ok(None) };
-    let rows = parts.iter().map(|part| part.shape().get(2).copied().unwrap_or(0)).sum();
-    let parts = parts.into_iter().map(Tensor::as_f32).collect::<Result<Vec<_>, _>>()?;
-    let mut all = Vec::with_capacity(groups * rows * width);
-    for group in 0..groups {
-        for part in &parts {
-            let stride = part.len() / groups;
-            all.extend_from_slice(&part[group * stride..(group + 1) * stride]);
-        }
-    }
-    Ok(Some(Tensor::from_f32([1, groups, rows, width], all)?))
 }

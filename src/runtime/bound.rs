@@ -11,7 +11,7 @@ use super::resident::{DeviceMemory, Resident};
 use super::session::{Allocated, Borrowed, Interface, Sessions, failed};
 use super::{Engine, EngineError, InPlace, Loader};
 use crate::checkpoint::WeightMaps;
-use crate::tensor::Tensor;
+use crate::tensor::{Runs, Tensor, TensorError};
 use accordion_graphs::dtype::DType;
 use ort::memory::MemoryInfo;
 use ort::operator::OperatorDomain;
@@ -24,7 +24,7 @@ use std::ffi::c_void;
 use std::ptr::{NonNull, null, null_mut, slice_from_raw_parts};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What kernels may rely on: no vector that they load is wider. A tensor that begins elsewhere goes through the host.
+/// What kernels may rely on: no vector that they load is wider. A tensor that begins elsewhere is copied at the place.
 const ALIGNMENT: usize = 16;
 
 /// Where an execution provider computes.
@@ -54,6 +54,25 @@ pub trait Place: Send + Sync + 'static {
     ///
     /// What the device says.
     fn upload(&self, bytes: &[u8]) -> Result<(Self::Block, usize), String>;
+
+    /// Memory for `byte_len` bytes, at least one, and its address. What was there is there.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn allocate(&self, byte_len: usize) -> Result<(Self::Block, usize), String>;
+
+    /// Copies runs of what lies at the address of each of `pieces` to what lies at `to`, once everything that writes them is
+    /// done, and returns when they are copied.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    ///
+    /// # Safety
+    ///
+    /// As many bytes lie there, and do not overlap.
+    unsafe fn copy(&self, to: usize, pieces: &[(usize, Runs)]) -> Result<(), String>;
 
     /// Copies what lies at `address` into `bytes`, once everything that writes it is done.
     ///
@@ -158,12 +177,20 @@ struct BoundEngine<P: Place> {
     _weights: WeightMaps,
 }
 
-/// Memory at a place that a session allocated for an output.
+/// Memory at a place.
 struct Kept<P: Place> {
     // Freed before the place.
-    _value: Allocated,
+    _owner: Owner<P>,
     place: Arc<P>,
     address: usize,
+}
+
+/// Who frees it.
+enum Owner<P: Place> {
+    /// The session that allocated it for an output.
+    Session { _value: Allocated },
+    /// The place.
+    Place { _block: P::Block },
 }
 
 impl<P: Place> DeviceMemory for Kept<P> {
@@ -174,9 +201,22 @@ impl<P: Place> DeviceMemory for Kept<P> {
         // SAFETY: the tensor was made with the shape of the value, which is kept.
         unsafe { self.place.download(self.address, bytes) }
     }
+
+    unsafe fn gathered(byte_len: usize, pieces: &[(&Self, Runs)]) -> Result<Option<Self>, String> {
+        let Some((first, _)) = pieces.first() else { return Ok(None) };
+        let place = &first.place;
+        if !pieces.iter().all(|(kept, _)| Arc::ptr_eq(&kept.place, place)) {
+            return Ok(None);
+        }
+        let (block, address) = place.allocate(byte_len)?;
+        let pieces: Vec<(usize, Runs)> = pieces.iter().map(|&(kept, runs)| (kept.address, runs)).collect();
+        // SAFETY: the caller's promise; what was just allocated overlaps nothing.
+        unsafe { place.copy(address, &pieces) }?;
+        Ok(Some(Self { _owner: Owner::Place { _block: block }, place: Arc::clone(place), address }))
+    }
 }
 
-// SAFETY: the value is written by nobody after the run that produced it, and may be freed from any thread.
+// SAFETY: the memory is written by nobody after the run or the copy that filled it, and may be freed from any thread.
 unsafe impl<P: Place> Send for Kept<P> {}
 // SAFETY: as above; it is only read.
 unsafe impl<P: Place> Sync for Kept<P> {}
@@ -211,20 +251,34 @@ impl<P: Place> BoundEngine<P> {
         NonNull::new(binding).map(Binding).ok_or_else(|| self.interface.failed("the runtime returned no binding"))
     }
 
-    /// A value over `tensor`: at the place, if it is one that an engine left there.
-    fn value(&self, tensor: &Tensor) -> Result<Borrowed, EngineError> {
-        let failed = |e: String| self.interface.failed(e);
-        let resident = tensor.stored_in::<Resident<Kept<P>>>();
-        let resident = resident.map(|(resident, offset)| (resident.memory(), offset));
-        if let Some((kept, offset)) = resident.filter(|(kept, _)| Arc::ptr_eq(&kept.place, &self.place))
-            && (kept.address + offset).is_multiple_of(ALIGNMENT)
-        {
-            let data = (kept.address + offset) as *mut c_void;
-            let (memory, len) = (self.place.memory(), tensor.byte_len());
-            return Borrowed::new(memory, tensor.dtype(), tensor.shape(), data, len).map_err(failed);
+    /// A tensor as it can be bound: at the place, if it is one that was left there, and aligned.
+    fn bindable(&self, tensor: &Tensor) -> Result<(Tensor, Option<usize>), TensorError> {
+        let address = |tensor: &Tensor| {
+            let (resident, offset) = tensor.stored_in::<Resident<Kept<P>>>()?;
+            let kept = Some(resident.memory()).filter(|kept| Arc::ptr_eq(&kept.place, &self.place));
+            kept.map(|kept| kept.address + offset)
+        };
+        match address(tensor) {
+            Some(found) if found.is_multiple_of(ALIGNMENT) => Ok((tensor.clone(), Some(found))),
+            Some(_) => {
+                let aligned = tensor.detached()?;
+                let found = address(&aligned);
+                Ok((aligned, found))
+            }
+            None => Ok((tensor.clone().on_host()?, None)),
         }
-        let tensor = tensor.clone().on_host().map_err(|e| self.interface.failed(e))?;
-        Borrowed::read_only(&tensor).map_err(failed)
+    }
+
+    /// A value over `tensor`, which was made [bindable](Self::bindable).
+    fn value(&self, (tensor, address): &(Tensor, Option<usize>)) -> Result<Borrowed, EngineError> {
+        let value = match *address {
+            Some(address) => {
+                let (memory, data) = (self.place.memory(), address as *mut c_void);
+                Borrowed::new(memory, tensor.dtype(), tensor.shape(), data, tensor.byte_len())
+            }
+            None => Borrowed::read_only(tensor),
+        };
+        value.map_err(|e| self.interface.failed(e))
     }
 
     /// The values of the bound outputs, in the order in which they were bound.
@@ -254,7 +308,7 @@ impl<P: Place> BoundEngine<P> {
     fn tensor(&self, name: &str, dtype: DType, value: Allocated) -> Result<Tensor, EngineError> {
         let shape = self.interface.shape(name, value.value())?;
         let address = value.data().map_err(|e| self.interface.failed(e))?.addr();
-        let kept = Kept { _value: value, place: Arc::clone(&self.place), address };
+        let kept = Kept { _owner: Owner::Session { _value: value }, place: Arc::clone(&self.place), address };
         Resident::tensor(dtype, shape, kept).map_err(|source| EngineError::Output {
             graph: self.interface.graph.clone(),
             name: name.to_owned(),
@@ -279,10 +333,11 @@ impl<P: Place> Engine for BoundEngine<P> {
         // Memory that is bound stays until the run is over.
         let mut bound = Vec::with_capacity(inputs.len());
         for (name, tensor) in inputs {
-            let (name, value) = (self.interface.input(name)?, self.value(tensor)?);
+            let tensor = self.bindable(tensor).map_err(|e| self.interface.failed(e))?;
+            let (name, value) = (self.interface.input(name)?, self.value(&tensor)?);
             // SAFETY: the binding, the name and the value are alive; the value is copied to the place here, unless it is there.
             unsafe { self.check((ort::api().BindInput)(binding.0.as_ptr(), name.as_ptr(), value.as_ptr())) }?;
-            bound.push(value);
+            bound.push((value, tensor));
         }
         // What is asked for twice is bound once.
         let mut asked: Vec<(&str, DType)> = Vec::with_capacity(outputs.len());

@@ -7,7 +7,8 @@ use super::EngineError;
 use super::bound::{Bound, BoundOptions, Place};
 use super::locate::LoadedRuntime;
 use crate::checkpoint::WeightMaps;
-use crate::cuda::{Address, Buffer, Device, Kernels, Origin};
+use crate::cuda::{Address, Buffer, CudaError, Device, Kernels, Origin};
+use crate::tensor::Runs;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
@@ -141,6 +142,13 @@ fn check_build(library: &Path, providers: &[String]) -> Result<(), String> {
     }
 }
 
+/// A buffer and its address.
+fn addressed(buffer: Result<Buffer, CudaError>) -> Result<(Buffer, usize), String> {
+    let buffer = buffer.map_err(|e| e.to_string())?;
+    let address = usize::try_from(buffer.address()).map_err(|e| e.to_string())?;
+    Ok((buffer, address))
+}
+
 impl Place for Gpu {
     type Block = Buffer;
 
@@ -165,9 +173,20 @@ impl Place for Gpu {
     }
 
     fn upload(&self, bytes: &[u8]) -> Result<(Buffer, usize), String> {
-        let buffer = self.device.upload(bytes).map_err(|e| e.to_string())?;
-        let address = usize::try_from(buffer.address()).map_err(|e| e.to_string())?;
-        Ok((buffer, address))
+        addressed(self.device.upload(bytes))
+    }
+
+    fn allocate(&self, byte_len: usize) -> Result<(Buffer, usize), String> {
+        addressed(self.device.allocate(byte_len))
+    }
+
+    unsafe fn copy(&self, to: usize, pieces: &[(usize, Runs)]) -> Result<(), String> {
+        let copied = pieces.iter().try_for_each(|(from, runs)| {
+            // SAFETY: the caller's promise.
+            unsafe { self.device.copy_runs(*from as Address, to as Address, runs) }
+        });
+        // ONNX Runtime takes memory that is given back at once, and fills it with inputs on another stream than ours.
+        copied.and_then(|()| self.device.wait()).map_err(|e| e.to_string())
     }
 
     unsafe fn download(&self, address: usize, bytes: &mut [u8]) -> Result<(), String> {

@@ -1,17 +1,30 @@
 //! Tensors that stay where an engine made them: on a device, until the host reads them.
 
-use crate::tensor::{Storage, Tensor, TensorError};
+use crate::tensor::{HostBytes, MaybeStorage, Runs, Storage, Tensor, TensorError};
 use accordion_graphs::dtype::DType;
+use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
 /// Memory of a device that a tensor keeps alive.
-pub trait DeviceMemory: Send + Sync + 'static {
+pub trait DeviceMemory: Sized + Send + Sync + 'static {
     /// Copies all of it into `bytes`, which has its length, once everything that writes it is done.
     ///
     /// # Errors
     ///
     /// What the device says.
     fn download(&self, bytes: &mut [u8]) -> Result<(), String>;
+
+    /// New memory of `byte_len` bytes, which `pieces` fill, of which there is at least one; nothing if they lie on several
+    /// devices.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    ///
+    /// # Safety
+    ///
+    /// All runs lie inside the memory that they are copied from, and inside `byte_len` bytes.
+    unsafe fn gathered(byte_len: usize, pieces: &[(&Self, Runs)]) -> Result<Option<Self>, String>;
 }
 
 /// Device memory, and its copy on the host once somebody has read it.
@@ -21,25 +34,6 @@ pub struct Resident<M> {
     host: OnceLock<Result<HostBytes, String>>,
     /// What is read where the copy failed.
     lost: OnceLock<HostBytes>,
-}
-
-/// Bytes that are aligned for every element type.
-struct HostBytes(Vec<u64>);
-
-impl HostBytes {
-    fn filled(byte_len: usize, byte: u8) -> Self {
-        Self(vec![u64::from_ne_bytes([byte; 8]); byte_len.div_ceil(8)])
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: integers have no padding; the length is the vector's own.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), size_of_val(self.0.as_slice())) }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above; every bit pattern is an integer.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), size_of_val(self.0.as_slice())) }
-    }
 }
 
 impl<M: DeviceMemory> Resident<M> {
@@ -53,8 +47,11 @@ impl<M: DeviceMemory> Resident<M> {
         let Some(byte_len) = dtype.bytes_of_shape(&shape) else {
             return Err(TensorError::TooShort { dtype, shape, available: 0 });
         };
-        let resident = Self { memory, byte_len, host: OnceLock::new(), lost: OnceLock::new() };
-        Tensor::from_storage(dtype, shape, Arc::new(resident), 0)
+        Tensor::from_storage(dtype, shape, Arc::new(Self::new(memory, byte_len)), 0)
+    }
+
+    fn new(memory: M, byte_len: usize) -> Self {
+        Self { memory, byte_len, host: OnceLock::new(), lost: OnceLock::new() }
     }
 
     /// The memory.
@@ -90,6 +87,21 @@ impl<M: DeviceMemory> Storage for Resident<M> {
 
     fn fetch(&self) -> Result<(), String> {
         self.host().as_ref().map(|_| ()).map_err(Clone::clone)
+    }
+
+    fn gathered(&self, byte_len: usize, pieces: &[(&dyn Storage, Runs)]) -> MaybeStorage {
+        let mut here = Vec::with_capacity(pieces.len());
+        for &(storage, runs) in pieces {
+            let storage: &dyn Any = storage;
+            let Some(resident) = storage.downcast_ref::<Self>() else { return Ok(None) };
+            if !runs.fit(resident.byte_len, byte_len) {
+                return Err(format!("{runs:?} do not fit into {} and {byte_len} bytes", resident.byte_len));
+            }
+            here.push((&resident.memory, runs));
+        }
+        // SAFETY: all runs fit, and the memory of each is as long as it says.
+        let memory = unsafe { M::gathered(byte_len, &here) }?;
+        Ok(memory.map(|memory| Arc::new(Self::new(memory, byte_len)) as Arc<dyn Storage>))
     }
 }
 

@@ -4,7 +4,7 @@
 
 use crate::cuda::{Address, Buffer, CudaError, Device};
 use crate::runtime::resident::{DeviceMemory, Resident};
-use crate::tensor::Tensor;
+use crate::tensor::{Runs, Tensor};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What tensors have to lie at a multiple of.
@@ -30,6 +30,23 @@ pub(super) struct OnDevice {
 impl DeviceMemory for OnDevice {
     fn download(&self, bytes: &mut [u8]) -> Result<(), String> {
         self.memory.download(&self.buffer, bytes).map_err(|e| e.to_string())
+    }
+
+    unsafe fn gathered(byte_len: usize, pieces: &[(&Self, Runs)]) -> Result<Option<Self>, String> {
+        let Some((first, _)) = pieces.first() else { return Ok(None) };
+        let memory = &first.memory;
+        if !pieces.iter().all(|(on_device, _)| Arc::ptr_eq(&on_device.memory, memory)) {
+            return Ok(None);
+        }
+        let fill = || {
+            let output = memory.output(byte_len)?;
+            for (piece, runs) in pieces {
+                // SAFETY: the caller's promise; buffers are freed behind the copy, on one stream.
+                unsafe { memory.device.copy_runs(piece.buffer.address(), output.buffer.address(), runs) }?;
+            }
+            Ok(output)
+        };
+        fill().map(Some).map_err(|e: CudaError| e.to_string())
     }
 }
 

@@ -11,6 +11,7 @@
 
 #include "../../plugins/strided_compress/kernel.cu"
 #include "../../plugins/topk_prune/kernel.cu"
+#include "memcpy2d.h"
 
 namespace {
 
@@ -130,6 +131,8 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *) {
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
   return memcpy(reinterpret_cast<void *>(to), reinterpret_cast<const void *>(from), bytes), 0;
 }
+
+int cuMemcpy2DAsync_v2(const Memcpy2D *copy, void *stream) { return copy->rows(cuMemcpyDtoDAsync_v2, stream); }
 
 int cuStreamCreate(void **stream, unsigned) { return *stream = new int(0), 0; }
 

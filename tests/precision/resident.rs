@@ -3,13 +3,15 @@
 
 use crate::subject::{Subject, plain, subjects};
 use accordion::bundle::Bundle;
-use accordion::pipeline::Engines;
+use accordion::pipeline::plain::prefill;
+use accordion::pipeline::question::with_suffix;
+use accordion::pipeline::{ContextState, Engines};
 use accordion::runtime::bound::{Bound, BoundOptions, Place};
 use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::runtime::{InPlace, Loader, Memory};
 use accordion::taps::TapSink;
-use accordion::tensor::Tensor;
+use accordion::tensor::{Runs, Tensor};
 use accordion::verify::VerifyError;
 use accordion::verify::bundle::{Input, Plan, engine_parts};
 use accordion::verify::parts::Parts;
@@ -26,6 +28,8 @@ struct Host {
     /// Bytes of every copy to the host.
     downloads: Arc<Mutex<Vec<usize>>>,
     uploads: Arc<Mutex<Vec<usize>>>,
+    /// Bytes of every copy within it.
+    moved: Arc<Mutex<Vec<usize>>>,
     provider: &'static str,
 }
 
@@ -60,6 +64,24 @@ impl Place for Host {
         Ok((block, address))
     }
 
+    fn allocate(&self, byte_len: usize) -> Result<(Vec<u64>, usize), String> {
+        let block = vec![0xa5a5_a5a5_a5a5_a5a5; byte_len.div_ceil(8)];
+        let address = block.as_ptr().addr();
+        Ok((block, address))
+    }
+
+    unsafe fn copy(&self, to: usize, pieces: &[(usize, Runs)]) -> Result<(), String> {
+        for (from, runs) in pieces {
+            self.moved.lock().unwrap().push(runs.count * runs.bytes);
+            for i in 0..runs.count {
+                let from = (from + runs.from + i * runs.from_pitch) as *const u8;
+                // SAFETY: the caller promises as many bytes at both ends.
+                unsafe { from.copy_to_nonoverlapping((to + runs.to + i * runs.to_pitch) as *mut u8, runs.bytes) };
+            }
+        }
+        Ok(())
+    }
+
     unsafe fn download(&self, address: usize, bytes: &mut [u8]) -> Result<(), String> {
         self.downloads.lock().unwrap().push(bytes.len());
         // SAFETY: the caller promises as many bytes.
@@ -70,8 +92,8 @@ impl Place for Host {
 
 impl Host {
     fn new() -> Self {
-        let (downloads, uploads) = Default::default();
-        Self { memory: MemoryInfo::default(), downloads, uploads, provider: "CPUExecutionProvider" }
+        let (downloads, uploads, moved) = Default::default();
+        Self { memory: MemoryInfo::default(), downloads, uploads, moved, provider: "CPUExecutionProvider" }
     }
 
     fn loader(self, bundle: &Bundle) -> Bound<Self> {
@@ -118,18 +140,25 @@ fn taps(loader: impl Loader, bundle: &Bundle, input: Input<'_>) -> BTreeMap<(Str
     all.parts
 }
 
+/// Node by node and segment by segment, several in a call, and as many as there are.
+const WIDTHS: [usize; 3] = [1, 2, usize::MAX];
+
 #[test]
 fn every_tap_is_that_of_the_cpu_bit_for_bit() {
     for subject in subjects() {
         let bundle = portable(&subject);
-        let cpu = OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions::default()).unwrap();
-        let expected = taps(cpu, &bundle, subject.input());
-        let found = taps(Host::new().loader(&bundle), &bundle, subject.input());
-        assert!(expected.len() > 20, "{}: {} taps", subject.name, expected.len());
-        assert!(found.keys().eq(expected.keys()), "{}", subject.name);
-        for (name, tensor) in &expected {
-            let found = &found[name];
-            assert_eq!((found.shape(), found.bytes()), (tensor.shape(), tensor.bytes()), "{} {name:?}", subject.name);
+        for width in WIDTHS {
+            let what = format!("{}, width {width}", subject.name);
+            let input = Input { width, ..subject.input() };
+            let cpu = OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions::default()).unwrap();
+            let expected = taps(cpu, &bundle, input);
+            let found = taps(Host::new().loader(&bundle), &bundle, input);
+            assert!(expected.len() > 20, "{what}: {} taps", expected.len());
+            assert!(found.keys().eq(expected.keys()), "{what}");
+            for (name, tensor) in &expected {
+                let found = &found[name];
+                assert_eq!((found.shape(), found.bytes()), (tensor.shape(), tensor.bytes()), "{what} {name:?}");
+            }
         }
     }
 }
@@ -153,27 +182,56 @@ impl Parts for Nothing {
 
 #[test]
 fn only_logits_and_the_last_positions_are_copied_to_the_host() {
+    // Bytes that were joined and taken apart at the place.
+    let mut moved = BTreeMap::new();
     for subject in subjects() {
         let bundle = portable(&subject);
-        let host = Host::new();
-        let downloads = Arc::clone(&host.downloads);
-        let mut engines = Engines::new(&bundle, Box::new(host.loader(&bundle)));
-        engine_parts(&mut engines, &subject.input(), &mut Nothing, &mut |_| {}).unwrap();
-        let downloads = downloads.lock().unwrap();
-        let row = 4 * bundle.architecture().vocab_size();
-        let (mut expected, found) = (Vec::new(), downloads.iter().filter(|bytes| !bytes.is_multiple_of(row)));
-        // The slots' keys and values of the last layer, which a pipeline appends itself: once for every segment.
-        let mut appended = 0;
-        match subject.input().plan {
-            Plan::Homer(plan, _) => expected.push(8 * plan.nodes.last().unwrap().out_len),
-            Plan::Rcc(plan) => appended = 2 * plan.segments,
-            Plan::Plain | Plan::SharedLlm(_) => {}
+        for width in WIDTHS {
+            let host = Host::new();
+            let (downloads, copies) = (Arc::clone(&host.downloads), Arc::clone(&host.moved));
+            let mut engines = Engines::new(&bundle, Box::new(host.loader(&bundle)));
+            let input = Input { width, ..subject.input() };
+            engine_parts(&mut engines, &input, &mut Nothing, &mut |_| {}).unwrap();
+            let downloads = downloads.lock().unwrap();
+            let row = 4 * bundle.architecture().vocab_size();
+            let expected = match input.plan {
+                Plan::Homer(plan, _) => vec![8 * plan.nodes.last().unwrap().out_len],
+                Plan::Plain | Plan::Rcc(_) | Plan::SharedLlm(_) => Vec::new(),
+            };
+            let what = format!("{}, width {width}: {downloads:?}, a row of logits has {row}", subject.name);
+            let found: Vec<usize> = downloads.iter().copied().filter(|bytes| !bytes.is_multiple_of(row)).collect();
+            assert_eq!(found, expected, "{what}");
+            // Logits, at most once for every token behind the prompt; a cache would be two tensors for every layer and call.
+            assert!((1..=6).contains(&(downloads.len() - expected.len())), "{what}");
+            moved.insert((subject.name.clone(), width), copies.lock().unwrap().iter().sum::<usize>());
         }
-        let what = format!("{}: {downloads:?}, a row of logits has {row}", subject.name);
-        assert_eq!(found.copied().collect::<Vec<usize>>(), expected, "{what}");
-        // Logits, at most once for every token behind the prompt; a cache would be two tensors for every layer and call.
-        assert!((1..=6).contains(&(downloads.len() - expected.len() - appended)), "{what}");
     }
+    for (subject, width) in [("homer E", 2), ("homer E", usize::MAX), ("rcc neox_r32", 1), ("sharedllm lm3", 1)] {
+        assert!(moved[&(subject.to_owned(), width)] > 0, "{subject}, width {width}: {moved:?}");
+    }
+}
+
+/// What a question leaves behind is taken off the cache where that lies.
+#[test]
+fn another_question_takes_rows_off_the_cache_where_it_lies() {
+    let subject = plain("C");
+    let bundle = portable(&subject);
+    let ask = |loader: Box<dyn Loader>| {
+        let mut engines = Engines::new(&bundle, loader);
+        let state = prefill(&mut engines, &(0..20).collect::<Vec<u32>>(), |_| {}).unwrap();
+        with_suffix(&mut engines, &state, 4, &[7, 3, 9]).unwrap()
+    };
+    let host = Host::new();
+    let downloads = Arc::clone(&host.downloads);
+    let found = ask(Box::new(host.loader(&bundle)));
+    assert_eq!(*downloads.lock().unwrap(), [4 * bundle.architecture().vocab_size(); 2]);
+    let cpu = OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions::default()).unwrap();
+    let expected = ask(Box::new(cpu));
+    let bytes = |state: &ContextState| -> Vec<Vec<u8>> {
+        state.cache.iter().flatten().map(|tensor| tensor.bytes().to_vec()).collect()
+    };
+    assert_eq!(bytes(&found), bytes(&expected));
+    assert_eq!((found.logits, found.position_ids), (expected.logits, expected.position_ids));
 }
 
 #[test]

@@ -11,6 +11,8 @@
 #include <mutex>
 #include <vector>
 
+#include "../kernels/memcpy2d.h"
+
 namespace {
 
 constexpr int INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_SUPPORTED = 801;
@@ -147,6 +149,7 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *) {
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
   return locked([=] { return copy(2, pointer(to), pointer(from), bytes); });
 }
+int cuMemcpy2DAsync_v2(const Memcpy2D *copy, void *stream) { return copy->rows(cuMemcpyDtoDAsync_v2, stream); }
 
 int cuStreamCreate(void **stream, unsigned) { return *stream = new int(0), 0; }
 int cuStreamDestroy_v2(void *stream) {
