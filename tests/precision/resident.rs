@@ -1,21 +1,25 @@
 //! The engine whose tensors stay at a place, with the CPU as the place: the code that runs on a GPU, except for what CUDA itself
 //! does. All methods compute the very bits that the engine for the CPU computes, and only what the host reads is copied to it.
 
-use crate::subject::{Subject, plain, subjects};
+use crate::subject::{self, Subject, plain, subjects};
 use accordion::bundle::Bundle;
+use accordion::pipeline::decode::{Continuation, Sequence};
 use accordion::pipeline::plain::prefill;
 use accordion::pipeline::question::with_suffix;
-use accordion::pipeline::{ContextState, Engines};
+use accordion::pipeline::rcc::read_slots;
+use accordion::pipeline::sharedllm::{inject, read};
+use accordion::pipeline::{ContextState, Engines, homer, sharedllm};
 use accordion::runtime::bound::{Bound, BoundOptions, Place};
 use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::runtime::{InPlace, Loader, Memory};
-use accordion::taps::TapSink;
+use accordion::taps::{NoTaps, TapSink};
 use accordion::tensor::{Runs, Tensor};
 use accordion::verify::VerifyError;
 use accordion::verify::bundle::{Input, Plan, engine_parts};
 use accordion::verify::parts::Parts;
 use accordion_graphs::blocks::Target;
+use accordion_graphs::plan::sharedllm::Quirks;
 use accordion_graphs::precision::Precision;
 use ort::memory::MemoryInfo;
 use ort::session::builder::SessionBuilder;
@@ -92,6 +96,8 @@ impl Place for Host {
 
 impl Host {
     fn new() -> Self {
+        // The description of memory is the runtime's.
+        runtime();
         let (downloads, uploads, moved) = Default::default();
         Self { memory: MemoryInfo::default(), downloads, uploads, moved, provider: "CPUExecutionProvider" }
     }
@@ -163,51 +169,70 @@ fn every_tap_is_that_of_the_cpu_bit_for_bit() {
     }
 }
 
-/// Wants nothing: what is left is what a pipeline reads itself.
-struct Nothing;
-
-impl TapSink for Nothing {
-    fn wants(&self, _name: &str) -> bool {
-        false
-    }
-
-    fn record(&mut self, _name: &str, _value: Tensor) {}
+/// What `subject`'s method makes of its prompt, and the logits of the tokens behind it, one by one.
+fn decoded(engines: &mut Engines<'_>, subject: &Subject, width: usize) -> (ContextState, Vec<Vec<f32>>) {
+    let Input { plan, lengths, ids, .. } = subject.input();
+    let (prompt, teacher) = ids.split_at(lengths.total());
+    let (text, suffix) = prompt.split_at(lengths.prefix + lengths.context);
+    let (prefix, context) = text.split_at(lengths.prefix);
+    let state = match plan {
+        Plan::Plain => prefill(engines, prompt, |_| {}).unwrap(),
+        Plan::Homer(plan, bias) => {
+            let bias: Vec<&[f32]> = bias.iter().map(Vec::as_slice).collect();
+            let prompt = homer::Prompt { prefix, context, suffix };
+            homer::compress(engines, plan, prompt, &bias, width, &mut NoTaps, &mut |_| {}).unwrap()
+        }
+        Plan::Rcc(plan) => {
+            let mut slots = read_slots(engines, plan, text, width, &mut NoTaps, &mut |_| {}).unwrap();
+            let logits = slots.read(engines, suffix, |_| {}).unwrap();
+            slots.into_state(logits).unwrap()
+        }
+        Plan::SharedLlm(plan) => {
+            let context = sharedllm::Context { ids: text, mask: None, running: suffix, query_index: suffix.len() - 1 };
+            let injected = inject(engines, plan, context, width, &mut NoTaps, &mut |_| {}).unwrap();
+            read(engines, injected, suffix, |_| {}).unwrap()
+        }
+    };
+    let mut sequence = Sequence::continue_from(engines, &state, teacher.len(), Continuation::Next).unwrap();
+    let logits = teacher.iter().map(|&id| sequence.forward(engines, &[id], 1).unwrap().to_f32()).collect();
+    (state, logits)
 }
 
-impl Parts for Nothing {
-    fn end_part(&mut self, _name: &str) -> Result<(), VerifyError> {
-        Ok(())
-    }
+fn keys_and_values(state: &ContextState) -> Vec<&[u8]> {
+    let injected = state.injected.iter().flat_map(|injected| &injected.layers);
+    let injected = injected.flat_map(|layer| [Some(&layer.key), layer.single_key.as_ref(), Some(&layer.value)]);
+    state.cache.iter().flatten().chain(injected.flatten()).map(Tensor::bytes).collect()
 }
 
 #[test]
 fn only_logits_and_the_last_positions_are_copied_to_the_host() {
     // Bytes that were joined and taken apart at the place.
     let mut moved = BTreeMap::new();
-    for subject in subjects() {
+    for subject in subjects().into_iter().chain([subject::sharedllm("lm3", Quirks::Fixed)]) {
         let bundle = portable(&subject);
+        let row = 4 * bundle.architecture().vocab_size();
         for width in WIDTHS {
+            let what = format!("{}, width {width}", subject.name);
             let host = Host::new();
             let (downloads, copies) = (Arc::clone(&host.downloads), Arc::clone(&host.moved));
             let mut engines = Engines::new(&bundle, Box::new(host.loader(&bundle)));
-            let input = Input { width, ..subject.input() };
-            engine_parts(&mut engines, &input, &mut Nothing, &mut |_| {}).unwrap();
-            let downloads = downloads.lock().unwrap();
-            let row = 4 * bundle.architecture().vocab_size();
-            let expected = match input.plan {
-                Plan::Homer(plan, _) => vec![8 * plan.nodes.last().unwrap().out_len],
-                Plan::Plain | Plan::Rcc(_) | Plan::SharedLlm(_) => Vec::new(),
-            };
-            let what = format!("{}, width {width}: {downloads:?}, a row of logits has {row}", subject.name);
-            let found: Vec<usize> = downloads.iter().copied().filter(|bytes| !bytes.is_multiple_of(row)).collect();
-            assert_eq!(found, expected, "{what}");
-            // Logits, at most once for every token behind the prompt; a cache would be two tensors for every layer and call.
-            assert!((1..=6).contains(&(downloads.len() - expected.len())), "{what}");
-            moved.insert((subject.name.clone(), width), copies.lock().unwrap().iter().sum::<usize>());
+            let (state, logits) = decoded(&mut engines, &subject, width);
+            let mut expected = vec![row; 1 + logits.len()];
+            if matches!(subject.input().plan, Plan::Homer(..)) {
+                expected.insert(1, 8 * state.len());
+            }
+            assert_eq!(*downloads.lock().unwrap(), expected, "{what}");
+            moved.insert(what.clone(), copies.lock().unwrap().iter().sum::<usize>());
+
+            let cpu = OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions::default()).unwrap();
+            let (expected, of_cpu) = decoded(&mut Engines::new(&bundle, Box::new(cpu)), &subject, width);
+            assert!(logits == of_cpu && state.logits == expected.logits, "{what}");
+            assert!(keys_and_values(&state) == keys_and_values(&expected), "{what}");
         }
     }
-    for (subject, width) in [("homer E", 2), ("homer E", usize::MAX), ("rcc neox_r32", 1), ("sharedllm lm3", 1)] {
-        assert!(moved[&(subject.to_owned(), width)] > 0, "{subject}, width {width}: {moved:?}");
+    println!("{moved:?}");
+    for joined in ["homer F, width 2", "homer G, width 2", "rcc neox_r32, width 1", "sharedllm lm3, width 1"] {
+        assert!(moved[joined] > 0, "{joined}: {moved:?}");
     }
 }
 
@@ -227,10 +252,7 @@ fn another_question_takes_rows_off_the_cache_where_it_lies() {
     assert_eq!(*downloads.lock().unwrap(), [4 * bundle.architecture().vocab_size(); 2]);
     let cpu = OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions::default()).unwrap();
     let expected = ask(Box::new(cpu));
-    let bytes = |state: &ContextState| -> Vec<Vec<u8>> {
-        state.cache.iter().flatten().map(|tensor| tensor.bytes().to_vec()).collect()
-    };
-    assert_eq!(bytes(&found), bytes(&expected));
+    assert!(keys_and_values(&found) == keys_and_values(&expected));
     assert_eq!((found.logits, found.position_ids), (expected.logits, expected.position_ids));
 }
 

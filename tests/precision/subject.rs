@@ -40,15 +40,16 @@ fn goldens(method: &str) -> PathBuf {
 pub(super) fn subjects() -> Vec<Subject> {
     let mut subjects = vec![plain("C"), homer("C")];
     subjects.extend(["neox_r32", "qwen2_r8", "mamba_pairs"].map(rcc));
-    subjects.push(sharedllm("q4"));
-    let more = ["D", "E", "F", "G"].map(homer).into_iter().chain(["far10", "lm3", "mask4"].map(sharedllm));
+    subjects.push(sharedllm("q4", Quirks::Faithful));
+    let shared = ["far10", "lm3", "mask4"].map(|name| sharedllm(name, Quirks::Faithful));
+    let more = ["D", "E", "F", "G"].map(homer).into_iter().chain(shared);
     subjects.extend(more.map(|subject| Subject { ort_cpu: false, ..subject }));
     subjects
 }
 
 /// A case of every method.
 pub(super) fn one_of_each() -> [Subject; 4] {
-    [plain("C"), homer("C"), rcc("neox_r32"), sharedllm("q4")]
+    [plain("C"), homer("C"), rcc("neox_r32"), sharedllm("q4", Quirks::Faithful)]
 }
 
 pub(super) fn plain(name: &str) -> Subject {
@@ -98,23 +99,16 @@ fn rcc(name: &str) -> Subject {
     }
 }
 
-fn sharedllm(name: &str) -> Subject {
+pub(super) fn sharedllm(name: &str, quirks: Quirks) -> Subject {
     let case = SharedLlmCase::open(&goldens("sharedllm").join(format!("case_{name}.json"))).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let plan = golden::sharedllm::plan(&case, Quirks::Faithful).unwrap();
-    golden::sharedllm::bundle(
-        &case,
-        case.weights_path(),
-        Quirks::Faithful,
-        Target::Portable,
-        &Recipe::fp32(),
-        folder.path(),
-    )
-    .unwrap();
+    let plan = golden::sharedllm::plan(&case, quirks).unwrap();
+    golden::sharedllm::bundle(&case, case.weights_path(), quirks, Target::Portable, &Recipe::fp32(), folder.path())
+        .unwrap();
     Subject {
         name: format!("sharedllm {name}"),
         folder,
-        method: MethodSettings::SharedLlm(case.settings(Quirks::Faithful)),
+        method: MethodSettings::SharedLlm(case.settings(quirks)),
         lengths: PromptLengths { prefix: 0, context: case.context_ids.len(), suffix: case.running_ids.len() },
         plan: Plan::SharedLlm(plan),
         ids: [&case.context_ids[..], &case.running_ids, &TEACHER].concat(),

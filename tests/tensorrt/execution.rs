@@ -26,7 +26,7 @@ use accordion_graphs::plan::sharedllm::{ChunkPolicy, Quirks};
 use std::path::Path;
 use std::process::{Command, Output};
 
-fn workload(lengths: PromptLengths) -> Workload {
+pub(super) fn workload(lengths: PromptLengths) -> Workload {
     Workload { lengths, new_tokens: 16, width: 4, policy: ChunkPolicy::FineTuning, plain: false }
 }
 
@@ -147,7 +147,7 @@ impl Subject {
     }
 }
 
-fn since(machine: &Machine, before: Copied) -> Copied {
+pub(super) fn since(machine: &Machine, before: Copied) -> Copied {
     let now = machine.copied();
     Copied {
         to_device: now.to_device - before.to_device,

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod copies;
 mod double;
 mod execution;
 mod graphs;
