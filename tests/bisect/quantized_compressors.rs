@@ -135,7 +135,7 @@ impl<'c> Subject<'c> {
 
     fn find(&self, plant: &Plant) -> Option<Found> {
         let sound = weights_of(&self.bundle);
-        let planted = |name: &str| plant.in_matrix(name, sound(name)?);
+        let planted = |name: &str| sound(name).map(|weight| plant.in_matrix(name, weight));
         let rebuilt = Rebuilt::new(&self.bundle).unwrap();
         let terms = Terms::over(&self.bundle, planted);
         let cases = |visit: &mut Visit<'_>| self.case.cases(&rebuilt, &planted, visit);
