@@ -315,7 +315,6 @@ impl Device {
         let at = |start: Address, offset: usize| start + offset as Address;
         let (from, to) = (at(from, runs.from), at(to, runs.to));
         let stream = self.stream.cu_stream();
-        // SAFETY: the caller's promise.
         let copied = if runs.count > 1 && runs.from_pitch.max(runs.to_pitch) <= MAX_PITCH {
             let copy = sys::CUDA_MEMCPY2D {
                 srcXInBytes: 0,
@@ -335,11 +334,13 @@ impl Device {
                 WidthInBytes: runs.bytes,
                 Height: runs.count,
             };
+            // SAFETY: the caller's promise.
             unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream) }.result()
         } else {
-            (0..runs.count).try_for_each(|i| unsafe {
+            (0..runs.count).try_for_each(|i| {
                 let (from, to) = (at(from, i * runs.from_pitch), at(to, i * runs.to_pitch));
-                result::memcpy_dtod_async(to, from, runs.bytes, stream)
+                // SAFETY: the caller's promise.
+                unsafe { result::memcpy_dtod_async(to, from, runs.bytes, stream) }
             })
         };
         copied.doing("copy on the device")

@@ -161,8 +161,7 @@ impl Walk<'_, '_, '_> {
         let mut owned: Vec<(&str, Tensor)> = if children.is_empty() {
             self.leaf_inputs(nodes)?
         } else {
-            let [left, right] = [0, 1].map(|side| stack(children.iter().map(|pair| &pair[side])));
-            let (left, right) = (left?, right?);
+            let (left, right) = (stack(&children, 0)?, stack(&children, 1)?);
             drop(children);
             vec![
                 ("left.hidden", left.hidden),
@@ -342,8 +341,10 @@ fn last_row(hidden: &Tensor) -> Result<Tensor, PipelineError> {
     Ok(rows.rows(last..last + 1).reshaped([1, 1, width])?)
 }
 
-/// Nodes joined along the batch axis; a single one is not copied.
-fn stack<'f>(nodes: impl Iterator<Item = &'f Finished> + Clone) -> Result<Finished, TensorError> {
-    let join = |part: fn(&Finished) -> &Tensor| Tensor::concat(&nodes.clone().map(part).collect::<Vec<_>>(), 0);
+/// One child of every pair, joined along the batch axis; that of a single pair is not copied.
+fn stack(children: &[[Finished; 2]], side: usize) -> Result<Finished, TensorError> {
+    let join = |part: fn(&Finished) -> &Tensor| {
+        Tensor::concat(&children.iter().map(|pair| part(&pair[side])).collect::<Vec<_>>(), 0)
+    };
     Ok(Finished { hidden: join(|n| &n.hidden)?, positions: join(|n| &n.positions)?, kv: join(|n| &n.kv)? })
 }
