@@ -114,6 +114,7 @@ mod tests {
 
     #[derive(Default)]
     struct Memory {
+        device: u8,
         bytes: Vec<u8>,
         broken: bool,
         downloads: Arc<AtomicUsize>,
@@ -127,6 +128,21 @@ mod tests {
             }
             bytes.copy_from_slice(&self.bytes);
             Ok(())
+        }
+
+        unsafe fn gathered(byte_len: usize, pieces: &[(&Self, Runs)]) -> Result<Option<Self>, String> {
+            let (first, _) = pieces[0];
+            if pieces.iter().any(|(memory, _)| memory.device != first.device) {
+                return Ok(None);
+            }
+            let mut bytes = vec![0; byte_len];
+            for (memory, runs) in pieces {
+                for i in 0..runs.count {
+                    let (from, to) = (runs.from + i * runs.from_pitch, runs.to + i * runs.to_pitch);
+                    bytes[to..to + runs.bytes].copy_from_slice(&memory.bytes[from..from + runs.bytes]);
+                }
+            }
+            Ok(Some(Self { device: first.device, bytes, broken: false, downloads: Arc::clone(&first.downloads) }))
         }
     }
 
@@ -145,6 +161,31 @@ mod tests {
         assert_eq!(row.as_f32().unwrap(), [3.0, 4.0]);
         assert_eq!(tensor.to_f32(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
         assert_eq!(downloads.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn what_lies_on_one_device_is_joined_there_and_nothing_else() {
+        let on = |device: u8, downloads: &Arc<AtomicUsize>| {
+            let memory = Memory { device, bytes: numbers(), broken: false, downloads: Arc::clone(downloads) };
+            Resident::tensor(DType::F32, [3, 2], memory).unwrap()
+        };
+        let downloads = Arc::default();
+        let (a, b) = (on(0, &downloads), on(0, &downloads).rows(1..3));
+        let host = Tensor::from_f32([3, 1], vec![7.0, 8.0, 9.0]).unwrap();
+        let joined = Tensor::concat(&[&a, &b], 0).unwrap();
+        let part = joined.narrow(1, 1..2).unwrap();
+        let beside = Tensor::concat(&[&a, &a], 1).unwrap();
+        assert!([&joined, &part, &beside].iter().all(|tensor| tensor.stored_in::<Resident<Memory>>().is_some()));
+        assert_eq!(downloads.load(Ordering::Relaxed), 0);
+        assert_eq!(part.as_f32().unwrap(), [2.0, 4.0, 6.0, 4.0, 6.0]);
+        assert_eq!(beside.as_f32().unwrap(), [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0, 5.0, 6.0, 5.0, 6.0]);
+        assert_eq!(b.detached().unwrap().as_f32().unwrap(), [3.0, 4.0, 5.0, 6.0]);
+        for (other, axis) in [(&host, 1), (&on(1, &downloads), 0)] {
+            let joined = Tensor::concat(&[&a, other], axis).unwrap();
+            assert!(joined.stored_in::<Resident<Memory>>().is_none());
+            let first_row = if axis == 1 { [1.0, 2.0, 7.0] } else { [1.0, 2.0, 3.0] };
+            assert_eq!(joined.as_f32().unwrap()[..3], first_row);
+        }
     }
 
     #[test]
