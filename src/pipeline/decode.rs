@@ -8,6 +8,7 @@ use accordion_graphs::precision::KvCache;
 use std::ops::Range;
 
 pub use accordion_graphs::methods::plain::{DECODER, DECODER_KV_INT8};
+pub use accordion_graphs::methods::step::DECODER_STEP;
 
 /// Rows per call where many are read: enough for matrix products at full speed, few enough that activations stay small
 /// however many there are.
