@@ -110,6 +110,10 @@ pub trait Loader {
 
     /// The engine's name: `ort-cpu`.
     fn name(&self) -> &'static str;
+
+    /// Whether [`Engine::steps`] of the graphs that it loaded or loads may record what a step does and repeat the record from now
+    /// on. Otherwise they do the same work without one, which is slower and can be looked into. Nothing where no engine records.
+    fn record_steps(&self, _on: bool) {}
 }
 
 impl<L: Loader + ?Sized> Loader for Box<L> {
@@ -119,6 +123,10 @@ impl<L: Loader + ?Sized> Loader for Box<L> {
 
     fn name(&self) -> &'static str {
         (**self).name()
+    }
+
+    fn record_steps(&self, on: bool) {
+        (**self).record_steps(on);
     }
 }
 
