@@ -9,6 +9,7 @@ mod device;
 mod error;
 mod kernels;
 pub(crate) mod libraries;
+mod meter;
 mod product;
 
 pub use calls::{Address, Element, Kernel, Launch, Refusal, StridedCompress, StridedRows, TopKPrune};
@@ -16,4 +17,5 @@ pub use compile::{Architecture, Source, cached, compile};
 pub use device::{Buffer, Device, DeviceFacts, Graph, Moment};
 pub use error::CudaError;
 pub use kernels::{Kernels, Origin};
+pub use meter::{DeviceTimes, Meter};
 pub use product::CublasLt;

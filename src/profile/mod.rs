@@ -4,11 +4,13 @@
 //! - [`stopwatch`]: time per graph.
 //! - [`ceilings`]: the rates of this machine; [`roofline`]: how far something is from what they allow.
 //! - [`load`]: what else the machine is doing; [`trust`]: what the numbers are worth.
+//! - [`decoding`]: tokens one by one, with CUDA graphs and without.
 //! - [`measure`]: one method at one prompt length, measured.
 //! - [`paired`]: two configurations, measured alternately.
 //! - [`schema`]: the report that is printed, stored and drawn.
 
 pub mod ceilings;
+pub mod decoding;
 pub mod details;
 pub mod load;
 pub mod measure;
@@ -23,6 +25,7 @@ pub mod trace;
 pub mod trust;
 
 use crate::bundle::BundleError;
+use crate::cuda::CudaError;
 use crate::pipeline::PipelineError;
 use crate::pipeline::state_file::StateError;
 use crate::runtime::EngineError;
@@ -44,6 +47,9 @@ pub enum ProfileError {
     /// The runtime refused or failed a graph of a rate's measurement.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] CudaError),
     /// There is no plan for the prompt.
     #[error(transparent)]
     Plan(#[from] PlanError),

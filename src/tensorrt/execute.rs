@@ -10,7 +10,7 @@ use super::select::{Given, Misfit, Place, choose};
 use super::shim::{Observer, Shim};
 use super::{Flavour, TensorRtError};
 use crate::bundle::{Bundle, Method};
-use crate::cuda::Device;
+use crate::cuda::{Device, Meter};
 use crate::runtime::resident::Resident;
 use crate::runtime::{Engine, EngineError, InPlace, Loader};
 use crate::tensor::Tensor;
@@ -127,6 +127,10 @@ impl Loader for TensorRt<'_> {
     fn name(&self) -> &'static str {
         self.shim.toolkit().flavour.word()
     }
+
+    fn meter(&self) -> Option<Arc<Meter>> {
+        Some(Arc::clone(self.memory.meter()))
+    }
 }
 
 /// Loads a plan and drops it again: whether it can be. There must be a driver.
@@ -214,8 +218,9 @@ impl Executable {
         let asked = given.iter().map(|(port, tensor)| asked(port, tensor)).collect::<Result<Vec<_>, RunError>>()?;
         let profile = choose(profiles, &asked).map_err(|misfit| in_words(&misfit, engine.name(), signature, method))?;
         memory.device().bind()?;
+        let name = engine.name().to_owned();
         let mut context = engine.context(profile, memory.device().stream_pointer())?;
-        let results = enqueue(&mut context, &ports, &given, memory)?;
+        let results = enqueue(&mut context, (&name, &ports), &given, memory)?;
         let result = |name: &&str| {
             let found = results.iter().find(|(port, ..)| port.name == **name);
             found.map(|(.., tensor)| tensor.clone()).ok_or_else(|| format!("there is no output '{name}'").into())
@@ -261,7 +266,7 @@ fn asked<'a>(port: &'a Port, tensor: &'a Tensor) -> Result<Given<'a>, RunError> 
 /// Puts a call on the stream, and returns all outputs.
 fn enqueue<'e>(
     context: &mut Context<'_>,
-    ports: &'e [Port],
+    (graph, ports): (&str, &'e [Port]),
     given: &[(&Port, &Tensor)],
     memory: &Arc<Memory>,
 ) -> Result<Vec<(&'e Port, Tensor)>, RunError> {
@@ -293,8 +298,8 @@ fn enqueue<'e>(
     memory.with_scratch(context.memory_bytes(), |scratch| {
         // SAFETY: as long as it says, and everything that uses it is on one stream.
         unsafe { context.set_memory(scratch) };
-        context.enqueue()
-    })??;
+        memory.meter().around(graph, || context.enqueue())
+    })???;
     drop(placed);
     let tensor = |(port, shape, output): (&'e Port, Vec<usize>, OnDevice)| {
         Ok((port, Resident::tensor(port.dtype, shape, output)?))
