@@ -6,12 +6,13 @@
 use super::ProfileError;
 use super::decoding::{CudaGraph, WARM_UP_TOKENS, compare_graphs, decode, largest};
 use super::details::{Details, ms, spans, stages};
+use super::layers::operators;
 use super::load::Watch;
 use super::roofline::Demand;
 use super::schema::{Configuration, Measurement, decoder_in_words, describe};
 use super::stats::{self, LatencyStats, Protocol, monotonic};
 use super::stopwatch::{Record, Stopwatch};
-use super::trace::Trace;
+use super::trace::{OperatorTime, Trace};
 use crate::bundle::Bundle;
 use crate::environment::{peak_resident_bytes, reset_peak_resident};
 use crate::pipeline::compress::Compression;
@@ -19,6 +20,7 @@ use crate::pipeline::decode::{Continuation, Sequence};
 use crate::pipeline::prompt::PromptIds;
 use crate::pipeline::question::with_suffix;
 use crate::pipeline::{ContextState, Engines, plain};
+use crate::tensorrt::layers::LayerRecord;
 use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::plan::sharedllm::SharedLlmSettings;
 use accordion_graphs::plan::{OperationCount, PromptLengths};
@@ -326,15 +328,39 @@ pub fn record(
     prompt: &PromptIds,
     folder: &Path,
 ) -> Result<Trace, ProfileError> {
-    let state = compression.compress(&mut engines, prompt, &mut |_, _| {})?;
-    let mut sequence = Sequence::continue_from(&engines, &state, TRACED_TOKENS, Continuation::Next)?;
+    run_once(&mut engines, compression, prompt)?;
+    // The runtime writes its records when a session ends, and tensors that it allocated keep theirs alive.
+    drop(engines);
+    Trace::read(folder)
+}
+
+/// Builds the state of `prompt` once and decodes a few tokens behind it, with `engines` whose loader tells `layers` what
+/// their layers take.
+///
+/// # Errors
+///
+/// As [`measure`], or no layer was told of.
+pub fn record_layers(
+    mut engines: Engines<'_>,
+    layers: &LayerRecord,
+    compression: &Compression,
+    prompt: &PromptIds,
+) -> Result<Vec<OperatorTime>, ProfileError> {
+    // What is repeated as a whole has no layers.
+    engines.record_steps(false);
+    run_once(&mut engines, compression, prompt)?;
+    let times = layers.times();
+    if times.is_empty() { Err(ProfileError::NoLayers) } else { Ok(operators(&times)) }
+}
+
+fn run_once(engines: &mut Engines<'_>, compression: &Compression, prompt: &PromptIds) -> Result<(), ProfileError> {
+    let state = compression.compress(engines, prompt, &mut |_, _| {})?;
+    let mut sequence = Sequence::continue_from(engines, &state, TRACED_TOKENS, Continuation::Next)?;
     let mut token = largest(&state.logits);
     for _ in 0..TRACED_TOKENS {
-        token = largest(&sequence.forward(&mut engines, &[token], 1)?.to_f32());
+        token = largest(&sequence.forward(engines, &[token], 1)?.to_f32());
     }
-    // The runtime writes its records when a session ends, and tensors that it allocated keep theirs alive.
-    drop((sequence, state, engines));
-    Trace::read(folder)
+    Ok(())
 }
 
 fn settings(compression: &Compression) -> Vec<(String, String)> {

@@ -3,6 +3,7 @@
 //! - [`stats`]: repeated timing and its statistics.
 //! - [`stopwatch`]: time per graph.
 //! - [`ceilings`]: the rates of this machine; [`roofline`]: how far something is from what they allow.
+//! - [`trace`]: time per module, of nodes that a runtime records; [`layers`]: of layers that an engine reports.
 //! - [`load`]: what else the machine is doing; [`trust`]: what the numbers are worth.
 //! - [`decoding`]: tokens one by one, with CUDA graphs and without.
 //! - [`measure`]: one method at one prompt length, measured.
@@ -12,6 +13,7 @@
 pub mod ceilings;
 pub mod decoding;
 pub mod details;
+pub mod layers;
 pub mod load;
 pub mod measure;
 pub mod paired;
@@ -64,6 +66,9 @@ pub enum ProfileError {
         /// What is wrong with it.
         problem: String,
     },
+    /// Engines that were to measure their layers told of none.
+    #[error("the engines told the time of no layer: NVIDIA's library has no profiler, or does not call it")]
+    NoLayers,
     /// The bundle's method needs a part of the checkpoint that bundle.json does not describe.
     #[error("bundle.json does not describe what its method adds to the decoder")]
     NoModel,

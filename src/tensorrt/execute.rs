@@ -3,6 +3,7 @@
 
 use super::build::BuiltProfile;
 use super::engines::{Engines, sha256};
+use super::layers::LayerRecord;
 use super::loaded::{Context, LoadedEngine, Port};
 use super::memory::{Memory, OnDevice};
 use super::ranges::widened_by;
@@ -36,6 +37,7 @@ pub struct TensorRt<'b> {
     engines: Engines,
     memory: Arc<Memory>,
     trusted: bool,
+    layers: Option<Arc<LayerRecord>>,
     /// Each is loaded once, however many ask for it.
     loaded: Mutex<HashMap<String, Weak<Mutex<Executable>>>>,
 }
@@ -62,7 +64,15 @@ impl<'b> TensorRt<'b> {
         device.bind()?;
         load_plugins(&shim, &engines, options)?;
         let (memory, shim) = (Memory::new(device)?, Arc::new(shim));
-        Ok(Self { bundle, shim, engines, memory, trusted: options.trusted, loaded: Mutex::default() })
+        Ok(Self { bundle, shim, engines, memory, trusted: options.trusted, layers: None, loaded: Mutex::default() })
+    }
+
+    /// The same, whose engines measure their layers and tell `record` of them. They wait for the work of every call, which
+    /// makes them slower.
+    #[must_use]
+    pub fn measuring_layers(mut self, record: Arc<LayerRecord>) -> Self {
+        self.layers = Some(record);
+        self
     }
 
     /// What was built.
@@ -79,7 +89,10 @@ impl<'b> TensorRt<'b> {
         }
         let plan = self.engines.plan(name, self.trusted)?;
         self.memory.device().bind()?;
-        let engine = LoadedEngine::open(Arc::clone(&self.shim), name, &plan, &Silent)?;
+        let mut engine = LoadedEngine::open(Arc::clone(&self.shim), name, &plan, &Silent)?;
+        if let Some(record) = &self.layers {
+            engine.measure_layers(record)?;
+        }
         let profiles = self.engines.record().engines.get(name).map(|entry| entry.profiles.clone()).unwrap_or_default();
         if engine.num_profiles() != profiles.len() {
             let (found, recorded) = (engine.num_profiles(), profiles.len());
