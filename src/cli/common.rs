@@ -8,7 +8,7 @@ use accordion::pipeline::Engines;
 use accordion::runtime::Loader;
 use accordion::runtime::locate::{self, LoadOptions, LoadedRuntime};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
-use accordion::tensorrt::Flavour;
+use accordion::tensorrt::{Flavour, TensorRt};
 use accordion_graphs::dtype::DType;
 use accordion_graphs::onnx::ValueInfo;
 use accordion_graphs::plan::homer::HomerSettings;
@@ -186,6 +186,19 @@ impl EngineArguments {
     /// Whether graphs are run by ONNX Runtime on the CPU, which can do everything.
     pub(crate) fn is_ort_cpu(&self) -> bool {
         self.engine == EngineName::OrtCpu
+    }
+
+    /// Whether graphs are run by engines that were built before.
+    pub(crate) fn is_tensorrt(&self) -> bool {
+        self.engine.flavour().is_some()
+    }
+
+    /// What loads the engines of `bundle`, which alone can do `what`.
+    pub(crate) fn tensorrt<'b>(&self, what: &str, bundle: &'b Bundle) -> anyhow::Result<TensorRt<'b>> {
+        let Some(flavour) = self.engine.flavour() else {
+            bail!("{what} needs --engine tensorrt or tensorrt-rtx, and the engine is {}", self.name());
+        };
+        self.tensorrt.loader(flavour, bundle)
     }
 
     /// What runs the operators of our domain, for results.

@@ -42,14 +42,14 @@ pub struct Effort {
     /// How many tokens are decoded behind it, at least one: the last number is that of all, and between two numbers the
     /// tokens have statistics of their own. Ascending.
     pub new_tokens: Vec<usize>,
-    /// What they are decoded with.
-    pub cuda_graph: CudaGraph,
+    /// How they are decoded by an engine that has a choice.
+    pub cuda_graph: Option<CudaGraph>,
 }
 
 impl Effort {
     /// One turn of many: a prefix, or as many as `min_time` asks for, cold or warm as they come, and `new_tokens` behind
     /// it.
-    pub fn turn(min_time: Duration, new_tokens: usize, cuda_graph: CudaGraph) -> Self {
+    pub fn turn(min_time: Duration, new_tokens: usize, cuda_graph: Option<CudaGraph>) -> Self {
         Self {
             prefix: Protocol { min_runs: 1, min_time, ..Protocol::UNTIMED },
             first_token: Protocol { warm_up_runs: 1, min_runs: 5, ..Protocol::UNTIMED },
@@ -219,7 +219,7 @@ fn measure_state(
     let watch = Watch::start();
     let stopwatch = &runner.stopwatch;
     stopwatch.take()?;
-    engines.record_steps(effort.cuda_graph != CudaGraph::Off);
+    engines.record_steps(effort.cuda_graph != Some(CudaGraph::Off));
 
     let mut built: Option<ContextState> = None;
     let mut runs: Vec<(Duration, Record)> = Vec::new();
@@ -248,11 +248,15 @@ fn measure_state(
     let peak = peak_resident_bytes().unwrap_or(0);
     let peak_device_bytes = stopwatch.device_bytes()?;
     let cuda_graph = match effort.cuda_graph {
-        CudaGraph::Both => Some(compare_graphs(engines, &mut start, stopwatch, decoded)?),
-        CudaGraph::On | CudaGraph::Off => None,
+        Some(CudaGraph::Both) => Some(compare_graphs(engines, &mut start, stopwatch, decoded)?),
+        Some(CudaGraph::On | CudaGraph::Off) | None => None,
     };
 
-    let Subject { method, settings, lengths, operations } = subject;
+    let Subject { method, mut settings, lengths, operations } = subject;
+    if let Some(graph) = effort.cuda_graph {
+        let word = if graph == CudaGraph::Off { "off" } else { "on" };
+        settings.push(("CUDA graph".to_owned(), word.to_owned()));
+    }
     let bundle = engines.bundle();
     let decoder = bundle.architecture();
     let mut details = Details {
