@@ -1,6 +1,6 @@
 //! What only engines on a GPU are asked for.
 
-use super::super::common::EngineArguments;
+use super::super::engine::EngineArguments;
 use accordion::profile::decoding::CudaGraph;
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
