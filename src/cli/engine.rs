@@ -11,9 +11,9 @@ use accordion::bundle::Bundle;
 use accordion::pipeline::Engines;
 use accordion::runtime::Loader;
 use accordion::runtime::ort_cpu::OrtCpu;
-use accordion::tensorrt::Flavour;
+use accordion::tensorrt::{Flavour, TensorRt};
 use accordion_graphs::onnx::ValueInfo;
-use anyhow::ensure;
+use anyhow::{anyhow, ensure};
 use clap::{Args, ValueEnum};
 use ort_cuda::OrtCudaArguments;
 use std::ffi::OsString;
@@ -138,6 +138,19 @@ impl EngineArguments {
     /// Whether graphs are run by ONNX Runtime on the CPU, which can do everything.
     pub(crate) fn is_ort_cpu(&self) -> bool {
         self.engine == EngineName::OrtCpu
+    }
+
+    /// Whether graphs are run by engines that were built before.
+    pub(crate) fn is_tensorrt(&self) -> bool {
+        self.engine.flavour().is_some()
+    }
+
+    /// What loads the engines of `bundle`, which alone can do `what`.
+    pub(crate) fn tensorrt<'b>(&self, what: &str, bundle: &'b Bundle) -> anyhow::Result<TensorRt<'b>> {
+        let needs = || anyhow!("{what} needs --engine tensorrt or tensorrt-rtx, and the engine is {}", self.name());
+        let flavour = self.engine.flavour().ok_or_else(needs)?;
+        self.check_unused()?;
+        self.tensorrt.loader(flavour, bundle)
     }
 
     /// What runs the operators of our domain, for results.

@@ -177,6 +177,16 @@ impl Device {
         facts().doing("ask the device what it is")
     }
 
+    /// Bytes of its memory that are free.
+    ///
+    /// # Errors
+    ///
+    /// The driver does not say.
+    pub fn free_bytes(&self) -> Result<u64, CudaError> {
+        let (free_bytes, _) = self.context.mem_get_info().doing("ask how much memory is free")?;
+        Ok(free_bytes as u64)
+    }
+
     /// What its kernels are compiled for.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ mod device;
 mod error;
 mod kernels;
 pub(crate) mod libraries;
+mod meter;
 mod product;
 mod transfer;
 
@@ -19,5 +20,6 @@ pub use compile::{Architecture, Source, cached, compile};
 pub use device::{Buffer, Device, DeviceFacts, Graph, Moment};
 pub use error::CudaError;
 pub use kernels::{Kernels, Origin};
+pub use meter::{DeviceTimes, Meter};
 pub use product::CublasLt;
 pub(crate) use transfer::{HostBuffer, Place, Rows};

@@ -82,6 +82,11 @@ impl<'b> Engines<'b> {
         Ok(engine.as_mut())
     }
 
+    /// Whether engines may record what a token does and repeat that, as [`Loader::record_steps`].
+    pub fn record_steps(&self, on: bool) {
+        self.loader.record_steps(on);
+    }
+
     /// Drops the engines loaded so far, and the memory their runtimes hold.
     pub fn unload(&mut self) {
         self.loaded.clear();

@@ -3,6 +3,7 @@
 
 use super::build::BuiltProfile;
 use super::engines::{Engines, sha256};
+use super::layers::LayerRecord;
 use super::loaded::{Context, LoadedEngine, Port};
 use super::memory::{Memory, OnDevice};
 use super::ranges::widened_by;
@@ -10,7 +11,7 @@ use super::select::{Given, Misfit, Place, choose};
 use super::shim::{Observer, Shim};
 use super::{Flavour, TensorRtError};
 use crate::bundle::{Bundle, Method};
-use crate::cuda::Device;
+use crate::cuda::{Device, Meter};
 use crate::runtime::resident::Resident;
 use crate::runtime::{Engine, EngineError, InPlace, Loader};
 use crate::tensor::Tensor;
@@ -36,6 +37,7 @@ pub struct TensorRt<'b> {
     engines: Engines,
     memory: Arc<Memory>,
     trusted: bool,
+    layers: Option<Arc<LayerRecord>>,
     /// Each is loaded once, however many ask for it.
     loaded: Mutex<HashMap<String, Weak<Mutex<Executable>>>>,
 }
@@ -62,7 +64,15 @@ impl<'b> TensorRt<'b> {
         device.bind()?;
         load_plugins(&shim, &engines, options)?;
         let (memory, shim) = (Memory::new(device)?, Arc::new(shim));
-        Ok(Self { bundle, shim, engines, memory, trusted: options.trusted, loaded: Mutex::default() })
+        Ok(Self { bundle, shim, engines, memory, trusted: options.trusted, layers: None, loaded: Mutex::default() })
+    }
+
+    /// The same, whose engines measure their layers and tell `record` of them. They wait for the work of every call, which
+    /// makes them slower.
+    #[must_use]
+    pub fn measuring_layers(mut self, record: Arc<LayerRecord>) -> Self {
+        self.layers = Some(record);
+        self
     }
 
     /// What was built.
@@ -79,7 +89,10 @@ impl<'b> TensorRt<'b> {
         }
         let plan = self.engines.plan(name, self.trusted)?;
         self.memory.device().bind()?;
-        let engine = LoadedEngine::open(Arc::clone(&self.shim), name, &plan, &Silent)?;
+        let mut engine = LoadedEngine::open(Arc::clone(&self.shim), name, &plan, &Silent)?;
+        if let Some(record) = &self.layers {
+            engine.measure_layers(record)?;
+        }
         let profiles = self.engines.record().engines.get(name).map(|entry| entry.profiles.clone()).unwrap_or_default();
         if engine.num_profiles() != profiles.len() {
             let (found, recorded) = (engine.num_profiles(), profiles.len());
@@ -126,6 +139,10 @@ impl Loader for TensorRt<'_> {
 
     fn name(&self) -> &'static str {
         self.shim.toolkit().flavour.word()
+    }
+
+    fn meter(&self) -> Option<Arc<Meter>> {
+        Some(Arc::clone(self.memory.meter()))
     }
 }
 
@@ -214,8 +231,9 @@ impl Executable {
         let asked = given.iter().map(|(port, tensor)| asked(port, tensor)).collect::<Result<Vec<_>, RunError>>()?;
         let profile = choose(profiles, &asked).map_err(|misfit| in_words(&misfit, engine.name(), signature, method))?;
         memory.device().bind()?;
+        let name = engine.name().to_owned();
         let mut context = engine.context(profile, memory.device().stream_pointer())?;
-        let results = enqueue(&mut context, &ports, &given, memory)?;
+        let results = enqueue(&mut context, (&name, &ports), &given, memory)?;
         let result = |name: &&str| {
             let found = results.iter().find(|(port, ..)| port.name == **name);
             found.map(|(.., tensor)| tensor.clone()).ok_or_else(|| format!("there is no output '{name}'").into())
@@ -261,7 +279,7 @@ fn asked<'a>(port: &'a Port, tensor: &'a Tensor) -> Result<Given<'a>, RunError> 
 /// Puts a call on the stream, and returns all outputs.
 fn enqueue<'e>(
     context: &mut Context<'_>,
-    ports: &'e [Port],
+    (graph, ports): (&str, &'e [Port]),
     given: &[(&Port, &Tensor)],
     memory: &Arc<Memory>,
 ) -> Result<Vec<(&'e Port, Tensor)>, RunError> {
@@ -293,8 +311,8 @@ fn enqueue<'e>(
     memory.with_scratch(context.memory_bytes(), |scratch| {
         // SAFETY: as long as it says, and everything that uses it is on one stream.
         unsafe { context.set_memory(scratch) };
-        context.enqueue()
-    })??;
+        memory.meter().around(graph, || context.enqueue())
+    })???;
     drop(placed);
     let tensor = |(port, shape, output): (&'e Port, Vec<usize>, OnDevice)| {
         Ok((port, Resident::tensor(port.dtype, shape, output)?))

@@ -1,11 +1,11 @@
 //! An engine in NVIDIA's library, and what runs it with the shapes of one of its optimization profiles.
 
+use super::layers::LayerRecord;
 use super::shim::{Observer, Shim, c_observer, message};
 use super::{TensorRtError, sys};
 use crate::cuda::Address;
 use accordion_graphs::dtype::DType;
-use std::ffi::{CStr, CString, c_void};
-use std::marker::PhantomData;
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
@@ -31,6 +31,8 @@ struct Calls {
     infer_shapes: sys::InferShapes,
     shape: sys::Shape,
     enqueue: sys::Enqueue,
+    measure_layers: sys::MeasureLayers,
+    layer_times: sys::LayerTimes,
     context_close: sys::ContextClose,
 }
 
@@ -43,8 +45,10 @@ pub(super) struct LoadedEngine {
     /// One for each profile that has been used.
     contexts: Vec<Option<OpenContext>>,
     calls: Calls,
+    /// Where its layers' times go, if they are measured.
+    layers: Option<Arc<LayerRecord>>,
     /// Its code.
-    _shim: Arc<Shim>,
+    shim: Arc<Shim>,
 }
 
 struct OpenContext {
@@ -77,6 +81,8 @@ impl LoadedEngine {
             infer_shapes: shim.function(c"accordion_tensorrt_context_infer_shapes")?,
             shape: shim.function(c"accordion_tensorrt_context_shape")?,
             enqueue: shim.function(c"accordion_tensorrt_context_enqueue")?,
+            measure_layers: shim.function(c"accordion_tensorrt_context_measure_layers")?,
+            layer_times: shim.function(c"accordion_tensorrt_context_layer_times")?,
             context_close: shim.function(c"accordion_tensorrt_context_close")?,
         };
         let open: sys::EngineOpen = shim.function(c"accordion_tensorrt_engine_open")?;
@@ -92,7 +98,8 @@ impl LoadedEngine {
         let engine = NonNull::new(engine).ok_or_else(|| refused("the library gave no engine".to_owned()))?;
         let contexts = (0..profiles).map(|_| None).collect();
         // From here on it is closed when dropped.
-        let mut loaded = Self { name: name.to_owned(), engine, ports: Arc::default(), contexts, calls, _shim: shim };
+        let name = name.to_owned();
+        let mut loaded = Self { name, engine, ports: Arc::default(), contexts, calls, layers: None, shim };
         let mut ports = Vec::new();
         for index in 0..tensors {
             let mut tensor = sys::Tensor {
@@ -113,6 +120,24 @@ impl LoadedEngine {
         }
         loaded.ports = ports.into();
         Ok(loaded)
+    }
+
+    /// Has the contexts that are made from now on measure their layers. A call then waits for its work.
+    ///
+    /// # Errors
+    ///
+    /// The library does not say what layers there are.
+    pub(super) fn measure_layers(&mut self, record: &Arc<LayerRecord>) -> Result<(), TensorRtError> {
+        let refused = |message| TensorRtError::Graph { graph: self.name.clone(), message };
+        let layers: sys::EngineLayers = self.shim.function(c"accordion_tensorrt_engine_layers")?;
+        let mut json = sys::Bytes { data: null_mut(), size: 0 };
+        // SAFETY: the engine is open, and the place of the result lives over the call.
+        let status = message(|text, size| unsafe { layers(self.engine.as_ptr(), &raw mut json, text, size) });
+        let json = self.shim.taken(json)?;
+        status.map_err(refused)?;
+        record.describe(&self.name, &json).map_err(refused)?;
+        self.layers = Some(Arc::clone(record));
+        Ok(())
     }
 
     /// Its inputs and outputs.
@@ -143,9 +168,14 @@ impl LoadedEngine {
                 (calls.context_open)(self.engine.as_ptr(), profile as i32, stream, context, bytes, text, size)
             })?;
             let raw = NonNull::new(context).ok_or("the library gave no execution context")?;
+            if self.layers.is_some() {
+                // SAFETY: the context is open.
+                unsafe { (calls.measure_layers)(raw.as_ptr()) };
+            }
             slot.insert(OpenContext { raw, memory_bytes: usize::try_from(bytes).unwrap_or_default() })
         };
-        Ok(Context { raw: open.raw, memory_bytes: open.memory_bytes, calls, stream, _engine: PhantomData })
+        let layers = self.layers.as_deref().map(|record| (self.name.as_str(), record));
+        Ok(Context { raw: open.raw, memory_bytes: open.memory_bytes, calls, stream, layers })
     }
 
     /// Its name, for messages.
@@ -171,7 +201,8 @@ pub(super) struct Context<'e> {
     memory_bytes: usize,
     calls: Calls,
     stream: *mut c_void,
-    _engine: PhantomData<&'e mut LoadedEngine>,
+    /// Name of the engine, and where its layers' times go.
+    layers: Option<(&'e str, &'e LayerRecord)>,
 }
 
 impl Context<'_> {
@@ -255,8 +286,20 @@ impl Context<'_> {
     /// The library or the device refuses.
     pub(super) fn enqueue(&mut self) -> Result<(), String> {
         // SAFETY: every address is what `set_address` and `set_memory` were promised.
-        message(|text, size| unsafe { (self.calls.enqueue)(self.raw.as_ptr(), self.stream, text, size) })
+        message(|text, size| unsafe { (self.calls.enqueue)(self.raw.as_ptr(), self.stream, text, size) })?;
+        if let Some(layers) = &self.layers {
+            let user = std::ptr::from_ref(layers).cast_mut().cast();
+            // SAFETY: the context is open, and the record lives over the call, in which alone it is used.
+            unsafe { (self.calls.layer_times)(self.raw.as_ptr(), user, on_layer) };
+        }
+        Ok(())
     }
+}
+
+unsafe extern "C" fn on_layer(user: *mut c_void, layer: *const c_char, milliseconds: f32) {
+    // SAFETY: the shim hands back the pointer that `enqueue` gave it, and a C string.
+    let ((graph, record), layer) = unsafe { (&*user.cast::<(&str, &LayerRecord)>(), CStr::from_ptr(layer)) };
+    record.add(graph, &layer.to_string_lossy(), milliseconds);
 }
 
 fn pointer(address: Address) -> *mut c_void {

@@ -2,7 +2,7 @@
 //!
 //! Because of that order a buffer may be freed as soon as what uses it is on the stream: the driver takes it back behind that.
 
-use crate::cuda::{Address, Buffer, CudaError, Device};
+use crate::cuda::{Address, Buffer, CudaError, Device, Meter};
 use crate::runtime::resident::{DeviceMemory, Resident};
 use crate::tensor::Tensor;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +13,7 @@ const ALIGNMENT: Address = 256;
 /// A device, and memory of it that engines take turns in.
 pub(super) struct Memory {
     device: Device,
+    meter: Arc<Meter>,
     /// For intermediate values; as much as the most demanding engine so far needs.
     scratch: Mutex<Buffer>,
     /// What tensors without elements point to: no address may be null.
@@ -43,13 +44,18 @@ pub(super) struct Placed {
 impl Memory {
     pub(super) fn new(device: Device) -> Result<Arc<Self>, CudaError> {
         device.keep_freed_memory()?;
+        let meter = Arc::new(Meter::new(device.clone())?);
         let nothing = device.allocate(ALIGNMENT as usize)?;
         let (scratch, lent) = (Mutex::new(device.allocate(0)?), Mutex::default());
-        Ok(Arc::new(Self { device, scratch, nothing, lent }))
+        Ok(Arc::new(Self { device, meter, scratch, nothing, lent }))
     }
 
     pub(super) fn device(&self) -> &Device {
         &self.device
+    }
+
+    pub(super) fn meter(&self) -> &Arc<Meter> {
+        &self.meter
     }
 
     /// Places an input: where it is, if it is on this device already.
@@ -98,7 +104,7 @@ impl Memory {
     fn download(&self, buffer: &Buffer, bytes: &mut [u8]) -> Result<(), CudaError> {
         // What is lent from here on may not have been copied when the wait ends.
         let lent = std::mem::take(&mut *self.lent());
-        let done = self.device.download_into(buffer, bytes);
+        let done = self.meter.waiting(|| self.device.download_into(buffer, bytes));
         drop(lent);
         done
     }

@@ -10,6 +10,7 @@ mod compile;
 pub mod engines;
 mod error;
 mod execute;
+pub mod layers;
 mod loaded;
 mod memory;
 mod model;
