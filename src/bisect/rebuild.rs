@@ -1,7 +1,7 @@
 //! The graphs of a bundle, built again from what its manifest says.
 
 use super::BisectError;
-use crate::bundle::{Bundle, BundleError, MANIFEST_FILE, Method};
+use crate::bundle::{Bundle, BundleError, MANIFEST_FILE, Method, second_decoder};
 use crate::checkpoint::NamedShape;
 use crate::precision::Quantization;
 use accordion_graphs::architecture::Compressor;
@@ -100,7 +100,7 @@ fn graphs(bundle: &Bundle, stored: DType) -> Result<Graphs, BisectError> {
         None => Rc::clone(&index),
     };
     let source = Source { arch: manifest.architecture.clone(), weights, target: manifest.target };
-    let graphs = match (&manifest.method, &manifest.compressor) {
+    let mut graphs = match (&manifest.method, &manifest.compressor) {
         (Method::Plain, _) => methods::plain::graphs(&source),
         (Method::Homer { settings, tree_heights }, _) => methods::homer::graphs(&source, *settings, tree_heights)?,
         (Method::Rcc { settings }, Some(Compressor::Rcc(model))) => methods::rcc::graphs(&source, model, *settings),
@@ -112,6 +112,7 @@ fn graphs(bundle: &Bundle, stored: DType) -> Result<Graphs, BisectError> {
             return Err(BundleError::Invalid { path: bundle.dir().join(MANIFEST_FILE), problem }.into());
         }
     };
+    graphs.extend(second_decoder(manifest, &source));
     if let Some(quantization) = &manifest.quantization {
         quantization.again(&graphs, &tensors, manifest.target, &index);
     }

@@ -8,7 +8,10 @@ use crate::staging::{Kind, Staging};
 use accordion_calibration::significance::{SignificanceTable, TableError};
 use accordion_graphs::architecture::{Architecture, Compressor, RopeScaling};
 use accordion_graphs::blocks::Target;
+use accordion_graphs::methods::plain::DECODER_KV_INT8;
+use accordion_graphs::methods::step::{DECODER_STEP, decoder_step};
 use accordion_graphs::methods::{self, Source};
+use accordion_graphs::onnx::Scope;
 use accordion_graphs::plan::homer::{HomerPlan, HomerSettings};
 use accordion_graphs::plan::rcc::RccSettings;
 use accordion_graphs::plan::sharedllm::SharedLlmSettings;
@@ -132,16 +135,9 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
     options.recipe.check(options.target)?;
     let source = Source { arch: arch.clone(), weights: Rc::new(checkpoint.weights().clone()), target: options.target };
     let (method, mut graphs) = options.method.graphs(checkpoint, &source)?;
-    if options.recipe.kv_cache == KvCache::Int8 {
-        let injected = match (&method, checkpoint.compressor()) {
-            (Method::SharedLlm { .. }, Some(Compressor::SharedLlm(model))) => model.injected_layers,
-            _ => 0,
-        };
-        let decoder = methods::plain::decoder(&source, injected, KvCache::Int8);
-        graphs.insert(methods::plain::DECODER_KV_INT8.to_owned(), decoder);
-    }
     let mut manifest = Manifest::new(method, options.target, checkpoint);
     manifest.kv_cache = options.recipe.kv_cache;
+    graphs.extend(second_decoder(&manifest, &source));
     let locations = if options.recipe.precision == Precision::Fp32 {
         link_weights(checkpoint, options.weights, &mut staging, &mut manifest)?
     } else {
@@ -168,6 +164,22 @@ pub fn export(checkpoint: &Checkpoint, out: &Path, options: &ExportOptions) -> R
     let (bytes_written, link_failure) = (staging.bytes_written(), staging.link_failure().map(str::to_owned));
     staging.publish()?;
     Ok(Exported { manifest, bytes_written, link_failure })
+}
+
+/// The decoder that a bundle has beside the one that every method ends in, by name: over a cache of 8-bit integers, or, where
+/// the graphs' own cache grows, for one token after the other.
+pub(crate) fn second_decoder(manifest: &Manifest, source: &Source) -> Option<(String, Scope)> {
+    let injected = match (&manifest.method, &manifest.compressor) {
+        (Method::SharedLlm { .. }, Some(Compressor::SharedLlm(model))) => model.injected_layers,
+        _ => 0,
+    };
+    match (manifest.kv_cache, manifest.target) {
+        (KvCache::Int8, _) => {
+            Some((DECODER_KV_INT8.to_owned(), methods::plain::decoder(source, injected, KvCache::Int8)))
+        }
+        (KvCache::Fp32, Target::Portable) => Some((DECODER_STEP.to_owned(), decoder_step(source, injected))),
+        (KvCache::Fp32, Target::OrtCpu) => None,
+    }
 }
 
 /// Puts the checkpoint's weight files into the bundle. Returns their names there.

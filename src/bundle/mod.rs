@@ -5,6 +5,7 @@ mod export;
 mod manifest;
 
 pub use error::BundleError;
+pub(crate) use export::second_decoder;
 pub use export::{ExportOptions, Exported, MethodSettings, export, tree_heights};
 pub use manifest::{FileEntry, GraphEntry, Manifest, Method, WeightFile};
 

@@ -36,8 +36,11 @@ const FUNCTIONS: &[&CStr] = &[
     c"cuMemAllocAsync",
     c"cuMemAlloc_v2",
     c"cuMemFreeAsync",
+    c"cuMemFreeHost",
     c"cuMemFree_v2",
     c"cuMemGetInfo_v2",
+    c"cuMemHostAlloc",
+    c"cuMemcpy2DAsync_v2",
     c"cuMemcpyDtoDAsync_v2",
     c"cuMemcpyDtoHAsync_v2",
     c"cuMemcpyHtoDAsync_v2",
@@ -391,13 +394,13 @@ impl Device {
     /// # Errors
     ///
     /// Those of `work`, or it does something that cannot be recorded.
-    pub fn capture(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Graph, CudaError> {
+    pub fn capture<E: From<CudaError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).doing("begin a capture")?;
         let done = work();
         // Ended in any case: nothing else could be done on the stream.
         let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).doing("end a capture");
         done?;
         let nothing = || DriverError(sys::CUresult::CUDA_ERROR_ILLEGAL_STATE);
-        graph?.map(Graph).ok_or_else(nothing).doing("record work as a CUDA graph")
+        Ok(graph?.map(Graph).ok_or_else(nothing).doing("record work as a CUDA graph")?)
     }
 }

@@ -1,6 +1,7 @@
 //! Keys and values of one sequence, in the form that the graphs of a target append to.
 
 use super::reserved::{Reserved, put};
+use super::stepwise::{EXPECTED_ROWS, Names, Stepwise, room_for};
 use super::{ContextState, PipelineError};
 use crate::bundle::Bundle;
 use crate::runtime::{Engine, InPlace};
@@ -14,12 +15,19 @@ pub(super) struct Cache {
     head_dim: usize,
     sliding_window: Option<usize>,
     rows: Rows,
+    /// The rows in the keeping of the engine that single tokens are fed to: then there are none here.
+    stepwise: Option<Stepwise>,
     /// What entries of keys and values count in, `[1, G, 1, d]` per layer, where they are 8-bit integers.
     scales: Option<Vec<[Tensor; 2]>>,
     length: usize,
+    /// Rows that are expected, of which some may have come.
+    expected: usize,
+    /// Whether an engine may take the rows into its keeping: none has refused.
+    may_step: bool,
     /// Names of the layers' inputs and outputs, made once.
     past: Vec<[String; 2]>,
     present: Vec<[String; 2]>,
+    new: Vec<[String; 2]>,
     past_scales: Vec<[String; 2]>,
     present_scales: Vec<[String; 2]>,
 }
@@ -45,10 +53,10 @@ impl Cache {
                 Rows::Growing((0..layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_, PipelineError>>()?)
             }
         };
-        Ok(Self::of_rows(bundle, rows, None, 0))
+        Ok(Self::of_rows(bundle, rows, None, [0, capacity]))
     }
 
-    fn of_rows(bundle: &Bundle, rows: Rows, scales: Option<Vec<[Tensor; 2]>>, length: usize) -> Self {
+    fn of_rows(bundle: &Bundle, rows: Rows, scales: Option<Vec<[Tensor; 2]>>, [length, expected]: [usize; 2]) -> Self {
         let arch = bundle.architecture();
         let names = |what: &str, suffix: &str| -> Vec<[String; 2]> {
             (0..arch.num_layers()).map(|l| ["key", "value"].map(|part| format!("{what}.{l}.{part}{suffix}"))).collect()
@@ -58,10 +66,14 @@ impl Cache {
             head_dim: arch.head_dim(),
             sliding_window: arch.sliding_window(),
             rows,
+            stepwise: None,
             scales,
             length,
+            expected,
+            may_step: true,
             past: names("past_key_values", ""),
             present: names("present", ""),
+            new: names("new", ""),
             past_scales: names("past_key_values", "_scale"),
             present_scales: names("present", "_scale"),
         }
@@ -87,7 +99,7 @@ impl Cache {
                 Rows::ReservedInt8(reserved)
             }
         };
-        Ok(Self::of_rows(bundle, rows, scales, length))
+        Ok(Self::of_rows(bundle, rows, scales, [length, length.saturating_add(extra)]))
     }
 
     /// Rows so far.
@@ -111,9 +123,10 @@ impl Cache {
         outputs: &[&'a str],
         handed_out: &[[&'a str; 2]],
     ) -> Result<Vec<Tensor>, PipelineError> {
-        let length = self.length + new;
-        if let Some(window) = self.sliding_window.filter(|&window| length > window) {
-            return Err(PipelineError::SlidingWindow { length, window });
+        let length = self.longer(new)?;
+        if let Some(stepwise) = &self.stepwise {
+            self.rows = Rows::Growing(stepwise.rows(self.length)?);
+            self.stepwise = None;
         }
         match &mut self.rows {
             Rows::Reserved(reserved) => reserved.make_room(self.length, new),
@@ -186,8 +199,58 @@ impl Cache {
         }
     }
 
+    /// Whether tokens may be fed with [`Self::step`]: until an engine says no.
+    pub(super) fn may_step(&self) -> bool {
+        self.may_step
+    }
+
+    /// Feeds the token `id` at `position` to `engine`, whose graph only reads the rows so far, and which keeps them then.
+    /// `fixed` are further inputs of the graph, the same for all tokens. Returns the logits `[1, 1, V]`; none, and nothing is
+    /// fed, if the engine has no use for keeping them. If it fails the rows may be lost.
+    pub(super) fn step(
+        &mut self,
+        engine: &mut dyn Engine,
+        [id, position]: [i64; 2],
+        fixed: &[(&str, &Tensor)],
+    ) -> Result<Option<Vec<Tensor>>, PipelineError> {
+        let (length, longer) = (self.length, self.longer(1)?);
+        let full = self.stepwise.as_ref().filter(|stepwise| stepwise.capacity() < longer);
+        let mut expected = self.expected.clamp(longer, length.saturating_add(EXPECTED_ROWS));
+        if let Some(full) = full {
+            expected = longer.max(length + length / 2);
+            self.rows = Rows::Growing(full.rows(length)?);
+            self.stepwise = None;
+        }
+        if self.stepwise.is_none()
+            && let Rows::Growing(rows) = &mut self.rows
+        {
+            let names = Names { past: &self.past, new: &self.new };
+            self.stepwise = Stepwise::new(engine, &names, rows, fixed, room_for(expected))?;
+            self.may_step = self.stepwise.is_some();
+            if self.may_step {
+                rows.clear();
+            }
+        }
+        let Some(stepwise) = &mut self.stepwise else { return Ok(None) };
+        let results = stepwise.step([id, position], length)?;
+        self.length = longer;
+        Ok(Some(results))
+    }
+
+    /// How many rows there are with `new` more.
+    fn longer(&self, new: usize) -> Result<usize, PipelineError> {
+        let length = self.length + new;
+        match self.sliding_window.filter(|&window| length > window) {
+            Some(window) => Err(PipelineError::SlidingWindow { length, window }),
+            None => Ok(length),
+        }
+    }
+
     /// The rows so far, `[1, G, length, d]` per layer, and what they count in where they are 8-bit integers.
-    pub(super) fn tensors(&self) -> Result<Parts, TensorError> {
+    pub(super) fn tensors(&self) -> Result<Parts, PipelineError> {
+        if let Some(stepwise) = &self.stepwise {
+            return Ok((stepwise.rows(self.length)?, None));
+        }
         let rows = match &self.rows {
             Rows::Growing(rows) => rows.clone(),
             Rows::Reserved(reserved) => reserved.tensors(self.length)?,
@@ -197,7 +260,10 @@ impl Cache {
     }
 
     /// As [`Self::tensors`], in the memory of the cache itself.
-    pub(super) fn into_tensors(self) -> Result<Parts, TensorError> {
+    pub(super) fn into_tensors(self) -> Result<Parts, PipelineError> {
+        if self.stepwise.is_some() {
+            return self.tensors();
+        }
         let rows = match self.rows {
             Rows::Growing(rows) => rows,
             Rows::Reserved(reserved) => reserved.into_tensors(self.length)?,

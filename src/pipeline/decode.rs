@@ -8,6 +8,7 @@ use accordion_graphs::precision::KvCache;
 use std::ops::Range;
 
 pub use accordion_graphs::methods::plain::{DECODER, DECODER_KV_INT8};
+pub use accordion_graphs::methods::step::DECODER_STEP;
 
 /// Rows per call where many are read: enough for matrix products at full speed, few enough that activations stay small
 /// however many there are.
@@ -112,6 +113,11 @@ impl Sequence {
         if self.cache.is_int8() { DECODER_KV_INT8 } else { DECODER }
     }
 
+    /// The name of the graph that single tokens are fed to, as far as is known before one is.
+    pub fn step_graph(&self, engines: &Engines<'_>) -> &'static str {
+        if self.may_step(engines) { DECODER_STEP } else { self.graph() }
+    }
+
     /// Rows in the cache.
     pub fn len(&self) -> usize {
         self.cache.len()
@@ -151,24 +157,40 @@ impl Sequence {
         let arch = engines.bundle().architecture();
         let new = ids.len();
         let input_ids = token_tensor(ids, arch.vocab_size())?;
+        if let ([id], 1, []) = (ids, rows, taps)
+            && let Some(logits) = self.step(engines, *id)?
+        {
+            return Ok((logits, Vec::new()));
+        }
         let positions: Vec<i64> = (self.next_position..).take(new).collect();
         let positions = Tensor::from_i64([1, new], positions)?;
         let keep = Tensor::from_i64([1], vec![rows as i64])?;
         let engine = engines.get(self.graph(), taps)?;
         let mut inputs = vec![("input_ids", &input_ids), ("position_ids", &positions), ("num_logits_to_keep", &keep)];
-        let injected = self.injected.iter().flatten();
-        let layers = injected.flat_map(|Named { injected, names }| injected.layers.iter().zip(names));
-        for (layer, [key_name, value_name]) in layers {
-            let key = if new == 1 { layer.single_key.as_ref().unwrap_or(&layer.key) } else { &layer.key };
-            inputs.extend([(key_name.as_str(), key), (value_name.as_str(), &layer.value)]);
-        }
+        inputs.extend(injected_inputs(&self.injected, new));
         let mut outputs = vec!["logits"];
         outputs.extend(taps);
         let mut results = self.cache.run(engine, new, &inputs, &outputs, &[])?;
         self.next_position += new as i64;
         let tapped = results.split_off(1);
-        let logits = results.swap_remove(0).on_host()?;
-        Ok((logits.rows(0..1).reshaped(&logits.shape()[1..])?, tapped))
+        Ok((of_single(results)?, tapped))
+    }
+
+    /// Whether single tokens can be fed to the graph [`DECODER_STEP`].
+    fn may_step(&self, engines: &Engines<'_>) -> bool {
+        self.cache.may_step() && engines.may_step(DECODER_STEP)
+    }
+
+    /// Feeds `id` to an engine that keeps the rows so far, and returns its logits `[1, V]`; none if there is no such engine.
+    fn step(&mut self, engines: &mut Engines<'_>, id: u32) -> Result<Option<Tensor>, PipelineError> {
+        if !self.may_step(engines) {
+            return Ok(None);
+        }
+        let engine = engines.get(DECODER_STEP, &[])?;
+        let fixed: Vec<(&str, &Tensor)> = injected_inputs(&self.injected, 1).collect();
+        let results = self.cache.step(engine, [i64::from(id), self.next_position], &fixed)?;
+        self.next_position += i64::from(results.is_some());
+        results.map(of_single).transpose()
     }
 
     /// Feeds all of `ids` in pieces of about [`PREFILL_ROWS`] and returns the logits `[V]` of the last, none where there are
@@ -217,6 +239,21 @@ impl Sequence {
             Some(scales) => dequantized_layers(&rows, &scales)?,
         })
     }
+}
+
+/// What is injected, as inputs of the decoder for a call of `new` tokens.
+fn injected_inputs(injected: &[Option<Named>; 2], new: usize) -> impl Iterator<Item = (&str, &Tensor)> {
+    let layers = injected.iter().flatten().flat_map(|Named { injected, names }| injected.layers.iter().zip(names));
+    layers.flat_map(move |(layer, [key_name, value_name])| {
+        let key = if new == 1 { layer.single_key.as_ref().unwrap_or(&layer.key) } else { &layer.key };
+        [(key_name.as_str(), key), (value_name.as_str(), &layer.value)]
+    })
+}
+
+/// The first of `results`, `[1, rows, V]`, as `[rows, V]` on the host.
+fn of_single(mut results: Vec<Tensor>) -> Result<Tensor, PipelineError> {
+    let logits = results.swap_remove(0).on_host()?;
+    Ok(logits.rows(0..1).reshaped(&logits.shape()[1..])?)
 }
 
 /// Token ids as an input `[1, ids]`.

@@ -4,13 +4,11 @@ use super::compress::Compression;
 use super::decode::{Continuation, Sequence};
 use super::prompt::PromptIds;
 use super::sampling::{LogitsError, Sampler, SamplingSettings, SamplingSettingsError};
+use super::stepwise::EXPECTED_ROWS;
 use super::stop::{StopMonitor, StopReason, StopSettings, StopSettingsError};
 use super::{ContextState, Engines, PipelineError};
 use crate::checkpoint::{CheckpointError, Tokenizer};
 use std::time::Instant;
-
-/// Rows reserved for new tokens at first; more are made room for as they come.
-const RESERVED_ROWS: usize = 512;
 
 /// How a text is generated.
 #[derive(Debug, Clone, PartialEq)]
@@ -138,7 +136,7 @@ pub fn generate(
 ) -> Result<Generation, GenerateError> {
     let eos_token_ids = engines.bundle().architecture().eos_token_ids();
     let start = |engines: &Engines<'_>, state: &ContextState| {
-        let extra = settings.max_tokens.min(RESERVED_ROWS);
+        let extra = settings.max_tokens.min(EXPECTED_ROWS);
         let sequence = Sequence::continue_from(engines, state, extra, settings.continuation)?;
         let room = settings.max_positions.saturating_sub(sequence.next_position() as usize);
         Ok::<_, PipelineError>((sequence, room))
@@ -155,7 +153,7 @@ pub fn generate(
         }
     };
     // Loading the graph is no part of the second token's time.
-    engines.get(sequence.graph(), &[])?;
+    engines.get(sequence.step_graph(engines), &[])?;
     let mut logits = state.logits.clone();
     let mut before = Instant::now();
     let stop = loop {

@@ -22,6 +22,7 @@ pub mod significance;
 mod state;
 pub mod state_file;
 pub mod state_precision;
+pub mod stepwise;
 pub mod stop;
 
 pub use engines::Engines;

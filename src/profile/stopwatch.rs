@@ -2,6 +2,7 @@
 //! the clock for every run of a graph.
 
 use crate::cuda::{CudaError, Meter};
+use crate::runtime::steps::{MaybeSteps, StepCall, Steps};
 use crate::runtime::{Engine, EngineError, InPlace, Loader};
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
@@ -99,6 +100,19 @@ impl Stopwatch {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Counts a run of `graph` that took so long.
+    fn add_run(&self, graph: &str, took: Duration) {
+        self.add(|record| {
+            // Looked up first: a name is copied once.
+            let time = match record.graphs.get_mut(graph) {
+                Some(time) => time,
+                None => record.graphs.entry(graph.to_owned()).or_default(),
+            };
+            time.calls += 1;
+            time.host += took;
+        });
+    }
 }
 
 struct TimedLoader<L> {
@@ -113,6 +127,10 @@ impl<L: Loader> Loader for TimedLoader<L> {
         let took = start.elapsed();
         self.stopwatch.add(|record| record.loading += took);
         Ok(Box::new(TimedEngine { engine, graph: name.to_owned(), stopwatch: self.stopwatch.clone() }))
+    }
+
+    fn steps(&self, name: &str) -> bool {
+        self.loader.steps(name)
     }
 
     fn name(&self) -> &'static str {
@@ -143,17 +161,33 @@ impl Engine for TimedEngine {
     ) -> Result<Vec<Tensor>, EngineError> {
         let start = Instant::now();
         let results = self.engine.run(inputs, in_place, outputs)?;
-        let took = start.elapsed();
-        self.stopwatch.add(|record| {
-            // Looked up first: a name is copied once.
-            let time = match record.graphs.get_mut(&self.graph) {
-                Some(time) => time,
-                None => record.graphs.entry(self.graph.clone()).or_default(),
-            };
-            time.calls += 1;
-            time.host += took;
-        });
+        self.stopwatch.add_run(&self.graph, start.elapsed());
         Ok(results)
+    }
+
+    fn steps(&mut self, call: &StepCall<'_>) -> MaybeSteps {
+        let steps = self.engine.steps(call)?;
+        let timed = |steps| TimedSteps { steps, graph: self.graph.clone(), stopwatch: self.stopwatch.clone() };
+        Ok(steps.map(|steps| Box::new(timed(steps)) as Box<dyn Steps>))
+    }
+}
+
+struct TimedSteps {
+    steps: Box<dyn Steps>,
+    graph: String,
+    stopwatch: Stopwatch,
+}
+
+impl Steps for TimedSteps {
+    fn step(&mut self, values: &[i64]) -> Result<Vec<Tensor>, EngineError> {
+        let start = Instant::now();
+        let results = self.steps.step(values)?;
+        self.stopwatch.add_run(&self.graph, start.elapsed());
+        Ok(results)
+    }
+
+    fn rows(&self, length: usize) -> Result<Vec<Tensor>, EngineError> {
+        self.steps.rows(length)
     }
 }
 

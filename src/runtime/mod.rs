@@ -110,6 +110,11 @@ pub trait Loader {
     /// The runtime refuses the model, or a weight it links to is not there.
     fn load(&self, name: &str, bytes: &[u8], weights: &[String]) -> Result<Box<dyn Engine>, EngineError>;
 
+    /// Whether the engine of graph `name` may have a use for [`Engine::steps`]: if not, it need not be loaded to be asked.
+    fn steps(&self, _name: &str) -> bool {
+        false
+    }
+
     /// The engine's name: `ort-cpu`.
     fn name(&self) -> &'static str;
 
@@ -126,6 +131,10 @@ pub trait Loader {
 impl<L: Loader + ?Sized> Loader for Box<L> {
     fn load(&self, name: &str, bytes: &[u8], weights: &[String]) -> Result<Box<dyn Engine>, EngineError> {
         (**self).load(name, bytes, weights)
+    }
+
+    fn steps(&self, name: &str) -> bool {
+        (**self).steps(name)
     }
 
     fn name(&self) -> &'static str {

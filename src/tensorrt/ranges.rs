@@ -5,7 +5,8 @@
 
 use super::TensorRtError;
 use crate::bundle::{Manifest, Method};
-use crate::pipeline::decode::{DECODER, DECODER_KV_INT8, PREFILL_ROWS};
+use crate::pipeline::decode::{DECODER, DECODER_KV_INT8, DECODER_STEP, PREFILL_ROWS};
+use crate::pipeline::stepwise::{most_room_for, room_for};
 use accordion_graphs::methods::homer::graph_name;
 use accordion_graphs::onnx::GraphSignature;
 use accordion_graphs::plan::homer::HomerPlan;
@@ -121,6 +122,11 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
     let decoder = |cache: usize, read: usize, injected: usize| {
         let whole = if plain { lengths.total() } else { 0 };
         let end = cache.max(whole).saturating_add(new_tokens);
+        if name == DECODER_STEP {
+            let capacity = Extent::new(1, room_for(end), most_room_for(end));
+            let dimensions = [("batch", one), ("capacity", capacity), ("injected", up_to(injected))];
+            return vec![Profile::new("step", dimensions, [])];
+        }
         // One more where a single row would be left over.
         let [usual, most] = [read, read.max(whole)].map(|rows| rows.clamp(1, PREFILL_ROWS + 1));
         let profile = |name, sequence: Extent, past: Extent| {
@@ -143,7 +149,9 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
         Method::Homer { settings, .. } => {
             let plan = HomerPlan::new(manifest.architecture.num_layers(), lengths, *settings)?;
             match name {
-                DECODER | DECODER_KV_INT8 => decoder(plan.root().out_len + lengths.suffix, lengths.suffix, 0),
+                DECODER | DECODER_KV_INT8 | DECODER_STEP => {
+                    decoder(plan.root().out_len + lengths.suffix, lengths.suffix, 0)
+                }
                 "head" => vec![Profile::new(
                     "all",
                     [("batch", one), ("sequence", Extent::new(1, 1, settings.target_len))],
@@ -169,7 +177,7 @@ pub fn profiles(manifest: &Manifest, name: &str, workload: &Workload) -> Result<
             let plan = SharedLlmPlan::new(lengths, *settings, policy)?;
             // A shorter prompt may leave the upper model more than this one does.
             let running = plan.running.max(2 * settings.chunk_len);
-            if matches!(name, DECODER | DECODER_KV_INT8) {
+            if matches!(name, DECODER | DECODER_KV_INT8 | DECODER_STEP) {
                 decoder(running, running, plan.injected_rows())
             } else {
                 let coupled = settings.quirks == Quirks::Faithful && settings.tree_depth > 1;
@@ -192,7 +200,7 @@ pub(super) fn widened_by(method: &Method, graph: &str, name: &str) -> &'static s
     match (name, method) {
         ("batch" | "segments" | "slots", _) => "--width",
         ("chunks", _) => "--width or --context",
-        ("past", _) if graph == "decoder" => "--context or --new-tokens",
+        ("past" | "capacity", _) if graph.starts_with(DECODER) => "--context or --new-tokens",
         ("suffix_length", _) => "--suffix",
         ("sequence" | "num_logits_to_keep", Method::Homer { .. } | Method::Rcc { .. }) => "--suffix, or --plain",
         ("prefix_length", _) => "--prefix",

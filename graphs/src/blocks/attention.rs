@@ -34,6 +34,12 @@ pub enum CachedRows {
         /// True where a row (first axis) sees another.
         visible: Value,
     },
+    /// The cache is read and stays as it is: there is one new row in every sequence, and [`Attended`] has the keys and values
+    /// of that alone. `visible [capacity]` says which rows of the cache it attends to.
+    Fixed {
+        /// True where a row is valid.
+        visible: Value,
+    },
 }
 
 /// Keys and values of one layer, `[batch, G, rows, d]`.
@@ -51,9 +57,9 @@ pub struct Attended {
     pub residual: Residual,
     /// Rotated queries `[batch, sequence, H * d]`.
     pub query: Value,
-    /// Rotated keys of past and new rows, `[batch, G, rows, d]`.
+    /// Rotated keys of past and new rows, `[batch, G, rows, d]`; of the new ones where the cache is [`CachedRows::Fixed`].
     pub key: Value,
-    /// Values of past and new rows, `[batch, G, rows, d]`.
+    /// Values of the same rows, `[batch, G, rows, d]`.
     pub value: Value,
     /// What the entries of keys and values count in, where the past was of 8-bit integers.
     pub scales: Option<[Value; 2]>,
@@ -185,8 +191,39 @@ impl<'a> Rows<'a> {
                 let rows = pair(1).unwrap_or_else(|| past.rows.clone());
                 (results[0].clone(), LayerCache { rows, scales: pair(3) })
             }
+            CachedRows::Fixed { visible } => {
+                let (mixed, rows) = attention_beside(arch, attn, [query, key, value], visible, &past.rows);
+                (mixed, LayerCache { rows, scales: None })
+            }
         }
     }
+}
+
+/// Attention of one row of each sequence, queries `[batch, 1, H * d]`, keys and values `[batch, 1, G * d]`, to itself and to the
+/// rows of `past [batch, G, capacity, d]` that are `visible [capacity]`. Returns the result, and key and value heads first.
+///
+/// Past and row are multiplied one by one, and only their scores are joined: nothing as large as the past is written.
+fn attention_beside(
+    arch: &Architecture,
+    attn: &Scope,
+    [query, key, value]: [&Value; 3],
+    visible: &Value,
+    past: &[Value; 2],
+) -> (Value, [Value; 2]) {
+    let (groups, d) = (arch.num_kv_heads(), arch.head_dim());
+    let by_group =
+        |x: &Value, heads: usize| x.reshape(&[x.dim(0), groups.into(), (heads / groups.max(1)).into(), d.into()]);
+    let [past_key, past_value] = past.each_ref().map(|x| x.within(attn));
+    let [key, value] = [key, value].map(|x| by_group(x, groups));
+    let scale = attn.float((d as f32).sqrt().recip());
+    let query4 = (by_group(query, arch.num_heads()) * scale).transpose(&[0, 1, 3, 2]);
+    // Keys come first, so that scores are transposed and not keys: `[batch, G, H / G, rows]`.
+    let scores = |key: &Value| key.matmul(&query4).transpose(&[0, 1, 3, 2]);
+    let of_past = visible.within(attn).select(&scores(&past_key), &attn.float(f32::NEG_INFINITY));
+    let weights = attn.concat(&[&of_past, &scores(&key)], 3).softmax();
+    let past_weights = weights.slice(3, &attn.ints(&[0]), &attn.ints(&[-1]), past_key.dim(2));
+    let mixed = past_weights.matmul(&past_value) + weights.last(3) * &value;
+    (mixed.reshape(query.shape()), [key, value])
 }
 
 /// Causal attention among the rows of each sequence: queries `[batch, sequence, H * d]`, keys and values `[batch,

@@ -1,10 +1,12 @@
 //! One file per method: the graphs that the host code walks a plan over.
 
 pub mod homer;
+mod layers;
 pub mod plain;
 pub mod rcc;
 pub mod sharedllm;
 pub mod significance;
+pub mod step;
 
 use crate::architecture::Architecture;
 use crate::blocks::{Target, Transformer};

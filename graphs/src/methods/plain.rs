@@ -1,9 +1,9 @@
 //! The baseline, and what every method ends in: a decoder that continues from a cache.
 
+use super::layers::{Layers, injected_rows, past_rows};
 use super::{Graphs, Source};
 use crate::blocks::{CachedRows, LayerCache, Rows, Target, unflatten};
 use crate::dtype::DType;
-use crate::functions::dequantized;
 use crate::onnx::{Dim, Scope, Value};
 use crate::precision::KvCache;
 
@@ -42,36 +42,17 @@ pub fn decoder(source: &Source, injected_layers: usize, kv_cache: KvCache) -> Sc
     let (ids, positions) = (rows_of("input_ids"), rows_of("position_ids"));
     let keep = g.input("num_logits_to_keep", DType::I64, &[1.into()]);
     let (past, cache) = past_inputs(&g, source, arch.num_layers(), &positions, kv_cache);
-    let injected_shape = [batch.clone(), arch.num_kv_heads().into(), "injected".into(), arch.head_dim().into()];
-    let injected: Vec<[Value; 2]> = (0..injected_layers)
-        .map(|l| {
-            let LayerCache { rows, scales } = cache_input(&g, &format!("injected.{l}"), &injected_shape, kv_cache);
-            match scales {
-                None => rows,
-                Some(scales) => [0, 1].map(|part| dequantized(&g, &rows[part], &scales[part])),
-            }
-        })
-        .collect();
+    let injected = injected_rows(&g, source, injected_layers, batch.clone(), kv_cache);
     let rows = Rows::new(&g, &model, &positions, cache);
-    let mut x = model.embed(&g, &ids);
-    g.tap("embed", &x);
-    for (l, past) in past.iter().enumerate() {
-        let layer = model.layer(&g, l);
-        let attended = rows.attend(&layer, &x, Some(past));
-        let residual = match injected.get(l) {
-            Some(context) => model.cross_attend(&layer, &attended.residual, &positions, context.each_ref()),
-            None => attended.residual,
-        };
-        // Only the last layer's cache needs all rows; its MLP is run for the rows whose logits are asked for.
-        let residual =
-            if l + 1 == arch.num_layers() { residual.pick(|x| last_rows(x, &positions, &keep)) } else { residual };
-        x = model.mlp_residual(&layer, &residual);
+    let layers = Layers { model: &model, positions: &positions, rows, past: &past, injected: &injected };
+    let pick = |x: &Value| last_rows(x, &positions, &keep);
+    let x = layers.run(&g, &ids, pick, |l, attended| {
         g.output(&format!("present.{l}.key"), &attended.key);
         g.output(&format!("present.{l}.value"), &attended.value);
         for (part, scale) in ["key", "value"].iter().zip(attended.scales.iter().flatten()) {
             g.output(&format!("present.{l}.{part}_scale"), scale);
         }
-    }
+    });
     let kept = g.concat(&[&positions.shape_at_run_time(0, 1), &g.ints(&[-1, arch.vocab_size() as i64])], 0);
     let logits = model.head(&g, &x).within(&g).reshape_as(&kept, &[batch, "kept".into(), arch.vocab_size().into()]);
     g.output("logits", &logits);
@@ -87,34 +68,16 @@ pub(super) fn past_inputs(
     positions: &Value,
     kv_cache: KvCache,
 ) -> (Vec<LayerCache>, Option<CachedRows>) {
-    let arch = &source.arch;
     let (extent, in_place) = match source.target {
         Target::OrtCpu => ("capacity", Some(g.input("past_length", DType::I64, &[1.into()]))),
         Target::Portable => ("past", None),
     };
-    let shape = [positions.dim(0), arch.num_kv_heads().into(), extent.into(), arch.head_dim().into()];
-    let past: Vec<LayerCache> =
-        (0..layers).map(|l| cache_input(g, &format!("past_key_values.{l}"), &shape, kv_cache)).collect();
+    let past = past_rows(g, &source.arch, layers, [positions.dim(0), extent.into()], kv_cache);
     let cache = in_place.map_or_else(
         || past.first().map(|past| CachedRows::Growing { visible: visible_rows(g, &past.rows[0], positions) }),
         |past_length| Some(CachedRows::InPlace { past_length }),
     );
     (past, cache)
-}
-
-/// Inputs for the keys and values of one layer, `shape` being `[batch, G, rows, d]`.
-fn cache_input(g: &Scope, name: &str, shape: &[Dim; 4], kv_cache: KvCache) -> LayerCache {
-    let both = |suffix: &str, dtype, shape: &[Dim; 4]| {
-        ["key", "value"].map(|part| g.input(&format!("{name}.{part}{suffix}"), dtype, shape))
-    };
-    let [batch, groups, _, width] = shape.clone();
-    match kv_cache {
-        KvCache::Fp32 => LayerCache { rows: both("", DType::F32, shape), scales: None },
-        KvCache::Int8 => LayerCache {
-            rows: both("", DType::I8, shape),
-            scales: Some(both("_scale", DType::F32, &[batch, groups, 1.into(), width])),
-        },
-    }
 }
 
 /// `[sequence, past + sequence]`: new row `t` sees the past and the new rows up to itself.

@@ -323,6 +323,12 @@ impl Value {
         self.one("Attention", &inputs, vec![], self.dtype(), self.shape().to_vec())
     }
 
+    /// Softmax over the last dimension.
+    #[must_use]
+    pub fn softmax(&self) -> Value {
+        self.one("Softmax", &[], vec![("axis", Attribute::Int(-1))], self.dtype(), self.shape().to_vec())
+    }
+
     /// The same elements as `shape`. Dimensions that are not known are copied from the same place of the input where
     /// the names agree; one more may be inferred.
     #[must_use]
