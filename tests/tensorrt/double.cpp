@@ -30,6 +30,8 @@ struct DoubleCallbacks {
   // Computes; the shapes of outputs are written, and their data unless it is null.
   int32_t (*run)(uint64_t handle, DoubleTensor *tensors, int32_t count);
   void (*close)(uint64_t handle);
+  // Tells of every layer of the engine, in the order of execution: what a run takes the device is the sum of their times.
+  void (*layers)(uint64_t handle, void *user, void (*layer)(void *user, const char *name, const char *metadata, float milliseconds));
 };
 
 }  // extern "C"
@@ -66,6 +68,19 @@ size_t bytes_of(const DoubleTensor &tensor) {
 
 struct AccordionTensorRt {};
 
+struct Layer {
+  std::string name, metadata;
+  float milliseconds;
+};
+
+std::vector<Layer> layers_of(uint64_t handle) {
+  std::vector<Layer> layers;
+  callbacks.layers(handle, &layers, [](void *user, const char *name, const char *metadata, float milliseconds) {
+    static_cast<std::vector<Layer> *>(user)->push_back({name, metadata, milliseconds});
+  });
+  return layers;
+}
+
 struct AccordionEngine {
   uint64_t handle;
   std::vector<DoubleTensor> tensors;
@@ -82,6 +97,8 @@ struct AccordionContext {
   bool inferred = false;
   void *memory = nullptr;
   int64_t memory_bytes = 0;
+  bool measures_layers = false;
+  std::vector<Layer> measured = {};
 
   int64_t needed() const { return 1024 * (profile + 1); }
 
@@ -227,11 +244,42 @@ int32_t accordion_tensorrt_context_enqueue(AccordionContext *context, void *stre
         broken(std::string("memory is gone: ") + tensor.name);
     }
     if (callbacks.run(call.handle, call.tensors.data(), int32_t(call.tensors.size())) != 0) broken("a run failed");
+    for (const Layer &layer : layers_of(call.handle))
+      driver<void(uint64_t)>("emulated_driver_spend")(uint64_t(double(layer.milliseconds) * 1e6));
   };
   driver<void(const std::function<void()> *)>("emulated_driver_defer")(&work);
+  if (context->measures_layers) {
+    // NVIDIA's library waits here, too.
+    driver<int(void *)>("cuStreamSynchronize")(stream);
+    for (const Layer &layer : layers_of(context->engine->handle)) context->measured.push_back(layer);
+  }
   // The next call says anew where everything is.
   for (DoubleTensor &tensor : context->tensors) tensor.data = nullptr;
   context->memory = nullptr;
+  return ACCORDION_OK;
+}
+
+void accordion_tensorrt_context_measure_layers(AccordionContext *context) { context->measures_layers = true; }
+
+void accordion_tensorrt_context_layer_times(AccordionContext *context, void *user,
+                                            void (*layer)(void *user, const char *name, float milliseconds)) {
+  for (const Layer &measured : context->measured) layer(user, measured.name.c_str(), measured.milliseconds);
+  context->measured.clear();
+}
+
+int32_t accordion_tensorrt_engine_layers(AccordionEngine *engine, AccordionBytes *json, char *, size_t) {
+  // Layers without metadata are listed by their names, as those of an engine that was built to keep no more.
+  std::string text = "{\"Layers\": [";
+  for (const Layer &layer : layers_of(engine->handle)) {
+    const std::string name = "\"" + layer.name + "\"";
+    if (text.back() != '[') text += ", ";
+    text += layer.metadata.empty() ? name
+                                   : "{\"Name\": " + name + ", \"LayerType\": \"kgen\", \"Metadata\": \"" + layer.metadata + "\"}";
+  }
+  text += "], \"Bindings\": []}";
+  json->data = malloc(text.size());
+  json->size = text.size();
+  memcpy(json->data, text.data(), text.size());
   return ACCORDION_OK;
 }
 

@@ -22,6 +22,17 @@ std::map<uint64_t, size_t> live;
 void *current = nullptr;
 int context;
 
+// The device's own clock, in nanoseconds: only work that says what it takes moves it.
+uint64_t now = 0;
+// Most bytes that were taken at a time since the last stream was made: what has been freed is kept for the next buffers.
+size_t reserved = 0;
+
+size_t in_use() {
+  size_t bytes = 0;
+  for (const auto &buffer : live) bytes += buffer.second;
+  return bytes;
+}
+
 // Bytes copied to the device, from it, and on it.
 uint64_t copied[3];
 
@@ -50,6 +61,7 @@ int take(uint64_t *address, size_t bytes) {
   memset(memory, 0xa5, bytes);
   *address = uint64_t(memory);
   live[*address] = bytes;
+  if (in_use() > reserved) reserved = in_use();
   return 0;
 }
 
@@ -95,6 +107,11 @@ int emulated_driver_owns(uint64_t address, size_t bytes) {
   return locked([&] { return int(owns(address, bytes)); });
 }
 
+// Takes the device so long.
+void emulated_driver_spend(uint64_t nanoseconds) {
+  locked([=] { return now += nanoseconds, 0; });
+}
+
 int emulated_driver_pending() {
   return locked([] { return int(pending.size()); });
 }
@@ -116,7 +133,9 @@ int cuDeviceGetName(char *name, int length, int) { return snprintf(name, size_t(
 // 115: memory that is taken and freed in the order of a stream.
 int cuDeviceGetAttribute(int *value, int attribute, int) { return *value = attribute == 115, 0; }
 int cuDeviceTotalMem_v2(size_t *bytes, int) { return *bytes = size_t(1) << 30, 0; }
-int cuMemGetInfo_v2(size_t *free, size_t *total) { return *free = *total = size_t(1) << 30, 0; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) {
+  return locked([=] { return *total = size_t(1) << 30, *free = *total - reserved, 0; });
+}
 int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &context, 0; }
 int cuMemPoolSetAttribute(void *pool, int attribute, void *) { return pool == &context && attribute == 4 ? 0 : INVALID_VALUE; }
 
@@ -148,7 +167,9 @@ int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
   return locked([=] { return copy(2, pointer(to), pointer(from), bytes); });
 }
 
-int cuStreamCreate(void **stream, unsigned) { return *stream = new int(0), 0; }
+int cuStreamCreate(void **stream, unsigned) {
+  return locked([=] { return *stream = new int(0), reserved = in_use(), 0; });
+}
 int cuStreamDestroy_v2(void *stream) {
   return locked([=] { return finish(), delete static_cast<int *>(stream), 0; });
 }
@@ -156,14 +177,36 @@ int cuStreamSynchronize(void *) {
   return locked([] { return finish(), 0; });
 }
 
+struct Event {
+  bool recorded = false, reached = false;
+  uint64_t time = 0;
+};
+
+int cuEventCreate(void **event, unsigned) { return *event = new Event, 0; }
+int cuEventRecord(void *event, void *) {
+  return locked([=] {
+    auto *recorded = static_cast<Event *>(event);
+    recorded->recorded = true;
+    recorded->reached = false;
+    pending.push_back([=] { recorded->reached = true, recorded->time = now; });
+    return 0;
+  });
+}
+int cuEventSynchronize(void *event) {
+  return locked([=] { return finish(), static_cast<Event *>(event)->recorded ? 0 : INVALID_VALUE; });
+}
+int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
+  const auto *begin = static_cast<Event *>(from), *end = static_cast<Event *>(to);
+  if (!begin->reached || !end->reached) return INVALID_VALUE;
+  return *milliseconds = float(double(end->time - begin->time) / 1e6), 0;
+}
+int cuEventDestroy_v2(void *event) {
+  return locked([=] { return pending.push_back([=] { delete static_cast<Event *>(event); }), 0; });
+}
+
 // Never called for engines, and looked for.
 #define NOT_HERE(name) \
   int name() { return NOT_SUPPORTED; }
-NOT_HERE(cuEventCreate)
-NOT_HERE(cuEventDestroy_v2)
-NOT_HERE(cuEventElapsedTime_v2)
-NOT_HERE(cuEventRecord)
-NOT_HERE(cuEventSynchronize)
 NOT_HERE(cuGraphDestroy)
 NOT_HERE(cuGraphExecDestroy)
 NOT_HERE(cuGraphInstantiateWithFlags)
