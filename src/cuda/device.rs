@@ -117,6 +117,9 @@ impl Moment {
 /// Work of the stream, recorded to be repeated.
 pub struct Graph(cudarc::driver::CudaGraph);
 
+// SAFETY: a graph may be used from any thread, if from one at a time, and `&` of it stays in one: it is not `Sync`.
+unsafe impl Send for Graph {}
+
 impl Graph {
     /// Starts the work once more.
     ///

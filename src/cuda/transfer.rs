@@ -22,14 +22,21 @@ unsafe impl Send for HostBuffer {}
 unsafe impl Sync for HostBuffer {}
 
 impl HostBuffer {
+    /// What it holds. Nothing that writes it is under way.
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: as many bytes were taken, and written.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.len) }
     }
 
+    /// The same, to be changed. Nothing that reads it is under way either.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.first.as_ptr(), self.len) }
+    }
+
+    /// Where its byte `offset` lies.
+    pub(crate) fn place(&self, offset: usize) -> Place {
+        Place::Host(self.first.as_ptr().wrapping_add(offset).cast())
     }
 }
 
@@ -60,11 +67,6 @@ impl Place {
     /// Memory that is only read.
     pub(crate) fn of(bytes: &[u8]) -> Self {
         Self::Host(bytes.as_ptr().cast_mut().cast())
-    }
-
-    /// Memory that is written.
-    pub(crate) fn of_mut(bytes: &mut [u8]) -> Self {
-        Self::Host(bytes.as_mut_ptr().cast())
     }
 
     /// As the driver takes it: the kind, the address on the host, that on the device.

@@ -68,8 +68,8 @@ pub enum ProfileError {
     },
     /// Nothing can be recorded as a CUDA graph.
     #[error(
-        "--cuda-graph both: there is no engine of a decoding step, which could be recorded; export the bundle again, and build \
-         it again"
+        "--cuda-graph both: no decoding step can be recorded: there is no engine of one (export the bundle again, and build it \
+         again), or no kernel that appends its rows"
     )]
     NoSteps,
     /// Engines that were to measure their layers told of none.

@@ -43,17 +43,12 @@ pub(super) struct LoadedEngine {
     engine: NonNull<sys::Engine>,
     ports: Arc<[Port]>,
     /// One for each profile that has been used.
-    contexts: Vec<Option<OpenContext>>,
+    contexts: Vec<Option<Context>>,
     calls: Calls,
     /// Where its layers' times go, if they are measured.
     layers: Option<Arc<LayerRecord>>,
     /// Its code.
     shim: Arc<Shim>,
-}
-
-struct OpenContext {
-    raw: NonNull<sys::Context>,
-    memory_bytes: usize,
 }
 
 // SAFETY: an engine and its contexts may be used from any thread, if from one at a time, which `&mut` makes sure of.
@@ -155,27 +150,38 @@ impl LoadedEngine {
     /// # Errors
     ///
     /// The library refuses, and says why.
-    pub(super) fn context(&mut self, profile: usize, stream: *mut c_void) -> Result<Context<'_>, String> {
+    pub(super) fn context(&mut self, profile: usize, stream: *mut c_void) -> Result<&mut Context, String> {
+        if self.contexts.get(profile).is_some_and(Option::is_none) {
+            // SAFETY: it is closed when this is dropped, before the engine.
+            self.contexts[profile] = Some(unsafe { self.open_context(profile, stream) }?);
+        }
+        self.contexts.get_mut(profile).and_then(Option::as_mut).ok_or_else(|| format!("there is no profile {profile}"))
+    }
+
+    /// Another one, whose shapes and addresses are nobody else's.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::context`].
+    ///
+    /// # Safety
+    ///
+    /// What it was used for is done, and it is dropped, before the engine is; and `stream` is one of the device.
+    pub(super) unsafe fn open_context(&self, profile: usize, stream: *mut c_void) -> Result<Context, String> {
         let calls = self.calls;
-        let slot = self.contexts.get_mut(profile).ok_or_else(|| format!("there is no profile {profile}"))?;
-        let open = if let Some(open) = slot {
-            open
-        } else {
-            let (mut context, mut bytes) = (null_mut(), 0);
-            // SAFETY: the engine is open, the stream is one of the device, and the results' places live over the call.
-            message(|text, size| unsafe {
-                let (context, bytes) = (&raw mut context, &raw mut bytes);
-                (calls.context_open)(self.engine.as_ptr(), profile as i32, stream, context, bytes, text, size)
-            })?;
-            let raw = NonNull::new(context).ok_or("the library gave no execution context")?;
-            if self.layers.is_some() {
-                // SAFETY: the context is open.
-                unsafe { (calls.measure_layers)(raw.as_ptr()) };
-            }
-            slot.insert(OpenContext { raw, memory_bytes: usize::try_from(bytes).unwrap_or_default() })
-        };
-        let layers = self.layers.as_deref().map(|record| (self.name.as_str(), record));
-        Ok(Context { raw: open.raw, memory_bytes: open.memory_bytes, calls, stream, layers })
+        let (mut context, mut bytes) = (null_mut(), 0);
+        // SAFETY: the engine is open, the stream is the caller's promise, and the results' places live over the call.
+        message(|text, size| unsafe {
+            let (context, bytes) = (&raw mut context, &raw mut bytes);
+            (calls.context_open)(self.engine.as_ptr(), profile as i32, stream, context, bytes, text, size)
+        })?;
+        let raw = NonNull::new(context).ok_or("the library gave no execution context")?;
+        let layers = self.layers.as_ref().map(|record| Layers { graph: self.name.clone(), record: Arc::clone(record) });
+        if layers.is_some() {
+            // SAFETY: the context is open.
+            unsafe { (calls.measure_layers)(raw.as_ptr()) };
+        }
+        Ok(Context { raw, memory_bytes: usize::try_from(bytes).unwrap_or_default(), calls, stream, layers })
     }
 
     /// Its name, for messages.
@@ -186,26 +192,43 @@ impl LoadedEngine {
 
 impl Drop for LoadedEngine {
     fn drop(&mut self) {
-        for open in self.contexts.drain(..).flatten() {
-            // SAFETY: opened once and closed once, before the engine.
-            unsafe { (self.calls.context_close)(open.raw.as_ptr()) };
-        }
-        // SAFETY: as above.
+        self.contexts.clear();
+        // SAFETY: opened once and closed once, behind its contexts.
         unsafe { (self.calls.engine_close)(self.engine.as_ptr()) };
     }
 }
 
-/// An engine with the shapes of one profile.
-pub(super) struct Context<'e> {
+/// What runs an engine with the shapes of one profile.
+pub(super) struct Context {
     raw: NonNull<sys::Context>,
     memory_bytes: usize,
     calls: Calls,
     stream: *mut c_void,
-    /// Name of the engine, and where its layers' times go.
-    layers: Option<(&'e str, &'e LayerRecord)>,
+    layers: Option<Layers>,
 }
 
-impl Context<'_> {
+/// Where the times of an engine's layers go.
+struct Layers {
+    graph: String,
+    record: Arc<LayerRecord>,
+}
+
+// SAFETY: as for the engine.
+unsafe impl Send for Context {}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: opened once and closed once, before the engine.
+        unsafe { (self.calls.context_close)(self.raw.as_ptr()) };
+    }
+}
+
+impl Context {
+    /// Whether [`Self::enqueue`] can be recorded: not where it waits for its work.
+    pub(super) fn can_be_recorded(&self) -> bool {
+        self.layers.is_none()
+    }
+
     /// How much device memory it needs for intermediate values.
     pub(super) fn memory_bytes(&self) -> usize {
         self.memory_bytes
@@ -298,8 +321,8 @@ impl Context<'_> {
 
 unsafe extern "C" fn on_layer(user: *mut c_void, layer: *const c_char, milliseconds: f32) {
     // SAFETY: the shim hands back the pointer that `enqueue` gave it, and a C string.
-    let ((graph, record), layer) = unsafe { (&*user.cast::<(&str, &LayerRecord)>(), CStr::from_ptr(layer)) };
-    record.add(graph, &layer.to_string_lossy(), milliseconds);
+    let (layers, layer) = unsafe { (&*user.cast::<Layers>(), CStr::from_ptr(layer)) };
+    layers.record.add(&layers.graph, &layer.to_string_lossy(), milliseconds);
 }
 
 fn pointer(address: Address) -> *mut c_void {

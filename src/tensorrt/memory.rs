@@ -2,7 +2,7 @@
 //!
 //! Because of that order a buffer may be freed as soon as what uses it is on the stream: the driver takes it back behind that.
 
-use crate::cuda::{Address, Buffer, CudaError, Device, Meter};
+use crate::cuda::{Address, Buffer, CudaError, Device, Meter, Place, Rows};
 use crate::runtime::resident::{DeviceMemory, Resident};
 use crate::tensor::Tensor;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -63,8 +63,7 @@ impl Memory {
         if tensor.is_empty() {
             return Ok(Placed { address: self.nothing.address(), _buffer: None });
         }
-        let resident = tensor.stored_in::<Resident<OnDevice>>().map(|(resident, offset)| (resident.memory(), offset));
-        let buffer = match resident.filter(|(on_device, _)| Arc::ptr_eq(&on_device.memory, self)) {
+        let buffer = match self.resident(tensor) {
             Some((on_device, offset)) => {
                 let address = on_device.buffer.address() + offset as Address;
                 if address.is_multiple_of(ALIGNMENT) {
@@ -75,6 +74,36 @@ impl Memory {
             None => self.upload(tensor)?,
         };
         Ok(Placed { address: buffer.address(), _buffer: Some(buffer) })
+    }
+
+    /// Where a tensor lies on this device, if it does, and the byte at which it begins.
+    fn resident<'t>(self: &Arc<Self>, tensor: &'t Tensor) -> Option<(&'t OnDevice, usize)> {
+        let resident = tensor.stored_in::<Resident<OnDevice>>().map(|(resident, offset)| (resident.memory(), offset));
+        resident.filter(|(on_device, _)| Arc::ptr_eq(&on_device.memory, self))
+    }
+
+    /// Copies a tensor, cut into `count` rows of as many bytes, to where `to` says.
+    ///
+    /// # Safety
+    ///
+    /// There is room for them there, and it is nobody else's, until the stream has been waited for.
+    pub(super) unsafe fn place_rows(
+        self: &Arc<Self>,
+        tensor: &Tensor,
+        to: Rows,
+        count: usize,
+    ) -> Result<(), PlaceError> {
+        let bytes = tensor.byte_len().checked_div(count).unwrap_or(0);
+        let first = if let Some((on_device, offset)) = self.resident(tensor) {
+            Place::Device(on_device.buffer.address() + offset as Address)
+        } else {
+            let tensor = tensor.clone().on_host()?;
+            let first = Place::of(tensor.bytes());
+            self.lent().push(tensor);
+            first
+        };
+        // SAFETY: what is read is lent, or freed behind the copy; what is written is the caller's promise.
+        Ok(unsafe { self.device.copy_rows(Rows { first, stride: bytes }, to, count, bytes) }?)
     }
 
     fn upload(&self, tensor: &Tensor) -> Result<Buffer, PlaceError> {
@@ -99,6 +128,14 @@ impl Memory {
             *scratch = self.device.allocate(bytes)?;
         }
         Ok(work(if bytes == 0 { 0 } else { scratch.address() }))
+    }
+
+    /// Waits until everything is done.
+    pub(super) fn wait(&self) -> Result<(), CudaError> {
+        let lent = std::mem::take(&mut *self.lent());
+        let done = self.meter.waiting(|| self.device.wait());
+        drop(lent);
+        done
     }
 
     fn download(&self, buffer: &Buffer, bytes: &mut [u8]) -> Result<(), CudaError> {

@@ -15,8 +15,11 @@ mod loaded;
 mod memory;
 mod model;
 pub mod ranges;
+mod recording;
 mod select;
 pub mod shim;
+mod step_inputs;
+mod steps;
 mod sys;
 pub mod toolkit;
 

@@ -4,10 +4,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod faults;
+mod host_steps;
 mod kv_cache;
 mod numbers;
 mod ranges;
 mod resident;
+mod steps;
 mod subject;
 
 use accordion::bundle::Bundle;
@@ -55,10 +57,13 @@ fn changed_matrices(bundle: &Bundle) -> BTreeSet<String> {
     manifest.graphs.values().flat_map(|graph| graph.signature.linears.keys().cloned()).collect()
 }
 
-fn engines(bundle: &Bundle, fused_operators: bool) -> Engines<'_> {
+fn loader(bundle: &Bundle, fused_operators: bool) -> OrtCpu {
     let runtime = load(LoadOptions::fetching(&mut |_| {})).unwrap();
-    let loader = OrtCpu::new(runtime, bundle.weights().clone(), &OrtOptions { fused_operators }).unwrap();
-    Engines::new(bundle, Box::new(loader))
+    OrtCpu::new(runtime, bundle.weights().clone(), &OrtOptions { fused_operators }).unwrap()
+}
+
+fn engines(bundle: &Bundle, fused_operators: bool) -> Engines<'_> {
+    Engines::new(bundle, Box::new(loader(bundle, fused_operators)))
 }
 
 /// Everything that `engines` compute of `input` against the reference.

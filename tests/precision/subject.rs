@@ -4,13 +4,17 @@ use super::ranges::range_table;
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
 use accordion::checkpoint::Checkpoint;
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
+use accordion::pipeline::compress::{Compression, Homer, Significance};
+use accordion::pipeline::prompt::PromptIds;
+use accordion::pipeline::rcc::Rcc;
+use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::precision::Recipe;
 use accordion::verify::bundle::{Input, Plan};
 use accordion::verify::golden;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::PromptLengths;
 use accordion_graphs::plan::rcc::RccPlan;
-use accordion_graphs::plan::sharedllm::Quirks;
+use accordion_graphs::plan::sharedllm::{ChunkPolicy, Quirks};
 use accordion_graphs::precision::Precision;
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
@@ -130,6 +134,26 @@ impl Subject {
 
     pub(super) fn input(&self) -> Input<'_> {
         Input { plan: &self.plan, lengths: self.lengths, ids: &self.ids, width: 1 }
+    }
+
+    /// What its method does to the prompt, and the prompt.
+    pub(super) fn compression(&self) -> (Compression, PromptIds) {
+        let compression = match &self.plan {
+            Plan::Plain => Compression::Plain { allow_overlong: true },
+            Plan::Homer(plan, _) => {
+                let significance = Some(Significance::Uncalibrated);
+                Compression::Homer(Homer { settings: plan.settings, significance, width: 1 })
+            }
+            Plan::Rcc(plan) => Compression::Rcc(Rcc { settings: plan.settings, width: 1 }),
+            Plan::SharedLlm(plan) => {
+                let policy = ChunkPolicy::Chunks(plan.chunks);
+                Compression::SharedLlm(SharedLlm { settings: plan.settings, policy, width: 1 })
+            }
+        };
+        let (prefix, rest) = self.ids.split_at(self.lengths.prefix);
+        let (context, rest) = rest.split_at(self.lengths.context);
+        let [prefix, context, suffix] = [prefix, context, &rest[..self.lengths.suffix]].map(<[u32]>::to_vec);
+        (compression, PromptIds { prefix, context, suffix })
     }
 
     /// How to export in `precision`, calibrated on the very prompt where it needs to be.

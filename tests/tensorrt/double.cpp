@@ -57,6 +57,11 @@ int refused(const std::string &why, char *message, size_t capacity) {
   return ACCORDION_RUN;
 }
 
+// The number of the buffer in which these bytes of the device lie, which is no other buffer's; 0 if they are nobody's.
+uint64_t owner(const void *address, size_t bytes) {
+  return driver<uint64_t(uint64_t, size_t)>("emulated_driver_owner")(uint64_t(address), bytes);
+}
+
 size_t bytes_of(const DoubleTensor &tensor) {
   static const size_t sizes[] = {4, 2, 1, 4, 1, 1, 1, 2, 8};
   size_t bytes = sizes[tensor.type];
@@ -85,7 +90,8 @@ struct AccordionEngine {
   uint64_t handle;
   std::vector<DoubleTensor> tensors;
   int profiles;
-  std::set<int> contexts;
+  // How many there are of each profile.
+  std::multiset<int> contexts;
 };
 
 struct AccordionContext {
@@ -94,7 +100,10 @@ struct AccordionContext {
   void *stream;
   std::vector<DoubleTensor> tensors;
   std::vector<bool> shaped;
-  bool inferred = false;
+  // In which buffers the tensors and the memory for intermediate values lay when their addresses were given.
+  std::vector<uint64_t> owners;
+  uint64_t memory_owner = 0;
+  bool inferred = false, has_run = false;
   void *memory = nullptr;
   int64_t memory_bytes = 0;
   bool measures_layers = false;
@@ -155,10 +164,11 @@ void accordion_tensorrt_engine_close(AccordionEngine *engine) {
 
 int32_t accordion_tensorrt_context_open(AccordionEngine *engine, int32_t profile, void *stream, AccordionContext **opened,
                                         int64_t *memory_bytes, char *, size_t) {
-  if (profile < 0 || profile >= engine->profiles || !engine->contexts.insert(profile).second)
-    broken("a profile is used twice, or there is none");
-  auto *context = new AccordionContext{engine, profile, stream, engine->tensors, {}};
+  if (profile < 0 || profile >= engine->profiles) broken("there is no such profile");
+  engine->contexts.insert(profile);
+  auto *context = new AccordionContext{engine, profile, stream, engine->tensors, {}, {}};
   context->shaped.resize(context->tensors.size());
+  context->owners.resize(context->tensors.size());
   *memory_bytes = context->needed();
   return *opened = context, ACCORDION_OK;
 }
@@ -166,6 +176,7 @@ int32_t accordion_tensorrt_context_open(AccordionEngine *engine, int32_t profile
 void accordion_tensorrt_context_set_memory(AccordionContext *context, void *memory, int64_t bytes) {
   context->memory = memory;
   context->memory_bytes = bytes;
+  context->memory_owner = owner(memory, size_t(bytes));
 }
 
 int32_t accordion_tensorrt_context_set_shape(AccordionContext *context, const char *name, const int64_t *shape, int32_t rank,
@@ -183,6 +194,7 @@ int32_t accordion_tensorrt_context_set_address(AccordionContext *context, const 
   if (!address) broken(std::string("a null address for ") + name);
   if (!tensor->on_host && uint64_t(address) % 256 != 0) broken(std::string("an address that is not aligned for ") + name);
   tensor->data = address;
+  if (!tensor->on_host) context->owners[size_t(tensor - context->tensors.data())] = owner(address, 1);
   context->inferred = inferred;
   return ACCORDION_OK;
 }
@@ -216,46 +228,52 @@ int32_t accordion_tensorrt_context_shape(AccordionContext *context, const char *
   return *rank = tensor->rank, ACCORDION_OK;
 }
 
-int32_t accordion_tensorrt_context_enqueue(AccordionContext *context, void *stream, char *, size_t) {
+int32_t accordion_tensorrt_context_enqueue(AccordionContext *context, void *stream, char *message, size_t capacity) {
   if (stream != context->stream || !context->inferred) broken("another stream, or shapes that are not known");
   if (!context->memory || context->memory_bytes < context->needed()) broken("too little memory");
+  const bool records = driver<bool()>("emulated_driver_records")();
+  if (records && !context->has_run) broken("a context is recorded that has not run yet");
+  if (records && context->measures_layers) broken("a context is recorded that measures its layers");
   struct Call {
     uint64_t handle;
     std::vector<DoubleTensor> tensors;
+    std::vector<uint64_t> owners;
     std::vector<std::string> host;
     void *memory;
     size_t memory_bytes;
+    uint64_t memory_owner;
   };
-  Call call{context->engine->handle, context->tensors, {}, context->memory, size_t(context->memory_bytes)};
+  Call call{context->engine->handle, context->tensors, context->owners, {}, context->memory, size_t(context->memory_bytes),
+            context->memory_owner};
   for (DoubleTensor &tensor : call.tensors) {
     if (!tensor.data) broken(std::string("no address for ") + tensor.name);
     // What is on the host is read now, and need not stay.
     if (tensor.on_host) call.host.emplace_back(static_cast<const char *>(tensor.data), bytes_of(tensor));
   }
   const std::function<void()> work = [call]() mutable {
-    auto *owns = driver<int(uint64_t, size_t)>("emulated_driver_owns");
-    if (!owns(uint64_t(call.memory), call.memory_bytes)) broken("memory for intermediate values is gone");
+    if (!call.memory_owner || owner(call.memory, call.memory_bytes) != call.memory_owner)
+      broken("memory for intermediate values is gone");
     memset(call.memory, 0x3c, call.memory_bytes);
     size_t host = 0;
-    for (DoubleTensor &tensor : call.tensors) {
+    for (size_t i = 0; i < call.tensors.size(); i++) {
+      DoubleTensor &tensor = call.tensors[i];
       if (tensor.on_host)
         tensor.data = const_cast<char *>(call.host[host++].data());
-      else if (!owns(uint64_t(tensor.data), bytes_of(tensor)))
+      else if (!call.owners[i] || owner(tensor.data, bytes_of(tensor)) != call.owners[i])
         broken(std::string("memory is gone: ") + tensor.name);
     }
     if (callbacks.run(call.handle, call.tensors.data(), int32_t(call.tensors.size())) != 0) broken("a run failed");
     for (const Layer &layer : layers_of(call.handle))
       driver<void(uint64_t)>("emulated_driver_spend")(uint64_t(double(layer.milliseconds) * 1e6));
   };
-  driver<void(const std::function<void()> *)>("emulated_driver_defer")(&work);
+  if (!driver<bool(const std::function<void()> *)>("emulated_driver_defer")(&work))
+    return refused("a layer cannot be recorded", message, capacity);
+  context->has_run = true;
   if (context->measures_layers) {
     // NVIDIA's library waits here, too.
     driver<int(void *)>("cuStreamSynchronize")(stream);
     for (const Layer &layer : layers_of(context->engine->handle)) context->measured.push_back(layer);
   }
-  // The next call says anew where everything is.
-  for (DoubleTensor &tensor : context->tensors) tensor.data = nullptr;
-  context->memory = nullptr;
   return ACCORDION_OK;
 }
 
@@ -285,7 +303,7 @@ int32_t accordion_tensorrt_engine_layers(AccordionEngine *engine, AccordionBytes
 
 void accordion_tensorrt_context_close(AccordionContext *context) {
   if (driver<int()>("emulated_driver_pending")() != 0) broken("a context is closed while its work is under way");
-  context->engine->contexts.erase(context->profile);
+  context->engine->contexts.erase(context->engine->contexts.find(context->profile));
   delete context;
 }
 

@@ -1,7 +1,7 @@
 //! An emulated driver and a double of the shim: engines of any bundle, which compute on the CPU what ONNX Runtime does.
 
 use accordion::bundle::Bundle;
-use accordion::cuda::Device;
+use accordion::cuda::{Device, Origin};
 use accordion::pipeline::Engines;
 use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
@@ -33,7 +33,8 @@ fn compile(name: &str, source: &str, more: &[&OsStr]) -> PathBuf {
     let library = tempfile::NamedTempFile::new_in(&folder).unwrap().into_temp_path();
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     let output = Command::new(&compiler)
-        .args(["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"])
+        .args(["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-I"])
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("plugins/cuda"))
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tensorrt").join(source))
         .arg(format!("-Wl,-Bsymbolic,-soname,{name}"))
         .args(more)
@@ -115,9 +116,11 @@ fn function<F: Copy>(library: &Path, name: &CStr) -> F {
 pub(crate) struct Machine {
     _turn: MutexGuard<'static, ()>,
     device: Device,
-    copied: unsafe extern "C" fn(*mut u64),
+    counts: unsafe extern "C" fn(*mut Counts),
     live: unsafe extern "C" fn() -> u64,
     pending: unsafe extern "C" fn() -> i32,
+    set_unrecordable: unsafe extern "C" fn(bool),
+    kernels: tempfile::TempDir,
 }
 
 /// Tells a library with the double in it whom to ask.
@@ -127,31 +130,76 @@ fn register(library: &Path) {
     unsafe { register(&raw const CALLBACKS) };
 }
 
-/// Bytes that were copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Copied {
+/// What was done, as `driver.cpp` counts it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Counts {
+    /// Bytes copied.
     pub(crate) to_device: u64,
     pub(crate) to_host: u64,
     pub(crate) on_device: u64,
+    /// Buffers taken.
+    pub(crate) taken: u64,
+    /// What was put on the stream by itself: calls of engines, kernels, graphs.
+    pub(crate) calls: u64,
+    pub(crate) kernels: u64,
+    pub(crate) graphs: u64,
+    /// Graphs that were recorded.
+    pub(crate) records: u64,
+}
+
+impl std::ops::Sub for Counts {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            to_device: self.to_device - before.to_device,
+            to_host: self.to_host - before.to_host,
+            on_device: self.on_device - before.on_device,
+            taken: self.taken - before.taken,
+            calls: self.calls - before.calls,
+            kernels: self.kernels - before.kernels,
+            graphs: self.graphs - before.graphs,
+            records: self.records - before.records,
+        }
+    }
 }
 
 impl Machine {
     pub(crate) fn open() -> Self {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let copied = function(driver(), c"emulated_driver_copied");
+        let counts = function(driver(), c"emulated_driver_counts");
         let live = function(driver(), c"emulated_driver_live");
-        let pending = function(driver(), c"emulated_driver_pending");
+        let set_unrecordable = function(driver(), c"emulated_driver_set_unrecordable");
         register(shim());
-        Self { _turn: turn, device: Device::open(0).unwrap(), copied, live, pending }
+        let pending = function(driver(), c"emulated_driver_pending");
+        let kernels = tempfile::tempdir().unwrap();
+        // As far as the driver looks.
+        std::fs::write(kernels.path().join("append_rows.sm_90.cubin"), b"\x7fELF").unwrap();
+        let machine =
+            Self { _turn: turn, device: Device::open(0).unwrap(), counts, live, pending, set_unrecordable, kernels };
+        machine.refuse_to_record(false);
+        machine
     }
 
-    pub(crate) fn copied(&self) -> Copied {
-        let mut bytes = [0; 3];
-        // SAFETY: as many as the driver writes.
-        unsafe { (self.copied)(bytes.as_mut_ptr()) };
-        let [to_device, to_host, on_device] = bytes;
-        Copied { to_device, to_host, on_device }
+    pub(crate) fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        // SAFETY: the driver's structure.
+        unsafe { (self.counts)(&raw mut counts) };
+        counts
+    }
+
+    /// Whether calls of engines cannot be recorded from now on.
+    pub(crate) fn refuse_to_record(&self, refuse: bool) {
+        // SAFETY: it only remembers.
+        unsafe { (self.set_unrecordable)(refuse) };
+    }
+
+    /// Engines are loaded so: with the kernel that their steps need.
+    pub(crate) fn options(&self) -> ExecutionOptions {
+        let kernels = Some(Origin::Folder(self.kernels.path().to_owned()));
+        ExecutionOptions { kernels, ..ExecutionOptions::default() }
     }
 
     /// Buffers that have not been freed.
@@ -197,7 +245,7 @@ impl Machine {
     pub(crate) fn loader_of_nvidia<'b>(&self, bundle: &'b Bundle, headers: &Path) -> TensorRt<'b> {
         let [library, shim] = nvidia(headers);
         register(library);
-        self.loader_of(bundle, [library, shim], &ExecutionOptions::default()).unwrap()
+        self.loader_of(bundle, [library, shim], &self.options()).unwrap()
     }
 
     /// Engines of `bundle` through the shim itself, compiled with the headers of this version.
@@ -206,7 +254,7 @@ impl Machine {
     }
 
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle) -> Engines<'b> {
-        Engines::new(bundle, Box::new(self.loader(bundle, &ExecutionOptions::default()).unwrap()))
+        Engines::new(bundle, Box::new(self.loader(bundle, &self.options()).unwrap()))
     }
 }
 

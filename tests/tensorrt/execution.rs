@@ -5,7 +5,7 @@
 //! cargo test --release --test tensorrt execution -- --ignored
 //! ```
 
-use super::double::{Build, Copied, Machine, build, driver, portable, shim};
+use super::double::{Build, Machine, build, driver, portable, shim};
 use super::{goldens, prepared};
 use accordion::bundle::{Bundle, MethodSettings};
 use accordion::checkpoint::config_json;
@@ -144,15 +144,6 @@ impl Subject {
                 width: 1,
             }),
         }
-    }
-}
-
-fn since(machine: &Machine, before: Copied) -> Copied {
-    let now = machine.copied();
-    Copied {
-        to_device: now.to_device - before.to_device,
-        to_host: now.to_host - before.to_host,
-        on_device: now.on_device - before.on_device,
     }
 }
 

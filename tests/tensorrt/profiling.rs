@@ -65,6 +65,57 @@ fn enqueue_and_compute_are_told_apart() {
     }
 }
 
+/// Tokens that are decoded before others, in a profile.
+const WARM_UP: usize = 8;
+
+/// Both ways are measured in turns, and each does what it is called: one repeats what was recorded, one does not.
+#[test]
+#[ignore = "needs a C++ compiler"]
+fn decoding_is_measured_with_cuda_graphs_and_without() {
+    let machine = Machine::open();
+    let subject = Subject::homer().built();
+    let loader = || machine.loader(&subject.bundle, &machine.options()).unwrap();
+    // What was recorded and repeated, and how a profile calls it.
+    let counted = |which| {
+        let before = machine.counts();
+        let found = profile(&subject, loader(), Some(which)).unwrap();
+        let now = machine.counts();
+        let setting = found.configuration.settings.iter().find(|(name, _)| name == "CUDA graph").unwrap().1.clone();
+        (found, setting, now.records - before.records, now.graphs - before.graphs)
+    };
+    let steps = WARM_UP + TOKENS;
+    // The first step of a sequence is not recorded.
+    let repeated = |sequences: usize| ((sequences as u64), (sequences * (steps - 1)) as u64);
+    let (found, setting, records, graphs) = counted(CudaGraph::Off);
+    assert_eq!((setting.as_str(), records, graphs, found.details.cuda_graph), ("off", 0, 0, None));
+    let (found, setting, records, graphs) = counted(CudaGraph::On);
+    assert_eq!((setting.as_str(), (records, graphs), found.details.cuda_graph), ("on", repeated(1), None));
+    let (found, setting, records, graphs) = counted(CudaGraph::Both);
+    let compared = found.details.cuda_graph.clone().unwrap();
+    // As with `on`, once to warm up, and every pair.
+    assert_eq!((setting.as_str(), (records, graphs)), ("on", repeated(2 + compared.pairs)));
+    let names: Vec<_> = compared.differences.iter().map(|d| d.quantity.as_str()).collect();
+    assert_eq!(names, ["each further token", "putting one on the stream", "computing one"]);
+    let compute = &compared.differences[2];
+    assert!(close(compute.a_ms, device_ms("decoder_step")) && close(compute.ratio, 1.0), "{compute:?}");
+    for difference in &compared.differences {
+        assert!(difference.a_ms > 0.0 && difference.b_ms > 0.0 && difference.low <= difference.high, "{difference:?}");
+    }
+    // A step waits for its results, which is not putting it there.
+    let token = found.details.token_on_device().unwrap();
+    assert!(close(token.compute_ms, device_ms("decoder_step")), "{token:?}");
+    assert!(
+        token.wait_ms > 0.0 && close(token.total_ms(), found.per_token.mean_ms),
+        "{token:?} of {:?}",
+        found.per_token
+    );
+    assert_eq!(machine.live(), 0);
+    // Without the kernel that a step needs there is none.
+    let without = machine.loader(&subject.bundle, &ExecutionOptions::default()).unwrap();
+    let refused = profile(&subject, without, Some(CudaGraph::Both)).unwrap_err().to_string();
+    assert!(refused.contains("--cuda-graph both") && refused.contains("kernel"), "{refused}");
+}
+
 /// Engines of the host have no other time than the host's.
 #[test]
 #[ignore = "needs a C++ compiler"]
@@ -137,7 +188,7 @@ fn assert_layers(subject: &Subject, machine: &Machine, loader: accordion::tensor
 fn layers_are_found_under_their_modules() {
     let machine = Machine::open();
     for subject in [Subject::plain().built(), Subject::homer().built()] {
-        let loader = machine.loader(&subject.bundle, &ExecutionOptions::default()).unwrap();
+        let loader = machine.loader(&subject.bundle, &machine.options()).unwrap();
         assert_layers(&subject, &machine, loader);
     }
 }

@@ -202,7 +202,8 @@ impl<'a> Rows<'a> {
 /// Attention of one row of each sequence, queries `[batch, 1, H * d]`, keys and values `[batch, 1, G * d]`, to itself and to the
 /// rows of `past [batch, G, capacity, d]` that are `visible [capacity]`. Returns the result, and key and value heads first.
 ///
-/// Past and row are multiplied one by one, and only their scores are joined: nothing as large as the past is written.
+/// Past and row are multiplied one by one, and only their scores are joined: nothing as large as the past is written. For the
+/// same reason all of it is in fp32, as the past is, whatever the rest of the graph computes in.
 fn attention_beside(
     arch: &Architecture,
     attn: &Scope,
@@ -214,9 +215,10 @@ fn attention_beside(
     let by_group =
         |x: &Value, heads: usize| x.reshape(&[x.dim(0), groups.into(), (heads / groups.max(1)).into(), d.into()]);
     let [past_key, past_value] = past.each_ref().map(|x| x.within(attn));
-    let [key, value] = [key, value].map(|x| by_group(x, groups));
+    let [query, key, value] = [query, key, value].map(|x| x.cast(DType::F32));
+    let [key, value] = [&key, &value].map(|x| by_group(x, groups));
     let scale = attn.float((d as f32).sqrt().recip());
-    let query4 = (by_group(query, arch.num_heads()) * scale).transpose(&[0, 1, 3, 2]);
+    let query4 = (by_group(&query, arch.num_heads()) * scale).transpose(&[0, 1, 3, 2]);
     // Keys come first, so that scores are transposed and not keys: `[batch, G, H / G, rows]`.
     let scores = |key: &Value| key.matmul(&query4).transpose(&[0, 1, 3, 2]);
     let of_past = visible.within(attn).select(&scores(&past_key), &attn.float(f32::NEG_INFINITY));

@@ -1,10 +1,11 @@
 //! Graphs that compute in 16-bit floating point, and what of them stays in fp32.
 //!
 //! A node computes in 16 bits if it is a product, a norm, attention, a rotation, or works on what such a node left. In fp32
-//! are, by rule: rotary angles up to their cosines and sines, the recurrence of a state space model, and the scores that a
-//! choice is made by; softmax where it is a node of its own; and inside norms their statistics (`stash_type` 1, ONNX's
-//! default). Where softmax is inside attention, its precision is the runtime's: NVIDIA's parser refuses nodes that ask for one
-//! (`softmax_precision`). What else is in fp32 is derived from measured ranges, or asked for: see [`Keep`].
+//! are, by rule: rotary angles up to their cosines and sines, the recurrence of a state space model, the scores that a
+//! choice is made by, products with a cache as it comes in, and softmax where it is a node of its own; and inside norms their
+//! statistics (`stash_type` 1, ONNX's default). Where softmax is inside attention, its precision is the runtime's: NVIDIA's
+//! parser refuses nodes that ask for one (`softmax_precision`). What else is in fp32 is derived from measured ranges, or asked
+//! for: see [`Keep`].
 
 use crate::functions::{
     MERGE_CACHE, SELECTIVE_SCAN, STRIDED_COMPRESS, STRIDED_COMPRESS_MEAN, TOPK_PRUNE, TOPK_PRUNE_16,
@@ -61,6 +62,7 @@ enum Rule {
 
 const ANGLES: &str = "rotary angles are rounded last";
 const RECURRENCE: &str = "a recurrence adds up its rounding";
+const CACHE: &str = "a cache that is only read is not converted at every step";
 const SUM: &str = "exponentials are added up in fp32";
 const CHOICE: &str = "a choice is made by it";
 const SCORES: &str = "scores are in fp32: a choice is made by them";
@@ -82,6 +84,7 @@ fn rule(node: &FloatNode) -> Rule {
         "Softplus" | "Exp" => Rule::Full(RECURRENCE),
         "ReduceL2" | "Div" | "ArgMax" => Rule::Full(CHOICE),
         "Softmax" => Rule::Full(SUM),
+        "MatMul" if node.inputs.iter().flatten().any(|x| matches!(x.source, Source::Input(_))) => Rule::Full(CACHE),
         "Add" | "Sub" | "Mul" | "Max" | "ReduceMean" | "Neg" | "Pow" | "Sigmoid" | "Gelu" | "MatMul"
         | "GreaterOrEqual" => Rule::Follow,
         "Reshape" | "Transpose" | "Slice" | "Concat" | "Expand" | "Unsqueeze" | "Gather" | "GatherND" | "Where"

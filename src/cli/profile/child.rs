@@ -138,7 +138,7 @@ impl Arguments {
         }
         if self.gpu.layers() {
             let layers = Arc::new(LayerRecord::default());
-            let loader = self.engine.tensorrt("--layers", bundle)?.measuring_layers(Arc::clone(&layers));
+            let loader = self.engine.tensorrt("--layers", bundle, output)?.measuring_layers(Arc::clone(&layers));
             let engines = Engines::new(bundle, Box::new(loader));
             measured.operators = record_layers(engines, &layers, &case.compression, &prompt)?;
         }
