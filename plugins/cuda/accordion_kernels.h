@@ -1,4 +1,5 @@
-/* C interface of the CUDA kernels, for every host that runs them: contracts in ../topk_prune and ../strided_compress.
+/* C interface of the CUDA kernels, for every host that runs them: contracts in ../topk_prune and ../strided_compress; AppendRows is
+ * no operator, and all there is to say about it stands here.
  *
  * The same functions exist twice, from the same sources: compiled by nvcc they launch kernels, and pointers are device
  * pointers; compiled by a C++ compiler alone (see emulator.h) they run the kernels' code on the CPU before they return, pointers
@@ -85,7 +86,29 @@ typedef struct AccordionStridedCompress {
   size_t workspace_bytes;    /* at least what accordion_strided_compress_workspace says */
 } AccordionStridedCompress;
 
+/* A new row and the cache that it is appended to. */
+typedef struct AccordionAppendedRow {
+  const void *row; /* type [R, d] */
+  void *cache;     /* type [R, capacity, d] */
+} AccordionAppendedRow;
+
+/* What a decoder does with its caches after every token: cache[r, *length_at] = row[r], for each of `caches` pairs. R counts the heads
+ * of all sequences, d the elements per head.
+ *
+ * Refused: lengths that are negative or at least 2^31, a required pointer that is null, an unknown type.
+ *
+ * On the device: nothing is appended where *length_at is not in 0..capacity. */
+typedef struct AccordionAppendRows {
+  const AccordionAppendedRow *pairs; /* [caches], on the device */
+  const int64_t *length_at;          /* one element on the device */
+  int64_t caches, rows, capacity, width;
+  int32_t type;
+} AccordionAppendRows;
+
 #ifndef __CUDACC_RTC__
+/* One launch; needs no workspace. */
+const char *accordion_append_rows(const AccordionAppendRows *call, void *stream);
+
 /* Three launches whatever the number of layers; needs no workspace. */
 const char *accordion_topk_prune(const AccordionTopKPrune *call, void *stream);
 

@@ -17,7 +17,7 @@ mkdir -p "$(dirname "$out")"
 aside=$(mktemp -d "$(dirname "$out")/.kernels-XXXXXX")
 trap 'rm -rf "$aside"' EXIT
 
-for kernel in topk_prune strided_compress; do
+for kernel in topk_prune strided_compress append_rows; do
   for architecture in $architectures; do
     "$nvcc" -std=c++17 -O3 -arch="sm_$architecture" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -Xptxas -v,-warn-spills \
       -I plugins/cuda -I "plugins/$kernel" -cubin -o "$aside/$kernel.sm_$architecture.cubin" "plugins/$kernel/kernel.cu" \
@@ -38,7 +38,7 @@ awk '
 ' "$aside/report.txt" >&2 || { echo "a kernel spills registers, or the report is incomplete" >&2; exit 1; }
 
 # The launching functions, as a host that is compiled by nvcc takes them.
-for kernel in topk_prune strided_compress; do
+for kernel in topk_prune strided_compress append_rows; do
   "$nvcc" -std=c++17 -arch=sm_90 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror,-fPIC -I plugins/cuda -I "plugins/$kernel" \
     -c -o "$aside/$kernel.o" "plugins/$kernel/kernel.cu"
   rm "$aside/$kernel.o"

@@ -31,6 +31,12 @@ __device__ __forceinline__ void store_once(V *to, V value) {
   __stcs(to, value);
 }
 
+// What is read again soon.
+template <class V>
+__device__ __forceinline__ void store_kept(V *to, V value) {
+  *to = value;
+}
+
 // What stays as it is while the kernel runs, and is read by many threads.
 template <class V>
 __device__ __forceinline__ V load_shared(const V *from) {
@@ -45,6 +51,11 @@ V load_once(const V *from) {
 template <class V>
 void store_once(V *to, V value) {
   emulator::checked(to, sizeof(V)), *to = value;
+}
+
+template <class V>
+void store_kept(V *to, V value) {
+  store_once(to, value);
 }
 
 template <class V>

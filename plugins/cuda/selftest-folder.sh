@@ -21,6 +21,7 @@ strip --strip-all "$aside/accordion"
 cp -r target/kernels "$aside/kernels"
 cp plugins/topk_prune/kernel.cu "$aside/sources/topk_prune.cu"
 cp plugins/strided_compress/kernel.cu "$aside/sources/strided_compress.cu"
+cp plugins/append_rows/kernel.cu "$aside/sources/append_rows.cu"
 cp plugins/cuda/*.h plugins/cuda/*.cuh plugins/strided_compress/shapes.h "$aside/sources/"
 cp LICENSE-APACHE LICENSE-MIT "$aside/"
 cat > "$aside/run.sh" <<'RUN'

@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -254,6 +256,23 @@ void allow_decomposition(nvinfer1::INetworkDefinition& network) {
 #endif
 }
 
+// Keeps what an execution context tells of its layers until it is asked for.
+class LayerTimes final : public nvinfer1::IProfiler {
+public:
+    void reportLayerTime(char const* layer, float milliseconds) noexcept override {
+        try {
+            times_.emplace_back(layer, milliseconds);
+        } catch (std::exception const&) {
+            // Out of memory: this layer is missing.
+        }
+    }
+
+    std::vector<std::pair<std::string, float>> taken() { return std::exchange(times_, {}); }
+
+private:
+    std::vector<std::pair<std::string, float>> times_;
+};
+
 } // namespace
 
 // Members are destroyed in reverse order: every object before what it came from.
@@ -266,6 +285,7 @@ struct AccordionEngine {
 
 struct AccordionContext {
     AccordionEngine& engine;
+    LayerTimes layers;
     std::unique_ptr<nvinfer1::IExecutionContext> context;
 };
 
@@ -350,6 +370,8 @@ extern "C" int32_t accordion_tensorrt_build(AccordionTensorRt* tensorrt, Accordi
             }
         }
         config->setProgressMonitor(&monitor);
+        // Names of the graph's nodes: without them nobody could tell what a fused layer computes.
+        config->setProfilingVerbosity(nvinfer1::ProfilingVerbosity::kDETAILED);
         if (request->workspace_bytes > 0) {
             config->setMemoryPoolLimit(nvinfer1::MemoryPoolType::kWORKSPACE, request->workspace_bytes);
         }
@@ -434,7 +456,7 @@ extern "C" int32_t accordion_tensorrt_context_open(AccordionEngine* engine, int3
             throw Failure(ACCORDION_START, engine->logger.errors());
         }
         *memory_bytes = engine->engine->getDeviceMemorySizeForProfileV2(profile);
-        *opened = new AccordionContext{*engine, std::move(context)};
+        *opened = new AccordionContext{*engine, {}, std::move(context)};
     });
 }
 
@@ -488,6 +510,29 @@ extern "C" int32_t accordion_tensorrt_context_enqueue(
         if (!context->context->enqueueV3(static_cast<cudaStream_t>(stream))) {
             throw Failure(ACCORDION_RUN, context->engine.logger.errors());
         }
+    });
+}
+
+extern "C" void accordion_tensorrt_context_measure_layers(AccordionContext* context) {
+    context->context->setProfiler(&context->layers);
+}
+
+extern "C" void accordion_tensorrt_context_layer_times(
+    AccordionContext* context, void* user, void (*layer)(void* user, char const* name, float milliseconds)) {
+    for (auto const& [name, milliseconds] : context->layers.taken()) {
+        layer(user, name.c_str(), milliseconds);
+    }
+}
+
+extern "C" int32_t accordion_tensorrt_engine_layers(
+    AccordionEngine* engine, AccordionBytes* json, char* message, size_t capacity) {
+    return guarded(message, capacity, [&] {
+        auto const inspector = owned(engine->engine->createEngineInspector(), ACCORDION_RUN, engine->logger);
+        char const* const text = inspector->getEngineInformation(nvinfer1::LayerInformationFormat::kJSON);
+        if (text == nullptr) {
+            throw Failure(ACCORDION_RUN, engine->logger.errors());
+        }
+        *json = copied(text, std::strlen(text));
     });
 }
 

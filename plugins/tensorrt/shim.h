@@ -144,6 +144,16 @@ int32_t accordion_tensorrt_context_shape(
 // Puts the work on `stream` (a CUstream) and does not wait for it.
 int32_t accordion_tensorrt_context_enqueue(AccordionContext* context, void* stream, char* message, size_t capacity);
 
+// Has the context measure its layers from now on. Whatever is enqueued is waited for then, and cannot be captured.
+void accordion_tensorrt_context_measure_layers(AccordionContext* context);
+
+// Tells `layer` of every layer that was measured since this was last called, in the order of execution, and forgets them.
+void accordion_tensorrt_context_layer_times(
+    AccordionContext* context, void* user, void (*layer)(void* user, char const* name, float milliseconds));
+
+// What the engine says of its layers: NVIDIA's JSON, which is to be freed.
+int32_t accordion_tensorrt_engine_layers(AccordionEngine* engine, AccordionBytes* json, char* message, size_t capacity);
+
 // What was put on a stream is done.
 void accordion_tensorrt_context_close(AccordionContext* context);
 

@@ -11,9 +11,9 @@ use accordion::bundle::Bundle;
 use accordion::pipeline::Engines;
 use accordion::runtime::Loader;
 use accordion::runtime::ort_cpu::OrtCpu;
-use accordion::tensorrt::Flavour;
+use accordion::tensorrt::{Flavour, TensorRt};
 use accordion_graphs::onnx::ValueInfo;
-use anyhow::ensure;
+use anyhow::{anyhow, ensure};
 use clap::{Args, ValueEnum};
 use ort_cuda::OrtCudaArguments;
 use std::ffi::OsString;
@@ -110,15 +110,15 @@ impl EngineArguments {
         Ok(match self.engine {
             EngineName::OrtCpu => Box::new(ort_cpu::loader(bundle, fused, output)?),
             EngineName::OrtCuda => self.ort_cuda.loader(bundle, runtime(output)?, fused)?,
-            EngineName::TensorRt => Box::new(self.tensorrt.loader(Flavour::TensorRt, bundle)?),
-            EngineName::TensorRtRtx => Box::new(self.tensorrt.loader(Flavour::TensorRtRtx, bundle)?),
+            EngineName::TensorRt => Box::new(self.tensorrt.loader(Flavour::TensorRt, bundle, output)?),
+            EngineName::TensorRtRtx => Box::new(self.tensorrt.loader(Flavour::TensorRtRtx, bundle, output)?),
         })
     }
 
     /// `bundle` with the taps that its engines can show: those that were built in.
     pub(crate) fn observable(&self, mut bundle: Bundle, output: &Output) -> anyhow::Result<Bundle> {
         let Some(flavour) = self.engine.flavour() else { return Ok(bundle) };
-        let all = self.tensorrt.loader(flavour, &bundle)?.engines().record().taps;
+        let all = self.tensorrt.loader(flavour, &bundle, output)?.engines().record().taps;
         if !all {
             output
                 .remark("the engines show what their graphs return; accordion build --taps makes them show every tap");
@@ -138,6 +138,19 @@ impl EngineArguments {
     /// Whether graphs are run by ONNX Runtime on the CPU, which can do everything.
     pub(crate) fn is_ort_cpu(&self) -> bool {
         self.engine == EngineName::OrtCpu
+    }
+
+    /// Whether graphs are run by engines that were built before.
+    pub(crate) fn is_tensorrt(&self) -> bool {
+        self.engine.flavour().is_some()
+    }
+
+    /// What loads the engines of `bundle`, which alone can do `what`.
+    pub(crate) fn tensorrt<'b>(&self, what: &str, bundle: &'b Bundle, output: &Output) -> anyhow::Result<TensorRt<'b>> {
+        let needs = || anyhow!("{what} needs --engine tensorrt or tensorrt-rtx, and the engine is {}", self.name());
+        let flavour = self.engine.flavour().ok_or_else(needs)?;
+        self.check_unused()?;
+        self.tensorrt.loader(flavour, bundle, output)
     }
 
     /// What runs the operators of our domain, for results.

@@ -1,6 +1,7 @@
 //! `accordion profile`.
 
 mod child;
+mod gpu;
 mod show;
 mod sides;
 
@@ -27,6 +28,7 @@ use accordion::report::{Report, render};
 use accordion_graphs::plan::PromptLengths;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use gpu::GpuArguments;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -100,6 +102,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
     #[command(flatten)]
+    gpu: GpuArguments,
+    #[command(flatten)]
     engine: EngineArguments,
     /// Measure one configuration in this process and print the measurement
     #[arg(long, hide = true)]
@@ -155,6 +159,7 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         "--trace needs --engine ort-cpu, and the engine is {}",
         arguments.engine.name()
     );
+    arguments.gpu.check(&arguments.engine, arguments.paired)?;
     if let (Some(path), Some(bundle)) = (&arguments.state, bundles.first()) {
         return arguments.saved(bundle, path, output);
     }
@@ -219,7 +224,12 @@ impl Arguments {
             ..Protocol::default()
         };
         let prefix = Protocol { min_runs: usize::from(self.protocol.min_runs), ..first_token };
-        Effort { prefix, first_token, new_tokens: self.new_tokens.clone() }
+        Effort {
+            prefix,
+            first_token,
+            new_tokens: self.new_tokens.clone(),
+            cuda_graph: self.gpu.cuda_graph(&self.engine),
+        }
     }
 
     fn check_new_tokens(&self) -> anyhow::Result<()> {

@@ -78,6 +78,7 @@ kernels! {
     StridedMeanF32 "accordion_strided_mean_f32" "The mean of two inputs there, `float32`.",
     StridedMeanF16 "accordion_strided_mean_f16" "The mean of two inputs there, `float16`.",
     StridedMeanBf16 "accordion_strided_mean_bf16" "The mean of two inputs there, `bfloat16`.",
+    AppendRows "accordion_append_each" "A row behind those of every cache.",
 }
 
 /// Why a call is refused: nothing is launched then.
@@ -196,7 +197,7 @@ pub struct StridedCompress {
 const SCORE_THREADS: u32 = 128;
 const SCORE_ROWS: i64 = 16;
 const SELECT_THREADS: u32 = 1024;
-const ROW_THREADS: u32 = 256;
+pub(super) const ROW_THREADS: u32 = 256;
 const TILE_BYTES: i64 = 2 * 4 * 16 * ROW_THREADS as i64;
 
 /// Tiles of a matrix: whole rows that fill a tile, or one row that is longer.
@@ -204,12 +205,12 @@ fn tiles(rows: i64, row_bytes: i64) -> i64 {
     if row_bytes == 0 { 0 } else { (rows as u64).div_ceil((TILE_BYTES / row_bytes).max(1) as u64) as i64 }
 }
 
-fn is_length(length: i64) -> bool {
+pub(super) fn is_length(length: i64) -> bool {
     (0..=i64::from(i32::MAX)).contains(&length)
 }
 
 /// Whether the bytes of a tensor can be counted, by the widest element.
-fn countable(shape: &[i64]) -> bool {
+pub(super) fn countable(shape: &[i64]) -> bool {
     shape.iter().try_fold(4_i64, |product, &length| product.checked_mul(length)).is_some()
 }
 

@@ -32,17 +32,20 @@ pub enum Source {
     TopKPrune,
     /// `plugins/strided_compress/kernel.cu`.
     StridedCompress,
+    /// `plugins/append_rows/kernel.cu`.
+    AppendRows,
 }
 
 impl Source {
     /// All of them.
-    pub const ALL: [Source; 2] = [Source::TopKPrune, Source::StridedCompress];
+    pub const ALL: [Source; 3] = [Source::TopKPrune, Source::StridedCompress, Source::AppendRows];
 
-    /// The operator's folder, which is also the name of its compiled kernels.
+    /// The folder in `plugins`, which is also the name of its compiled kernels.
     pub const fn name(self) -> &'static str {
         match self {
             Source::TopKPrune => "topk_prune",
             Source::StridedCompress => "strided_compress",
+            Source::AppendRows => "append_rows",
         }
     }
 
@@ -50,6 +53,7 @@ impl Source {
         match self {
             Source::TopKPrune => "plugins/topk_prune/kernel.cu",
             Source::StridedCompress => "plugins/strided_compress/kernel.cu",
+            Source::AppendRows => "plugins/append_rows/kernel.cu",
         }
     }
 
@@ -57,6 +61,7 @@ impl Source {
         match self {
             Source::TopKPrune => include_str!("../../plugins/topk_prune/kernel.cu"),
             Source::StridedCompress => include_str!("../../plugins/strided_compress/kernel.cu"),
+            Source::AppendRows => include_str!("../../plugins/append_rows/kernel.cu"),
         }
     }
 }
@@ -270,7 +275,7 @@ mod tests {
             }
         }
         let mut entries: Vec<PathBuf> = std::fs::read_dir(cache.path()).unwrap().map(|e| e.unwrap().path()).collect();
-        assert_eq!(entries.len(), 8);
+        assert_eq!(entries.len(), 4 * Source::ALL.len());
 
         // What is there is taken, unless it is no code.
         entries.sort();

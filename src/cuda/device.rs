@@ -4,11 +4,9 @@ use super::calls::Address;
 use super::compile::Architecture;
 use super::error::{CudaError, Doing as _};
 use super::libraries::require;
-use crate::tensor::Runs;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr as _, DriverError, result, sys};
 use std::ffi::{CStr, c_void};
-use std::ptr::{null, null_mut};
 use std::sync::Arc;
 
 /// The driver's functions that are used here, by `cudarc` or directly.
@@ -38,8 +36,10 @@ const FUNCTIONS: &[&CStr] = &[
     c"cuMemAllocAsync",
     c"cuMemAlloc_v2",
     c"cuMemFreeAsync",
+    c"cuMemFreeHost",
     c"cuMemFree_v2",
     c"cuMemGetInfo_v2",
+    c"cuMemHostAlloc",
     c"cuMemcpy2DAsync_v2",
     c"cuMemcpyDtoDAsync_v2",
     c"cuMemcpyDtoHAsync_v2",
@@ -54,9 +54,6 @@ const FUNCTIONS: &[&CStr] = &[
     c"cuStreamEndCapture",
     c"cuStreamSynchronize",
 ];
-
-/// The driver takes no longer ones.
-const MAX_PITCH: usize = i32::MAX as usize;
 
 /// A device with a stream. Its parts live as long as it is used.
 #[derive(Debug, Clone)]
@@ -120,6 +117,9 @@ impl Moment {
 /// Work of the stream, recorded to be repeated.
 pub struct Graph(cudarc::driver::CudaGraph);
 
+// SAFETY: a graph may be used from any thread, if from one at a time, and `&` of it stays in one: it is not `Sync`.
+unsafe impl Send for Graph {}
+
 impl Graph {
     /// Starts the work once more.
     ///
@@ -178,6 +178,16 @@ impl Device {
             })
         };
         facts().doing("ask the device what it is")
+    }
+
+    /// Bytes of its memory that are free.
+    ///
+    /// # Errors
+    ///
+    /// The driver does not say.
+    pub fn free_bytes(&self) -> Result<u64, CudaError> {
+        let (free_bytes, _) = self.context.mem_get_info().doing("ask how much memory is free")?;
+        Ok(free_bytes as u64)
     }
 
     /// What its kernels are compiled for.
@@ -298,54 +308,6 @@ impl Device {
         self.wait()
     }
 
-    /// Copies runs of bytes from what lies at one address to what lies at the other, behind everything before.
-    ///
-    /// # Errors
-    ///
-    /// The driver refuses.
-    ///
-    /// # Safety
-    ///
-    /// The runs lie in memory of this device there, which stays until they are copied, and do not overlap.
-    pub(crate) unsafe fn copy_runs(&self, from: Address, to: Address, runs: &Runs) -> Result<(), CudaError> {
-        if runs.count == 0 || runs.bytes == 0 {
-            return Ok(());
-        }
-        self.bind()?;
-        let at = |start: Address, offset: usize| start + offset as Address;
-        let (from, to) = (at(from, runs.from), at(to, runs.to));
-        let stream = self.stream.cu_stream();
-        let copied = if runs.count > 1 && runs.from_pitch.max(runs.to_pitch) <= MAX_PITCH {
-            let copy = sys::CUDA_MEMCPY2D {
-                srcXInBytes: 0,
-                srcY: 0,
-                srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-                srcHost: null(),
-                srcDevice: from,
-                srcArray: null_mut(),
-                srcPitch: runs.from_pitch,
-                dstXInBytes: 0,
-                dstY: 0,
-                dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-                dstHost: null_mut(),
-                dstDevice: to,
-                dstArray: null_mut(),
-                dstPitch: runs.to_pitch,
-                WidthInBytes: runs.bytes,
-                Height: runs.count,
-            };
-            // SAFETY: the caller's promise.
-            unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, stream) }.result()
-        } else {
-            (0..runs.count).try_for_each(|i| {
-                let (from, to) = (at(from, i * runs.from_pitch), at(to, i * runs.to_pitch));
-                // SAFETY: the caller's promise.
-                unsafe { result::memcpy_dtod_async(to, from, runs.bytes, stream) }
-            })
-        };
-        copied.doing("copy on the device")
-    }
-
     /// Makes this device the one that libraries find in this thread.
     ///
     /// # Errors
@@ -435,13 +397,13 @@ impl Device {
     /// # Errors
     ///
     /// Those of `work`, or it does something that cannot be recorded.
-    pub fn capture(&self, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Graph, CudaError> {
+    pub fn capture<E: From<CudaError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).doing("begin a capture")?;
         let done = work();
         // Ended in any case: nothing else could be done on the stream.
         let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).doing("end a capture");
         done?;
         let nothing = || DriverError(sys::CUresult::CUDA_ERROR_ILLEGAL_STATE);
-        graph?.map(Graph).ok_or_else(nothing).doing("record work as a CUDA graph")
+        Ok(graph?.map(Graph).ok_or_else(nothing).doing("record work as a CUDA graph")?)
     }
 }

@@ -1,10 +1,12 @@
 //! The compiled kernels on a device, and launching them.
 
+use super::append::AppendRows;
 use super::calls::{Kernel, Launch, StridedRows, TopKPrune};
 use super::compile::{Architecture, Source, cached};
 use super::device::Device;
 use super::error::{CudaError, Doing as _};
-use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg as _};
+use cudarc::driver::sys::CUresult;
+use cudarc::driver::{CudaFunction, DeviceRepr, DriverError, LaunchConfig, PushKernelArg as _};
 use cudarc::nvrtc::Ptx;
 use std::path::{Path, PathBuf};
 
@@ -17,7 +19,7 @@ pub enum Origin {
     Compiler(PathBuf),
 }
 
-/// The kernels of all operators, ready on one device.
+/// Kernels, ready on one device.
 #[derive(Debug)]
 pub struct Kernels {
     device: Device,
@@ -28,6 +30,8 @@ pub struct Kernels {
 unsafe impl DeviceRepr for TopKPrune {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for StridedRows {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for AppendRows {}
 
 /// Code for the device from a folder: its own, else that of the same generation with the highest number below, else what the
 /// driver itself compiles.
@@ -54,9 +58,18 @@ impl Kernels {
     ///
     /// There is no code for this device, it cannot be made, or the driver refuses it.
     pub fn load(device: &Device, origin: &Origin) -> Result<Kernels, CudaError> {
+        Self::load_of(device, origin, &Source::ALL)
+    }
+
+    /// Loads those of some sources. Launching others fails.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::load`].
+    pub fn load_of(device: &Device, origin: &Origin, sources: &[Source]) -> Result<Kernels, CudaError> {
         let architecture = device.architecture()?;
         let mut functions = Vec::with_capacity(Kernel::ALL.len());
-        for source in Source::ALL {
+        for &source in sources {
             let code = match origin {
                 Origin::Folder(folder) => prebuilt(folder, source, architecture)?,
                 Origin::Compiler(cache) => cached(source, architecture, cache)?,
@@ -105,6 +118,23 @@ impl Kernels {
         }
     }
 
+    /// Appends a row to every cache, in one launch, and does not wait for it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Kernels::topk_prune`].
+    ///
+    /// # Safety
+    ///
+    /// As for [`Kernels::topk_prune`]; the pairs are addresses of such tensors, too.
+    pub unsafe fn append_rows(&self, call: &AppendRows) -> Result<(), CudaError> {
+        match call.launch()? {
+            // SAFETY: the caller's promise.
+            Some(launch) => unsafe { self.launch(launch, call) },
+            None => Ok(()),
+        }
+    }
+
     /// One launch of a call, to be timed by itself.
     ///
     /// # Errors
@@ -117,9 +147,9 @@ impl Kernels {
     /// [`Kernels::topk_prune`].
     pub unsafe fn launch<Call: DeviceRepr>(&self, launch: Launch, call: &Call) -> Result<(), CudaError> {
         let Launch { kernel, grid, threads } = launch;
-        let Some((_, function)) = self.functions.iter().find(|(known, _)| *known == kernel) else {
-            return Ok(());
-        };
+        let function = self.functions.iter().find(|(known, _)| *known == kernel).map(|(_, function)| function);
+        let function = function.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_FOUND));
+        let function = function.doing(format!("find {} in the compiled kernels", kernel.name()))?;
         let config = LaunchConfig { grid_dim: (grid.0, grid.1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 };
         // SAFETY: the kernel takes the call as its only argument, by value; its addresses are the caller's promise.
         unsafe { self.device.stream.launch_builder(function).arg(call).launch(config) }
@@ -137,6 +167,7 @@ impl Kernel {
             Kernel::StridedSelect | Kernel::StridedMeanF32 | Kernel::StridedMeanF16 | Kernel::StridedMeanBf16 => {
                 Source::StridedCompress
             }
+            Kernel::AppendRows => Source::AppendRows,
         }
     }
 }

@@ -46,7 +46,7 @@ impl<'b> Engines<'b> {
 
     /// Whether the engine of graph `name`, if there is such a graph, may have a use for [`Engine::steps`]. One that is observed
     /// has none: every value of it is looked at on its own.
-    pub(super) fn may_step(&self, name: &str) -> bool {
+    pub(crate) fn may_step(&self, name: &str) -> bool {
         self.observer.is_none() && self.bundle.signature(name).is_some() && self.loader.steps(name)
     }
 
@@ -80,6 +80,11 @@ impl<'b> Engines<'b> {
             }
         };
         Ok(engine.as_mut())
+    }
+
+    /// Whether engines may record what a token does and repeat that, as [`Loader::record_steps`].
+    pub fn record_steps(&self, on: bool) {
+        self.loader.record_steps(on);
     }
 
     /// Drops the engines loaded so far, and the memory their runtimes hold.

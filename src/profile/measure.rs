@@ -4,20 +4,23 @@
 //! plan. So the tokens may be random, and HOMER may run without a significance table.
 
 use super::ProfileError;
+use super::decoding::{CudaGraph, WARM_UP_TOKENS, compare_graphs, decode, largest};
 use super::details::{Details, ms, spans, stages};
+use super::layers::operators;
 use super::load::Watch;
 use super::roofline::Demand;
 use super::schema::{Configuration, Measurement, decoder_in_words, describe};
 use super::stats::{self, LatencyStats, Protocol, monotonic};
 use super::stopwatch::{Record, Stopwatch};
-use super::trace::Trace;
+use super::trace::{OperatorTime, Trace};
 use crate::bundle::Bundle;
 use crate::environment::{peak_resident_bytes, reset_peak_resident};
 use crate::pipeline::compress::Compression;
-use crate::pipeline::decode::{Continuation, Sequence};
+use crate::pipeline::decode::{Continuation, DECODER_STEP, Sequence};
 use crate::pipeline::prompt::PromptIds;
 use crate::pipeline::question::with_suffix;
 use crate::pipeline::{ContextState, Engines, plain};
+use crate::tensorrt::layers::LayerRecord;
 use accordion_graphs::architecture::{Architecture, Compressor};
 use accordion_graphs::plan::sharedllm::SharedLlmSettings;
 use accordion_graphs::plan::{OperationCount, PromptLengths};
@@ -25,9 +28,6 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::path::Path;
 use std::time::Duration;
-
-/// Tokens that are decoded before those that are counted.
-const WARM_UP_TOKENS: usize = 8;
 
 /// Tokens that a traced run decodes.
 const TRACED_TOKENS: usize = 4;
@@ -42,23 +42,22 @@ pub struct Effort {
     /// How many tokens are decoded behind it, at least one: the last number is that of all, and between two numbers the
     /// tokens have statistics of their own. Ascending.
     pub new_tokens: Vec<usize>,
+    /// How they are decoded by an engine that has a choice.
+    pub cuda_graph: Option<CudaGraph>,
 }
 
 impl Effort {
     /// One turn of many: a prefix, or as many as `min_time` asks for, cold or warm as they come, and `new_tokens` behind
     /// it.
-    pub fn turn(min_time: Duration, new_tokens: usize) -> Self {
+    pub fn turn(min_time: Duration, new_tokens: usize, cuda_graph: Option<CudaGraph>) -> Self {
         Self {
-            prefix: Protocol { min_runs: 1, min_time, ..UNTIMED },
-            first_token: Protocol { warm_up_runs: 1, min_runs: 5, ..UNTIMED },
+            prefix: Protocol { min_runs: 1, min_time, ..Protocol::UNTIMED },
+            first_token: Protocol { warm_up_runs: 1, min_runs: 5, ..Protocol::UNTIMED },
             new_tokens: vec![new_tokens],
+            cuda_graph,
         }
     }
 }
-
-/// So many runs, whatever they take; none of them to warm up.
-const UNTIMED: Protocol =
-    Protocol { warm_up_time: Duration::ZERO, warm_up_runs: 0, min_time: Duration::ZERO, min_runs: 0, max_time: None };
 
 /// What the measurement is about to do, for a progress display.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,7 +218,12 @@ fn measure_state(
     let _ = reset_peak_resident();
     let watch = Watch::start();
     let stopwatch = &runner.stopwatch;
-    stopwatch.take();
+    stopwatch.take()?;
+    let has_steps = engines.may_step(DECODER_STEP);
+    if effort.cuda_graph == Some(CudaGraph::Both) && !has_steps {
+        return Err(ProfileError::NoSteps);
+    }
+    engines.record_steps(effort.cuda_graph != Some(CudaGraph::Off));
 
     let mut built: Option<ContextState> = None;
     let mut runs: Vec<(Duration, Record)> = Vec::new();
@@ -229,7 +233,7 @@ fn measure_state(
         on_step(Step::Run);
         let clock = monotonic();
         built = Some(build(engines, on_step)?);
-        runs.push((clock(), stopwatch.take()));
+        runs.push((clock(), stopwatch.take()?));
         Ok::<(), ProfileError>(())
     })?;
     let state = built.ok_or(ProfileError::NoRun)?;
@@ -242,29 +246,31 @@ fn measure_state(
     };
     let first_token = stats::measure(&effort.first_token, monotonic(), || start(engines).map(drop))?;
 
-    let (mut sequence, mut token) = start(engines)?;
-    let rows = sequence.len();
-    let mut loading: Duration =
-        runs.iter().map(|(_, record)| record.loading).sum::<Duration>() + stopwatch.take().loading;
-    let mut steps = Vec::new();
-    let each = Protocol { warm_up_runs: WARM_UP_TOKENS, min_runs: decoded, ..UNTIMED };
-    let per_token = stats::measure(&each, monotonic(), || {
-        token = largest(&sequence.forward(engines, &[token], 1)?.to_f32());
-        let record = stopwatch.take();
-        loading += record.loading;
-        steps.push(record.running());
-        Ok::<(), ProfileError>(())
-    })?;
+    let loaded = runs.iter().map(|(_, record)| record.loading).sum::<Duration>() + stopwatch.take()?.loading;
+    let tokens = decode(engines, &mut start, stopwatch, decoded)?;
+    // Before anything is done that another run would not do.
+    let peak = peak_resident_bytes().unwrap_or(0);
+    let peak_device_bytes = stopwatch.device_bytes()?;
+    let cuda_graph = match effort.cuda_graph {
+        Some(CudaGraph::Both) => Some(compare_graphs(engines, &mut start, stopwatch, decoded)?),
+        Some(CudaGraph::On | CudaGraph::Off) | None => None,
+    };
 
-    let Subject { method, settings, lengths, operations } = subject;
+    let Subject { method, mut settings, lengths, operations } = subject;
+    if let Some(graph) = effort.cuda_graph {
+        let word = if graph == CudaGraph::Off || !has_steps { "off" } else { "on" };
+        settings.push(("CUDA graph".to_owned(), word.to_owned()));
+    }
     let bundle = engines.bundle();
     let decoder = bundle.architecture();
     let mut details = Details {
-        load_ms: Some(ms(loading)),
+        load_ms: Some(ms(loaded + tokens.loading)),
         first_run_ms: runs.first().map(|(time, _)| ms(*time)),
-        decoded: spans(&per_token, &effort.new_tokens, rows + WARM_UP_TOKENS),
+        decoded: spans(&tokens.times, &effort.new_tokens, tokens.rows),
         token_demand: Some(Demand::of_step(bundle, &state, WARM_UP_TOKENS + decoded / 2)),
         others_busy: watch.others_busy(),
+        peak_device_bytes,
+        cuda_graph,
         ..Details::default()
     };
     // The runs that count are the last ones.
@@ -273,13 +279,21 @@ fn measure_state(
         let graphs = record.graphs.keys().map(String::as_str);
         details.prefix_demand = operations.map(|operations| Demand::of_prefix(bundle, &operations, graphs));
         details.stages = stages(record);
-        let host = time.saturating_sub(record.running() + record.loading);
+        let waiting = record.waiting.unwrap_or_default();
+        let host = time.saturating_sub(record.running() + record.loading + waiting);
         details.host_ms = (!record.graphs.is_empty()).then_some(ms(host));
+        details.wait_ms = record.waiting.map(ms);
     }
-    let running: Duration = steps.iter().rev().take(per_token.len()).sum();
-    if !running.is_zero() {
-        let host = per_token.iter().sum::<Duration>().saturating_sub(running);
-        details.token_host_ms = Some(ms(host) / per_token.len() as f64);
+    if !tokens.record.graphs.is_empty() {
+        let Record { waiting, .. } = tokens.record;
+        let running = tokens.record.running();
+        let total: Duration = tokens.times.iter().sum();
+        let host = total.saturating_sub(running + waiting.unwrap_or_default());
+        let each = |time| tokens.per_token_ms(time);
+        details.token_host_ms = Some(each(host));
+        details.token_run_ms = Some(each(running));
+        details.token_compute_ms = tokens.record.computing().map(each);
+        details.token_wait_ms = waiting.map(each);
     }
     Ok(Measurement {
         configuration: Configuration {
@@ -293,8 +307,8 @@ fn measure_state(
         tokens_kept: state.tokens_kept(),
         prefix: statistics(&prefix)?,
         first_token: statistics(&first_token)?,
-        per_token: statistics(&per_token)?,
-        peak_resident_bytes: peak_resident_bytes().unwrap_or(0),
+        per_token: statistics(&tokens.times)?,
+        peak_resident_bytes: peak,
         state_bytes: state.cache_bytes(),
         plain_state_bytes: decoder.kv_bytes_per_token() * lengths.total() as u64,
         operations: operations.map(|operations| operations.total()),
@@ -322,15 +336,39 @@ pub fn record(
     prompt: &PromptIds,
     folder: &Path,
 ) -> Result<Trace, ProfileError> {
-    let state = compression.compress(&mut engines, prompt, &mut |_, _| {})?;
-    let mut sequence = Sequence::continue_from(&engines, &state, TRACED_TOKENS, Continuation::Next)?;
+    run_once(&mut engines, compression, prompt)?;
+    // The runtime writes its records when a session ends, and tensors that it allocated keep theirs alive.
+    drop(engines);
+    Trace::read(folder)
+}
+
+/// Builds the state of `prompt` once and decodes a few tokens behind it, with `engines` whose loader tells `layers` what
+/// their layers take.
+///
+/// # Errors
+///
+/// As [`measure`], or no layer was told of.
+pub fn record_layers(
+    mut engines: Engines<'_>,
+    layers: &LayerRecord,
+    compression: &Compression,
+    prompt: &PromptIds,
+) -> Result<Vec<OperatorTime>, ProfileError> {
+    // What is repeated as a whole has no layers.
+    engines.record_steps(false);
+    run_once(&mut engines, compression, prompt)?;
+    let times = layers.times();
+    if times.is_empty() { Err(ProfileError::NoLayers) } else { Ok(operators(&times)) }
+}
+
+fn run_once(engines: &mut Engines<'_>, compression: &Compression, prompt: &PromptIds) -> Result<(), ProfileError> {
+    let state = compression.compress(engines, prompt, &mut |_, _| {})?;
+    let mut sequence = Sequence::continue_from(engines, &state, TRACED_TOKENS, Continuation::Next)?;
     let mut token = largest(&state.logits);
     for _ in 0..TRACED_TOKENS {
-        token = largest(&sequence.forward(&mut engines, &[token], 1)?.to_f32());
+        token = largest(&sequence.forward(engines, &[token], 1)?.to_f32());
     }
-    // The runtime writes its records when a session ends, and tensors that it allocated keep theirs alive.
-    drop((sequence, state, engines));
-    Trace::read(folder)
+    Ok(())
 }
 
 fn settings(compression: &Compression) -> Vec<(String, String)> {
@@ -375,10 +413,4 @@ pub fn random_tokens(vocab_size: usize, count: usize, seed: u64) -> Vec<u32> {
 
 fn statistics(samples: &[Duration]) -> Result<LatencyStats, ProfileError> {
     LatencyStats::new(samples).ok_or(ProfileError::NoRun)
-}
-
-/// Index of the largest value: the greedy choice.
-fn largest(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-    best.map_or(0, |(id, _)| u32::try_from(id).unwrap_or(0))
 }

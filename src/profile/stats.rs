@@ -39,6 +39,12 @@ impl Default for Protocol {
     }
 }
 
+impl Protocol {
+    /// So many runs, whatever they take; none of them to warm up.
+    pub const UNTIMED: Self =
+        Self { warm_up_time: Duration::ZERO, warm_up_runs: 0, min_time: Duration::ZERO, min_runs: 0, max_time: None };
+}
+
 /// A monotonic clock: time since this function was called.
 pub fn monotonic() -> impl Fn() -> Duration {
     let origin = Instant::now();

@@ -1,60 +1,138 @@
 //! Time per graph, without the runtime's own records: a loader whose engines time their runs. It costs two readings of
 //! the clock for every run of a graph.
 
+use crate::cuda::{CudaError, Meter};
 use crate::runtime::steps::{MaybeSteps, StepCall, Steps};
 use crate::runtime::{Engine, EngineError, InPlace, Loader};
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Adds up what the graphs of the loaders that it watches take. Clones share one record.
 #[derive(Debug, Clone, Default)]
-pub struct Stopwatch(Arc<Mutex<Record>>);
+pub struct Stopwatch(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    record: Record,
+    /// Of the device of the loader that was watched last, if it has one.
+    meter: Option<Arc<Meter>>,
+}
 
 /// Times since a stopwatch was last read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Record {
     /// Spent loading graphs.
     pub loading: Duration,
-    /// Runs of each graph, and the time of all of them.
-    pub graphs: BTreeMap<String, (usize, Duration)>,
+    /// Runs of each graph.
+    pub graphs: BTreeMap<String, GraphTime>,
+    /// Spent by the host waiting for the device, copying included; not known where engines have none.
+    pub waiting: Option<Duration>,
+}
+
+/// All runs of a graph.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GraphTime {
+    /// How many.
+    pub calls: usize,
+    /// The host's time: where engines have a device, that of putting the work on its stream, without waiting for it.
+    pub host: Duration,
+    /// The device's time, where engines have one.
+    pub device: Option<Duration>,
 }
 
 impl Record {
-    /// The time that any graph was running.
+    /// The host's time in runs of graphs.
     pub fn running(&self) -> Duration {
-        self.graphs.values().map(|(_, time)| *time).sum()
+        self.graphs.values().map(|graph| graph.host).sum()
+    }
+
+    /// The device's time in runs of graphs; `None` where there were none on a device.
+    pub fn computing(&self) -> Option<Duration> {
+        self.graphs.values().map(|graph| graph.device).sum()
     }
 }
 
 impl Stopwatch {
     /// `loader`, with its graphs being timed.
     pub fn watch<'a>(&self, loader: impl Loader + 'a) -> Box<dyn Loader + 'a> {
+        let meter = loader.meter();
+        if let Some(meter) = &meter {
+            meter.start();
+        }
+        self.state().meter = meter;
         Box::new(TimedLoader { loader, stopwatch: self.clone() })
     }
 
-    /// What was added up, and starts over.
-    pub fn take(&self) -> Record {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    /// What was added up, and starts over. Where engines have a device, this waits for it.
+    ///
+    /// # Errors
+    ///
+    /// What was under way on the device has failed.
+    pub fn take(&self) -> Result<Record, CudaError> {
+        let mut state = self.state();
+        let mut record = std::mem::take(&mut state.record);
+        if let Some(meter) = &state.meter {
+            let times = meter.take()?;
+            for (name, (_, time)) in times.work {
+                record.graphs.entry(name).or_default().device = Some(time);
+            }
+            record.waiting = Some(times.waiting);
+        }
+        Ok(record)
+    }
+
+    /// Bytes that the engines' device has given since their loader was made, as [`Meter::used_bytes`]; `None` where they have
+    /// no device.
+    ///
+    /// # Errors
+    ///
+    /// The driver does not say.
+    pub fn device_bytes(&self) -> Result<Option<u64>, CudaError> {
+        self.state().meter.as_ref().map(|meter| meter.used_bytes()).transpose()
+    }
+
+    fn waited(&self) -> Duration {
+        let meter = self.state().meter.clone();
+        meter.map_or(Duration::ZERO, |meter| meter.waited())
     }
 
     fn add(&self, add: impl FnOnce(&mut Record)) {
-        add(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        add(&mut self.state().record);
     }
 
-    /// Counts a run of `graph` that took so long.
-    fn add_run(&self, graph: &str, took: Duration) {
-        self.add(|record| match record.graphs.get_mut(graph) {
-            Some((calls, time)) => {
-                *calls += 1;
-                *time += took;
-            }
-            None => {
-                record.graphs.insert(graph.to_owned(), (1, took));
-            }
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A run begins.
+    fn begin(&self) -> Begun {
+        let waited = self.waited();
+        Begun { start: Instant::now(), waited }
+    }
+
+    /// Counts a run of `graph` that began so.
+    fn end(&self, graph: &str, begun: &Begun) {
+        let took = begun.start.elapsed();
+        // A step waits for its results by itself.
+        let took = took.saturating_sub(self.waited().saturating_sub(begun.waited));
+        self.add(|record| {
+            // Looked up first: a name is copied once.
+            let time = match record.graphs.get_mut(graph) {
+                Some(time) => time,
+                None => record.graphs.entry(graph.to_owned()).or_default(),
+            };
+            time.calls += 1;
+            time.host += took;
         });
     }
+}
+
+/// When a run began, and how long the host had waited for the device until then.
+struct Begun {
+    start: Instant,
+    waited: Duration,
 }
 
 struct TimedLoader<L> {
@@ -78,6 +156,14 @@ impl<L: Loader> Loader for TimedLoader<L> {
     fn name(&self) -> &'static str {
         self.loader.name()
     }
+
+    fn record_steps(&self, on: bool) {
+        self.loader.record_steps(on);
+    }
+
+    fn meter(&self) -> Option<Arc<Meter>> {
+        self.loader.meter()
+    }
 }
 
 struct TimedEngine {
@@ -93,9 +179,9 @@ impl Engine for TimedEngine {
         in_place: &mut [InPlace<'_>],
         outputs: &[&str],
     ) -> Result<Vec<Tensor>, EngineError> {
-        let start = Instant::now();
+        let begun = self.stopwatch.begin();
         let results = self.engine.run(inputs, in_place, outputs)?;
-        self.stopwatch.add_run(&self.graph, start.elapsed());
+        self.stopwatch.end(&self.graph, &begun);
         Ok(results)
     }
 
@@ -114,9 +200,9 @@ struct TimedSteps {
 
 impl Steps for TimedSteps {
     fn step(&mut self, values: &[i64]) -> Result<Vec<Tensor>, EngineError> {
-        let start = Instant::now();
+        let begun = self.stopwatch.begin();
         let results = self.steps.step(values)?;
-        self.stopwatch.add_run(&self.graph, start.elapsed());
+        self.stopwatch.end(&self.graph, &begun);
         Ok(results)
     }
 
@@ -207,12 +293,13 @@ mod tests {
                 engines[0].run(&[], &mut [], &[]).unwrap();
             }
             engines[1].run(&[], &mut [], &[]).unwrap();
-            let record = stopwatch.take();
-            let calls: Vec<_> = record.graphs.iter().map(|(name, (calls, _))| (name.as_str(), *calls)).collect();
+            let record = stopwatch.take().unwrap();
+            let calls: Vec<_> = record.graphs.iter().map(|(name, time)| (name.as_str(), time.calls)).collect();
             assert_eq!(calls, [("head", 1), ("leaf", times)]);
-            assert_eq!(record.running(), record.graphs["head"].1 + record.graphs["leaf"].1);
+            assert_eq!(record.running(), record.graphs["head"].host + record.graphs["leaf"].host);
+            assert_eq!((record.computing(), record.waiting), (None, None));
         }
-        assert_eq!((loader.name(), stopwatch.take()), ("idle", Record::default()));
+        assert_eq!((loader.name(), stopwatch.take().unwrap()), ("idle", Record::default()));
     }
 
     #[test]
@@ -220,6 +307,6 @@ mod tests {
         let stopwatch = Stopwatch::default();
         let mut engine = stopwatch.watch(Idle(false)).load("leaf", &[], &[]).unwrap();
         assert!(engine.run(&[], &mut [], &[]).is_err());
-        assert!(stopwatch.take().graphs.is_empty());
+        assert!(stopwatch.take().unwrap().graphs.is_empty());
     }
 }

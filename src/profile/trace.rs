@@ -15,14 +15,14 @@ use std::path::Path;
 /// What ONNX Runtime appends to the name of a node in the record of its run.
 const KERNEL: &str = "_kernel_time";
 
-/// The time of all nodes of one kind in one place of the model.
+/// The time of all nodes of one kind in one place of the model, or of all layers of an engine that compute such nodes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct OperatorTime {
     /// The graph.
     pub graph: String,
     /// Path of the module, numbers of layers replaced by `*`.
     pub module: String,
-    /// The operator.
+    /// The operator; of a layer that computes several nodes, theirs.
     pub operator: String,
     /// How often it ran.
     pub calls: usize,
@@ -66,27 +66,36 @@ impl Trace {
     }
 
     fn add(&mut self, process: usize, start: f64, graph: &str, events: Vec<Value>) {
-        let mut times: BTreeMap<(String, String), (usize, f64)> = BTreeMap::new();
+        let mut times = Vec::new();
         self.events.push(json!({"ph": "M", "name": "process_name", "pid": process, "args": {"name": graph}}));
         for mut event in events {
             if let Some((module, operator)) = node(&event) {
-                let entry = times.entry((module, operator)).or_default();
-                entry.0 += 1;
-                entry.1 += event["dur"].as_f64().unwrap_or(0.0) / 1e3;
+                times.push((module, operator, 1, event["dur"].as_f64().unwrap_or(0.0) / 1e3));
             }
             let moved = event["ts"].as_f64().unwrap_or(0.0) + start;
             event["ts"] = moved.into();
             event["pid"] = process.into();
             self.events.push(event);
         }
-        self.operators.extend(times.into_iter().map(|((module, operator), (calls, total_ms))| OperatorTime {
-            graph: graph.to_owned(),
-            module,
-            operator,
-            calls,
-            total_ms,
-        }));
+        self.operators.extend(by_module(graph, times));
     }
+}
+
+/// Adds up times of a graph, as module, operator, calls and milliseconds, those of all layers of the model together.
+pub(super) fn by_module(
+    graph: &str,
+    times: impl IntoIterator<Item = (String, String, usize, f64)>,
+) -> Vec<OperatorTime> {
+    let mut sums: BTreeMap<(String, String), (usize, f64)> = BTreeMap::new();
+    for (module, operator, calls, total_ms) in times {
+        let sum = sums.entry((module_pattern(&module), operator)).or_default();
+        sum.0 += calls;
+        sum.1 += total_ms;
+    }
+    let graph = || graph.to_owned();
+    let time =
+        |((module, operator), (calls, total_ms))| OperatorTime { graph: graph(), module, operator, calls, total_ms };
+    sums.into_iter().map(time).collect()
 }
 
 /// Start and graph of a file that the runtime named `<micros>-<graph>_<date>_<time>_<milliseconds>.json`.
@@ -100,7 +109,7 @@ fn parse_name(name: &str) -> Option<(f64, &str)> {
 fn node(event: &Value) -> Option<(String, String)> {
     let name = event["name"].as_str()?.strip_suffix(KERNEL)?;
     let operator = event["args"]["op_name"].as_str()?;
-    Some((module_pattern(module_path(name, operator)), operator.to_owned()))
+    Some((module_path(name, operator).to_owned(), operator.to_owned()))
 }
 
 #[cfg(test)]

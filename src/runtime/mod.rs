@@ -16,8 +16,10 @@ pub mod steps;
 #[cfg(test)]
 pub(crate) use session::trace_prefix;
 
+use crate::cuda::Meter;
 use crate::tensor::{Tensor, TensorError};
 use accordion_graphs::dtype::DType;
+use std::sync::Arc;
 use steps::{MaybeSteps, StepCall};
 
 /// One graph, loaded and ready to run.
@@ -115,6 +117,15 @@ pub trait Loader {
 
     /// The engine's name: `ort-cpu`.
     fn name(&self) -> &'static str;
+
+    /// Whether [`Engine::steps`] of the graphs that it loaded or loads may record what a step does and repeat the record from now
+    /// on. Otherwise they do the same work without one, which is slower and can be looked into. Nothing where no engine records.
+    fn record_steps(&self, _on: bool) {}
+
+    /// What measures the work of its engines on their device. Nothing where the host does the work.
+    fn meter(&self) -> Option<Arc<Meter>> {
+        None
+    }
 }
 
 impl<L: Loader + ?Sized> Loader for Box<L> {
@@ -128,6 +139,14 @@ impl<L: Loader + ?Sized> Loader for Box<L> {
 
     fn name(&self) -> &'static str {
         (**self).name()
+    }
+
+    fn record_steps(&self, on: bool) {
+        (**self).record_steps(on);
+    }
+
+    fn meter(&self) -> Option<Arc<Meter>> {
+        (**self).meter()
     }
 }
 

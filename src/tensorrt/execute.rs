@@ -3,15 +3,20 @@
 
 use super::build::BuiltProfile;
 use super::engines::{Engines, sha256};
+use super::layers::LayerRecord;
 use super::loaded::{Context, LoadedEngine, Port};
 use super::memory::{Memory, OnDevice};
 use super::ranges::widened_by;
+use super::recording::Recording;
 use super::select::{Given, Misfit, Place, choose};
 use super::shim::{Observer, Shim};
+use super::steps::Replay;
 use super::{Flavour, TensorRtError};
 use crate::bundle::{Bundle, Method};
-use crate::cuda::Device;
+use crate::cuda::{Device, Meter, Origin};
+use crate::pipeline::decode::DECODER_STEP;
 use crate::runtime::resident::Resident;
+use crate::runtime::steps::{MaybeSteps, StepCall, Steps};
 use crate::runtime::{Engine, EngineError, InPlace, Loader};
 use crate::tensor::Tensor;
 use accordion_graphs::dtype::DType;
@@ -21,12 +26,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// How engines are loaded.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecutionOptions {
     /// The library with our plugins, if engines were built with it.
     pub plugins: Option<PathBuf>,
     /// Whether engines and plugins are loaded whose hash is not the recorded one.
     pub trusted: bool,
+    /// Whether steps of a decoder may be recorded as CUDA graphs.
+    pub cuda_graphs: bool,
+    /// Where the kernel comes from that appends rows to caches. Without it caches grow, and there are no steps.
+    pub kernels: Option<Origin>,
+}
+
+impl Default for ExecutionOptions {
+    fn default() -> Self {
+        Self { plugins: None, trusted: false, cuda_graphs: true, kernels: None }
+    }
 }
 
 /// Loads the engines that were built of a bundle's graphs.
@@ -36,6 +51,8 @@ pub struct TensorRt<'b> {
     engines: Engines,
     memory: Arc<Memory>,
     trusted: bool,
+    layers: Option<Arc<LayerRecord>>,
+    recording: Arc<Recording>,
     /// Each is loaded once, however many ask for it.
     loaded: Mutex<HashMap<String, Weak<Mutex<Executable>>>>,
 }
@@ -62,7 +79,24 @@ impl<'b> TensorRt<'b> {
         device.bind()?;
         load_plugins(&shim, &engines, options)?;
         let (memory, shim) = (Memory::new(device)?, Arc::new(shim));
-        Ok(Self { bundle, shim, engines, memory, trusted: options.trusted, loaded: Mutex::default() })
+        let recording = Arc::new(Recording::new(options.cuda_graphs, options.kernels.clone()));
+        let (trusted, loaded) = (options.trusted, Mutex::default());
+        Ok(Self { bundle, shim, engines, memory, trusted, layers: None, recording, loaded })
+    }
+
+    /// The same, which tells `hear`, once, what a user should know though it is no error: that something is slower than it might be.
+    #[must_use]
+    pub fn telling(self, hear: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.recording.tell(hear);
+        self
+    }
+
+    /// The same, whose engines measure their layers and tell `record` of them. They wait for the work of every call, which
+    /// makes them slower.
+    #[must_use]
+    pub fn measuring_layers(mut self, record: Arc<LayerRecord>) -> Self {
+        self.layers = Some(record);
+        self
     }
 
     /// What was built.
@@ -79,7 +113,10 @@ impl<'b> TensorRt<'b> {
         }
         let plan = self.engines.plan(name, self.trusted)?;
         self.memory.device().bind()?;
-        let engine = LoadedEngine::open(Arc::clone(&self.shim), name, &plan, &Silent)?;
+        let mut engine = LoadedEngine::open(Arc::clone(&self.shim), name, &plan, &Silent)?;
+        if let Some(record) = &self.layers {
+            engine.measure_layers(record)?;
+        }
         let profiles = self.engines.record().engines.get(name).map(|entry| entry.profiles.clone()).unwrap_or_default();
         if engine.num_profiles() != profiles.len() {
             let (found, recorded) = (engine.num_profiles(), profiles.len());
@@ -91,6 +128,7 @@ impl<'b> TensorRt<'b> {
             signature: self.bundle.signature(name).cloned().unwrap_or_default(),
             method: self.bundle.manifest().method.clone(),
             memory: Arc::clone(&self.memory),
+            recording: Arc::clone(&self.recording),
         })
     }
 }
@@ -124,8 +162,22 @@ impl Loader for TensorRt<'_> {
         Ok(Box::new(Shared(shared)))
     }
 
+    fn steps(&self, name: &str) -> bool {
+        // The other graphs are not made for them.
+        let built = self.engines.record().engines.contains_key(name);
+        name == DECODER_STEP && built && self.recording.kernels(self.memory.device()).is_some()
+    }
+
     fn name(&self) -> &'static str {
         self.shim.toolkit().flavour.word()
+    }
+
+    fn record_steps(&self, on: bool) {
+        self.recording.switch(on);
+    }
+
+    fn meter(&self) -> Option<Arc<Meter>> {
+        Some(Arc::clone(self.memory.meter()))
     }
 }
 
@@ -165,19 +217,34 @@ impl Engine for Shared {
             let message = "an engine updates nothing in place: export the bundle with --target portable".to_owned();
             return Err(EngineError::Runtime { graph, message });
         }
-        executable.run(inputs, outputs).map_err(|error| match error {
-            RunError::NoInput(name) => EngineError::UnknownName { graph, kind: "input", name },
-            RunError::Failed(message) => EngineError::Runtime { graph, message },
-        })
+        executable.run(inputs, outputs).map_err(|error| error.of(graph))
+    }
+
+    fn steps(&mut self, call: &StepCall<'_>) -> MaybeSteps {
+        let replay = Replay::new(&self.0, call).map_err(|error| {
+            let executable = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            error.of(executable.engine.name().to_owned())
+        })?;
+        Ok(replay.map(|replay| Box::new(replay) as Box<dyn Steps>))
     }
 }
 
 /// Why a call could not be made.
-enum RunError {
+pub(super) enum RunError {
     /// The graph has no such input.
     NoInput(String),
     /// Anything else.
     Failed(String),
+}
+
+impl RunError {
+    /// As the error of graph `graph`.
+    pub(super) fn of(self, graph: String) -> EngineError {
+        match self {
+            Self::NoInput(name) => EngineError::UnknownName { graph, kind: "input", name },
+            Self::Failed(message) => EngineError::Runtime { graph, message },
+        }
+    }
 }
 
 impl<E: ToString> From<E> for RunError {
@@ -187,12 +254,13 @@ impl<E: ToString> From<E> for RunError {
 }
 
 /// An engine, and what has to be known to run it.
-struct Executable {
-    engine: LoadedEngine,
+pub(super) struct Executable {
+    pub(super) engine: LoadedEngine,
     profiles: Vec<BuiltProfile>,
-    signature: GraphSignature,
+    pub(super) signature: GraphSignature,
     method: Method,
-    memory: Arc<Memory>,
+    pub(super) memory: Arc<Memory>,
+    pub(super) recording: Arc<Recording>,
 }
 
 impl Drop for Executable {
@@ -204,23 +272,30 @@ impl Drop for Executable {
 
 impl Executable {
     fn run(&mut self, inputs: &[(&str, &Tensor)], outputs: &[&str]) -> Result<Vec<Tensor>, RunError> {
-        let Self { engine, profiles, signature, method, memory } = self;
-        let ports = engine.ports();
+        let ports = self.engine.ports();
         if let Some(name) = outputs.iter().find(|name| !ports.iter().any(|p| !p.is_input && p.name == **name)) {
             let missing = format!("the engine has no output '{name}': accordion build --taps makes taps outputs");
             return Err(missing.into());
         }
-        let given = assigned(&ports, signature, inputs)?;
+        let given = assigned(&ports, &self.signature, inputs)?;
         let asked = given.iter().map(|(port, tensor)| asked(port, tensor)).collect::<Result<Vec<_>, RunError>>()?;
-        let profile = choose(profiles, &asked).map_err(|misfit| in_words(&misfit, engine.name(), signature, method))?;
+        let profile = self.profile(&asked)?;
+        let Self { engine, memory, .. } = self;
         memory.device().bind()?;
-        let mut context = engine.context(profile, memory.device().stream_pointer())?;
-        let results = enqueue(&mut context, &ports, &given, memory)?;
+        let name = engine.name().to_owned();
+        let context = engine.context(profile, memory.device().stream_pointer())?;
+        let results = enqueue(context, (&name, &ports), &given, memory)?;
         let result = |name: &&str| {
             let found = results.iter().find(|(port, ..)| port.name == **name);
             found.map(|(.., tensor)| tensor.clone()).ok_or_else(|| format!("there is no output '{name}'").into())
         };
         outputs.iter().map(result).collect()
+    }
+
+    /// The optimization profile that serves a call.
+    pub(super) fn profile(&self, asked: &[Given<'_>]) -> Result<usize, RunError> {
+        let in_words = |misfit| in_words(&misfit, self.engine.name(), &self.signature, &self.method);
+        Ok(choose(&self.profiles, asked).map_err(in_words)?)
     }
 }
 
@@ -244,12 +319,12 @@ fn assigned<'e, 't>(
     ports.iter().filter(|port| port.is_input).map(of_port).collect()
 }
 
-fn missing(port: &Port) -> RunError {
+pub(super) fn missing(port: &Port) -> RunError {
     format!("input '{}' is missing", port.name).into()
 }
 
 /// What decides whether a profile serves an input.
-fn asked<'a>(port: &'a Port, tensor: &'a Tensor) -> Result<Given<'a>, RunError> {
+pub(super) fn asked<'a>(port: &'a Port, tensor: &'a Tensor) -> Result<Given<'a>, RunError> {
     let value = match (port.on_host, tensor.dtype()) {
         (true, DType::I64) => tensor.as_i64()?.first().copied(),
         (true, DType::I32) => tensor.as_i32()?.first().map(|&value| i64::from(value)),
@@ -260,8 +335,8 @@ fn asked<'a>(port: &'a Port, tensor: &'a Tensor) -> Result<Given<'a>, RunError> 
 
 /// Puts a call on the stream, and returns all outputs.
 fn enqueue<'e>(
-    context: &mut Context<'_>,
-    ports: &'e [Port],
+    context: &mut Context,
+    (graph, ports): (&str, &'e [Port]),
     given: &[(&Port, &Tensor)],
     memory: &Arc<Memory>,
 ) -> Result<Vec<(&'e Port, Tensor)>, RunError> {
@@ -293,8 +368,8 @@ fn enqueue<'e>(
     memory.with_scratch(context.memory_bytes(), |scratch| {
         // SAFETY: as long as it says, and everything that uses it is on one stream.
         unsafe { context.set_memory(scratch) };
-        context.enqueue()
-    })??;
+        memory.meter().around(graph, || context.enqueue())
+    })???;
     drop(placed);
     let tensor = |(port, shape, output): (&'e Port, Vec<usize>, OnDevice)| {
         Ok((port, Resident::tensor(port.dtype, shape, output)?))

@@ -1,11 +1,11 @@
 //! An engine in NVIDIA's library, and what runs it with the shapes of one of its optimization profiles.
 
+use super::layers::LayerRecord;
 use super::shim::{Observer, Shim, c_observer, message};
 use super::{TensorRtError, sys};
 use crate::cuda::Address;
 use accordion_graphs::dtype::DType;
-use std::ffi::{CStr, CString, c_void};
-use std::marker::PhantomData;
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
@@ -31,6 +31,8 @@ struct Calls {
     infer_shapes: sys::InferShapes,
     shape: sys::Shape,
     enqueue: sys::Enqueue,
+    measure_layers: sys::MeasureLayers,
+    layer_times: sys::LayerTimes,
     context_close: sys::ContextClose,
 }
 
@@ -41,15 +43,12 @@ pub(super) struct LoadedEngine {
     engine: NonNull<sys::Engine>,
     ports: Arc<[Port]>,
     /// One for each profile that has been used.
-    contexts: Vec<Option<OpenContext>>,
+    contexts: Vec<Option<Context>>,
     calls: Calls,
+    /// Where its layers' times go, if they are measured.
+    layers: Option<Arc<LayerRecord>>,
     /// Its code.
-    _shim: Arc<Shim>,
-}
-
-struct OpenContext {
-    raw: NonNull<sys::Context>,
-    memory_bytes: usize,
+    shim: Arc<Shim>,
 }
 
 // SAFETY: an engine and its contexts may be used from any thread, if from one at a time, which `&mut` makes sure of.
@@ -77,6 +76,8 @@ impl LoadedEngine {
             infer_shapes: shim.function(c"accordion_tensorrt_context_infer_shapes")?,
             shape: shim.function(c"accordion_tensorrt_context_shape")?,
             enqueue: shim.function(c"accordion_tensorrt_context_enqueue")?,
+            measure_layers: shim.function(c"accordion_tensorrt_context_measure_layers")?,
+            layer_times: shim.function(c"accordion_tensorrt_context_layer_times")?,
             context_close: shim.function(c"accordion_tensorrt_context_close")?,
         };
         let open: sys::EngineOpen = shim.function(c"accordion_tensorrt_engine_open")?;
@@ -92,7 +93,8 @@ impl LoadedEngine {
         let engine = NonNull::new(engine).ok_or_else(|| refused("the library gave no engine".to_owned()))?;
         let contexts = (0..profiles).map(|_| None).collect();
         // From here on it is closed when dropped.
-        let mut loaded = Self { name: name.to_owned(), engine, ports: Arc::default(), contexts, calls, _shim: shim };
+        let name = name.to_owned();
+        let mut loaded = Self { name, engine, ports: Arc::default(), contexts, calls, layers: None, shim };
         let mut ports = Vec::new();
         for index in 0..tensors {
             let mut tensor = sys::Tensor {
@@ -115,6 +117,24 @@ impl LoadedEngine {
         Ok(loaded)
     }
 
+    /// Has the contexts that are made from now on measure their layers. A call then waits for its work.
+    ///
+    /// # Errors
+    ///
+    /// The library does not say what layers there are.
+    pub(super) fn measure_layers(&mut self, record: &Arc<LayerRecord>) -> Result<(), TensorRtError> {
+        let refused = |message| TensorRtError::Graph { graph: self.name.clone(), message };
+        let layers: sys::EngineLayers = self.shim.function(c"accordion_tensorrt_engine_layers")?;
+        let mut json = sys::Bytes { data: null_mut(), size: 0 };
+        // SAFETY: the engine is open, and the place of the result lives over the call.
+        let status = message(|text, size| unsafe { layers(self.engine.as_ptr(), &raw mut json, text, size) });
+        let json = self.shim.taken(json)?;
+        status.map_err(refused)?;
+        record.describe(&self.name, &json).map_err(refused)?;
+        self.layers = Some(Arc::clone(record));
+        Ok(())
+    }
+
     /// Its inputs and outputs.
     pub(super) fn ports(&self) -> Arc<[Port]> {
         Arc::clone(&self.ports)
@@ -130,22 +150,38 @@ impl LoadedEngine {
     /// # Errors
     ///
     /// The library refuses, and says why.
-    pub(super) fn context(&mut self, profile: usize, stream: *mut c_void) -> Result<Context<'_>, String> {
+    pub(super) fn context(&mut self, profile: usize, stream: *mut c_void) -> Result<&mut Context, String> {
+        if self.contexts.get(profile).is_some_and(Option::is_none) {
+            // SAFETY: it is closed when this is dropped, before the engine.
+            self.contexts[profile] = Some(unsafe { self.open_context(profile, stream) }?);
+        }
+        self.contexts.get_mut(profile).and_then(Option::as_mut).ok_or_else(|| format!("there is no profile {profile}"))
+    }
+
+    /// Another one, whose shapes and addresses are nobody else's.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::context`].
+    ///
+    /// # Safety
+    ///
+    /// What it was used for is done, and it is dropped, before the engine is; and `stream` is one of the device.
+    pub(super) unsafe fn open_context(&self, profile: usize, stream: *mut c_void) -> Result<Context, String> {
         let calls = self.calls;
-        let slot = self.contexts.get_mut(profile).ok_or_else(|| format!("there is no profile {profile}"))?;
-        let open = if let Some(open) = slot {
-            open
-        } else {
-            let (mut context, mut bytes) = (null_mut(), 0);
-            // SAFETY: the engine is open, the stream is one of the device, and the results' places live over the call.
-            message(|text, size| unsafe {
-                let (context, bytes) = (&raw mut context, &raw mut bytes);
-                (calls.context_open)(self.engine.as_ptr(), profile as i32, stream, context, bytes, text, size)
-            })?;
-            let raw = NonNull::new(context).ok_or("the library gave no execution context")?;
-            slot.insert(OpenContext { raw, memory_bytes: usize::try_from(bytes).unwrap_or_default() })
-        };
-        Ok(Context { raw: open.raw, memory_bytes: open.memory_bytes, calls, stream, _engine: PhantomData })
+        let (mut context, mut bytes) = (null_mut(), 0);
+        // SAFETY: the engine is open, the stream is the caller's promise, and the results' places live over the call.
+        message(|text, size| unsafe {
+            let (context, bytes) = (&raw mut context, &raw mut bytes);
+            (calls.context_open)(self.engine.as_ptr(), profile as i32, stream, context, bytes, text, size)
+        })?;
+        let raw = NonNull::new(context).ok_or("the library gave no execution context")?;
+        let layers = self.layers.as_ref().map(|record| Layers { graph: self.name.clone(), record: Arc::clone(record) });
+        if layers.is_some() {
+            // SAFETY: the context is open.
+            unsafe { (calls.measure_layers)(raw.as_ptr()) };
+        }
+        Ok(Context { raw, memory_bytes: usize::try_from(bytes).unwrap_or_default(), calls, stream, layers })
     }
 
     /// Its name, for messages.
@@ -156,25 +192,43 @@ impl LoadedEngine {
 
 impl Drop for LoadedEngine {
     fn drop(&mut self) {
-        for open in self.contexts.drain(..).flatten() {
-            // SAFETY: opened once and closed once, before the engine.
-            unsafe { (self.calls.context_close)(open.raw.as_ptr()) };
-        }
-        // SAFETY: as above.
+        self.contexts.clear();
+        // SAFETY: opened once and closed once, behind its contexts.
         unsafe { (self.calls.engine_close)(self.engine.as_ptr()) };
     }
 }
 
-/// An engine with the shapes of one profile.
-pub(super) struct Context<'e> {
+/// What runs an engine with the shapes of one profile.
+pub(super) struct Context {
     raw: NonNull<sys::Context>,
     memory_bytes: usize,
     calls: Calls,
     stream: *mut c_void,
-    _engine: PhantomData<&'e mut LoadedEngine>,
+    layers: Option<Layers>,
 }
 
-impl Context<'_> {
+/// Where the times of an engine's layers go.
+struct Layers {
+    graph: String,
+    record: Arc<LayerRecord>,
+}
+
+// SAFETY: as for the engine.
+unsafe impl Send for Context {}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: opened once and closed once, before the engine.
+        unsafe { (self.calls.context_close)(self.raw.as_ptr()) };
+    }
+}
+
+impl Context {
+    /// Whether [`Self::enqueue`] can be recorded: not where it waits for its work.
+    pub(super) fn can_be_recorded(&self) -> bool {
+        self.layers.is_none()
+    }
+
     /// How much device memory it needs for intermediate values.
     pub(super) fn memory_bytes(&self) -> usize {
         self.memory_bytes
@@ -255,8 +309,20 @@ impl Context<'_> {
     /// The library or the device refuses.
     pub(super) fn enqueue(&mut self) -> Result<(), String> {
         // SAFETY: every address is what `set_address` and `set_memory` were promised.
-        message(|text, size| unsafe { (self.calls.enqueue)(self.raw.as_ptr(), self.stream, text, size) })
+        message(|text, size| unsafe { (self.calls.enqueue)(self.raw.as_ptr(), self.stream, text, size) })?;
+        if let Some(layers) = &self.layers {
+            let user = std::ptr::from_ref(layers).cast_mut().cast();
+            // SAFETY: the context is open, and the record lives over the call, in which alone it is used.
+            unsafe { (self.calls.layer_times)(self.raw.as_ptr(), user, on_layer) };
+        }
+        Ok(())
     }
+}
+
+unsafe extern "C" fn on_layer(user: *mut c_void, layer: *const c_char, milliseconds: f32) {
+    // SAFETY: the shim hands back the pointer that `enqueue` gave it, and a C string.
+    let (layers, layer) = unsafe { (&*user.cast::<Layers>(), CStr::from_ptr(layer)) };
+    layers.record.add(&layers.graph, &layer.to_string_lossy(), milliseconds);
 }
 
 fn pointer(address: Address) -> *mut c_void {

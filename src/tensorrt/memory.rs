@@ -2,7 +2,7 @@
 //!
 //! Because of that order a buffer may be freed as soon as what uses it is on the stream: the driver takes it back behind that.
 
-use crate::cuda::{Address, Buffer, CudaError, Device};
+use crate::cuda::{Address, Buffer, CudaError, Device, Meter, Place, Rows};
 use crate::runtime::resident::{DeviceMemory, Resident};
 use crate::tensor::{Runs, Tensor};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +13,7 @@ const ALIGNMENT: Address = 256;
 /// A device, and memory of it that engines take turns in.
 pub(super) struct Memory {
     device: Device,
+    meter: Arc<Meter>,
     /// For intermediate values; as much as the most demanding engine so far needs.
     scratch: Mutex<Buffer>,
     /// What tensors without elements point to: no address may be null.
@@ -60,13 +61,18 @@ pub(super) struct Placed {
 impl Memory {
     pub(super) fn new(device: Device) -> Result<Arc<Self>, CudaError> {
         device.keep_freed_memory()?;
+        let meter = Arc::new(Meter::new(device.clone())?);
         let nothing = device.allocate(ALIGNMENT as usize)?;
         let (scratch, lent) = (Mutex::new(device.allocate(0)?), Mutex::default());
-        Ok(Arc::new(Self { device, scratch, nothing, lent }))
+        Ok(Arc::new(Self { device, meter, scratch, nothing, lent }))
     }
 
     pub(super) fn device(&self) -> &Device {
         &self.device
+    }
+
+    pub(super) fn meter(&self) -> &Arc<Meter> {
+        &self.meter
     }
 
     /// Places an input: where it is, if it is on this device already.
@@ -74,8 +80,7 @@ impl Memory {
         if tensor.is_empty() {
             return Ok(Placed { address: self.nothing.address(), _buffer: None });
         }
-        let resident = tensor.stored_in::<Resident<OnDevice>>().map(|(resident, offset)| (resident.memory(), offset));
-        let buffer = match resident.filter(|(on_device, _)| Arc::ptr_eq(&on_device.memory, self)) {
+        let buffer = match self.resident(tensor) {
             Some((on_device, offset)) => {
                 let address = on_device.buffer.address() + offset as Address;
                 if address.is_multiple_of(ALIGNMENT) {
@@ -86,6 +91,36 @@ impl Memory {
             None => self.upload(tensor)?,
         };
         Ok(Placed { address: buffer.address(), _buffer: Some(buffer) })
+    }
+
+    /// Where a tensor lies on this device, if it does, and the byte at which it begins.
+    fn resident<'t>(self: &Arc<Self>, tensor: &'t Tensor) -> Option<(&'t OnDevice, usize)> {
+        let resident = tensor.stored_in::<Resident<OnDevice>>().map(|(resident, offset)| (resident.memory(), offset));
+        resident.filter(|(on_device, _)| Arc::ptr_eq(&on_device.memory, self))
+    }
+
+    /// Copies a tensor, cut into `count` rows of as many bytes, to where `to` says.
+    ///
+    /// # Safety
+    ///
+    /// There is room for them there, and it is nobody else's, until the stream has been waited for.
+    pub(super) unsafe fn place_rows(
+        self: &Arc<Self>,
+        tensor: &Tensor,
+        to: Rows,
+        count: usize,
+    ) -> Result<(), PlaceError> {
+        let bytes = tensor.byte_len().checked_div(count).unwrap_or(0);
+        let first = if let Some((on_device, offset)) = self.resident(tensor) {
+            Place::Device(on_device.buffer.address() + offset as Address)
+        } else {
+            let tensor = tensor.clone().on_host()?;
+            let first = Place::of(tensor.bytes());
+            self.lent().push(tensor);
+            first
+        };
+        // SAFETY: what is read is lent, or freed behind the copy; what is written is the caller's promise.
+        Ok(unsafe { self.device.copy_rows(Rows { first, stride: bytes }, to, count, bytes) }?)
     }
 
     fn upload(&self, tensor: &Tensor) -> Result<Buffer, PlaceError> {
@@ -112,10 +147,18 @@ impl Memory {
         Ok(work(if bytes == 0 { 0 } else { scratch.address() }))
     }
 
+    /// Waits until everything is done.
+    pub(super) fn wait(&self) -> Result<(), CudaError> {
+        let lent = std::mem::take(&mut *self.lent());
+        let done = self.meter.waiting(|| self.device.wait());
+        drop(lent);
+        done
+    }
+
     fn download(&self, buffer: &Buffer, bytes: &mut [u8]) -> Result<(), CudaError> {
         // What is lent from here on may not have been copied when the wait ends.
         let lent = std::mem::take(&mut *self.lent());
-        let done = self.device.download_into(buffer, bytes);
+        let done = self.meter.waiting(|| self.device.download_into(buffer, bytes));
         drop(lent);
         done
     }

@@ -10,12 +10,16 @@ mod compile;
 pub mod engines;
 mod error;
 mod execute;
+pub mod layers;
 mod loaded;
 mod memory;
 mod model;
 pub mod ranges;
+mod recording;
 mod select;
 pub mod shim;
+mod step_inputs;
+mod steps;
 mod sys;
 pub mod toolkit;
 

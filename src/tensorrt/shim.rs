@@ -169,7 +169,7 @@ impl Shim {
     }
 
     /// Copies what the shim allocated, and frees it.
-    fn taken(&self, bytes: sys::Bytes) -> Result<Vec<u8>, TensorRtError> {
+    pub(super) fn taken(&self, bytes: sys::Bytes) -> Result<Vec<u8>, TensorRtError> {
         let free: sys::Free = self.function(c"accordion_tensorrt_free")?;
         let copy = if bytes.data.is_null() {
             Vec::new()

@@ -106,4 +106,8 @@ pub(super) type InferShapes = unsafe extern "C" fn(*mut Context, *mut c_char, us
 pub(super) type Shape =
     unsafe extern "C" fn(*mut Context, *const c_char, *mut i64, *mut i32, *mut c_char, usize) -> i32;
 pub(super) type Enqueue = unsafe extern "C" fn(*mut Context, *mut c_void, *mut c_char, usize) -> i32;
+pub(super) type MeasureLayers = unsafe extern "C" fn(*mut Context);
+pub(super) type LayerTimes =
+    unsafe extern "C" fn(*mut Context, *mut c_void, unsafe extern "C" fn(*mut c_void, *const c_char, f32));
+pub(super) type EngineLayers = unsafe extern "C" fn(*mut Engine, *mut Bytes, *mut c_char, usize) -> i32;
 pub(super) type ContextClose = unsafe extern "C" fn(*mut Context);

@@ -26,6 +26,7 @@ fn what_an_engine_would_ignore_is_refused() {
     };
     for engine in ["ort-cpu", "ort-cuda"] {
         refused(engine, &["--trust"], "--trust is for --engine tensorrt");
+        refused(engine, &["--no-cuda-graph"], "--no-cuda-graph is for --engine tensorrt");
         refused(engine, &["--plugins", "library.so"], "--plugins is for --engine tensorrt");
     }
     for engine in ["ort-cpu", "tensorrt", "tensorrt-rtx"] {

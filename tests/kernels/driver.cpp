@@ -9,6 +9,7 @@
 #include <functional>
 #include <vector>
 
+#include "../../plugins/append_rows/kernel.cu"
 #include "../../plugins/strided_compress/kernel.cu"
 #include "../../plugins/topk_prune/kernel.cu"
 #include "memcpy2d.h"
@@ -21,25 +22,39 @@ struct Event {
   std::chrono::steady_clock::time_point at;
 };
 
-typedef void (*TopKPruneKernel)(AccordionTopKPrune);
-typedef void (*StridedKernel)(AccordionStridedRows);
-
 struct Function {
   const char *name;
-  TopKPruneKernel topk_prune;
-  StridedKernel strided;
+  size_t bytes;
+  void (*run)(dim3 grid, uint32_t threads, const void *argument);
 };
 
+template <class Call, void (*kernel)(Call)>
+Function function(const char *name) {
+  return {name, sizeof(Call), [](dim3 grid, uint32_t threads, const void *argument) {
+            const Call call = *static_cast<const Call *>(argument);
+            emulator::run(grid, threads, [&] { kernel(call); });
+          }};
+}
+
+void select_or_fail(dim3 grid, uint32_t threads, const void *argument) {
+  const AccordionTopKPrune call = *static_cast<const AccordionTopKPrune *>(argument);
+  emulator::run(grid, threads, [&] { accordion_topk_prune_select(call); });
+  const char *fault = getenv("ACCORDION_EMULATOR_FAULT");
+  if (fault && !strcmp(fault, "keep")) call.keep_idx[0]++;
+}
+
+#define FUNCTION(Call, name) function<Call, name>(#name)
 const Function FUNCTIONS[] = {
-    {"accordion_topk_prune_score_f32", accordion_topk_prune_score_f32, nullptr},
-    {"accordion_topk_prune_score_f16", accordion_topk_prune_score_f16, nullptr},
-    {"accordion_topk_prune_score_bf16", accordion_topk_prune_score_bf16, nullptr},
-    {"accordion_topk_prune_select", accordion_topk_prune_select, nullptr},
-    {"accordion_topk_prune_gather", accordion_topk_prune_gather, nullptr},
-    {"accordion_strided_select", nullptr, accordion_strided_select},
-    {"accordion_strided_mean_f32", nullptr, accordion_strided_mean_f32},
-    {"accordion_strided_mean_f16", nullptr, accordion_strided_mean_f16},
-    {"accordion_strided_mean_bf16", nullptr, accordion_strided_mean_bf16},
+    FUNCTION(AccordionTopKPrune, accordion_topk_prune_score_f32),
+    FUNCTION(AccordionTopKPrune, accordion_topk_prune_score_f16),
+    FUNCTION(AccordionTopKPrune, accordion_topk_prune_score_bf16),
+    {"accordion_topk_prune_select", sizeof(AccordionTopKPrune), select_or_fail},
+    FUNCTION(AccordionTopKPrune, accordion_topk_prune_gather),
+    FUNCTION(AccordionStridedRows, accordion_strided_select),
+    FUNCTION(AccordionStridedRows, accordion_strided_mean_f32),
+    FUNCTION(AccordionStridedRows, accordion_strided_mean_f16),
+    FUNCTION(AccordionStridedRows, accordion_strided_mean_bf16),
+    FUNCTION(AccordionAppendRows, accordion_append_each),
 };
 
 typedef std::vector<std::function<void()>> Work;
@@ -48,19 +63,6 @@ typedef std::vector<std::function<void()>> Work;
 Work *recorded = nullptr;
 void *current = nullptr;
 int context;
-
-void launch(const Function &function, dim3 grid, uint32_t threads, const void *argument) {
-  if (function.topk_prune) {
-    const AccordionTopKPrune call = *static_cast<const AccordionTopKPrune *>(argument);
-    emulator::run(grid, threads, [&] { function.topk_prune(call); });
-    const char *fault = getenv("ACCORDION_EMULATOR_FAULT");
-    const bool selects = function.topk_prune == accordion_topk_prune_select;
-    if (fault && !strcmp(fault, "keep") && selects) call.keep_idx[0]++;
-  } else {
-    const AccordionStridedRows call = *static_cast<const AccordionStridedRows *>(argument);
-    emulator::run(grid, threads, [&] { function.strided(call); });
-  }
-}
 
 }  // namespace
 
@@ -133,6 +135,9 @@ int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
 }
 
 int cuMemcpy2DAsync_v2(const Memcpy2D *copy, void *stream) { return copy->rows(cuMemcpyDtoDAsync_v2, stream); }
+// Looked for, and never called.
+int cuMemHostAlloc() { return INVALID_VALUE; }
+int cuMemFreeHost() { return INVALID_VALUE; }
 
 int cuStreamCreate(void **stream, unsigned) { return *stream = new int(0), 0; }
 
@@ -174,13 +179,12 @@ int cuModuleGetFunction(const Function **found, void *, const char *name) {
 int cuLaunchKernel(const Function *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
                    unsigned threads_z, unsigned shared, void *, void **arguments, void **) {
   if (z != 1 || threads_y != 1 || threads_z != 1 || shared != 0) return INVALID_VALUE;
-  const size_t bytes = function->topk_prune ? sizeof(AccordionTopKPrune) : sizeof(AccordionStridedRows);
   const char *argument = static_cast<const char *>(arguments[0]);
   if (recorded) {
-    const std::vector<char> copy(argument, argument + bytes);
-    recorded->push_back([=] { launch(*function, dim3(x, y), threads, copy.data()); });
+    const std::vector<char> copy(argument, argument + function->bytes);
+    recorded->push_back([=] { function->run(dim3(x, y), threads, copy.data()); });
   } else {
-    launch(*function, dim3(x, y), threads, argument);
+    function->run(dim3(x, y), threads, argument);
   }
   return 0;
 }

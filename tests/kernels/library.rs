@@ -1,7 +1,7 @@
 //! Compiles the kernels with the C++ compiler and loads them.
 
 use crate::guarded::Guarded;
-use accordion::cuda::{Address, Refusal, StridedCompress, StridedRows, TopKPrune};
+use accordion::cuda::{Address, AppendRows, Refusal, StridedCompress, StridedRows, TopKPrune};
 use accordion::selftest::Host;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ type Message = *const c_char;
 type Stream = *mut c_void;
 type TopKPruneFn = unsafe extern "C" fn(*const TopKPrune, Stream) -> Message;
 type StridedRowsFn = unsafe extern "C" fn(*const StridedRows, Stream) -> Message;
+type AppendRowsFn = unsafe extern "C" fn(*const AppendRows, Stream) -> Message;
 type StridedCompressFn = unsafe extern "C" fn(*mut c_void, *const StridedCompress, Stream) -> Message;
 type WorkspaceFn = unsafe extern "C" fn(*const StridedCompress) -> usize;
 type OpenFn = unsafe extern "C" fn(*const c_char, *mut *mut c_void) -> Message;
@@ -23,6 +24,7 @@ type CloseFn = unsafe extern "C" fn(*mut c_void);
 pub(crate) struct Library {
     topk_prune: TopKPruneFn,
     strided_rows: StridedRowsFn,
+    append_rows: AppendRowsFn,
     strided_compress: StridedCompressFn,
     strided_compress_workspace: WorkspaceFn,
     cublaslt_open: OpenFn,
@@ -69,8 +71,13 @@ fn open(path: &Path) -> *mut c_void {
 pub(crate) fn kernels() -> &'static Library {
     static LIBRARY: OnceLock<Library> = OnceLock::new();
     LIBRARY.get_or_init(|| {
-        let sources = ["topk_prune/kernel.cu", "strided_compress/kernel.cu", "strided_compress/cublaslt.cpp"]
-            .map(|s| format!("plugins/{s}"));
+        let sources = [
+            "topk_prune/kernel.cu",
+            "strided_compress/kernel.cu",
+            "strided_compress/cublaslt.cpp",
+            "append_rows/kernel.cu",
+        ]
+        .map(|s| format!("plugins/{s}"));
         let path = compile("libaccordion_kernels.so", &sources.each_ref().map(String::as_str));
         let handle = open(&path);
         macro_rules! symbol {
@@ -85,6 +92,7 @@ pub(crate) fn kernels() -> &'static Library {
         Library {
             topk_prune: symbol!(c"accordion_topk_prune", TopKPruneFn),
             strided_rows: symbol!(c"accordion_strided_rows", StridedRowsFn),
+            append_rows: symbol!(c"accordion_append_rows", AppendRowsFn),
             strided_compress: symbol!(c"accordion_strided_compress", StridedCompressFn),
             strided_compress_workspace: symbol!(c"accordion_strided_compress_workspace", WorkspaceFn),
             cublaslt_open: symbol!(c"accordion_cublaslt_open", OpenFn),
@@ -122,6 +130,14 @@ impl Library {
     pub(crate) unsafe fn strided_rows(&self, call: &StridedRows) -> Result<(), String> {
         // SAFETY: the caller's promise.
         result(unsafe { (self.strided_rows)(call, std::ptr::null_mut()) })
+    }
+
+    /// # Safety
+    ///
+    /// As for `topk_prune`.
+    pub(crate) unsafe fn append_rows(&self, call: &AppendRows) -> Result<(), String> {
+        // SAFETY: the caller's promise.
+        result(unsafe { (self.append_rows)(call, std::ptr::null_mut()) })
     }
 
     /// # Safety

@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod append;
 mod compress;
 mod guarded;
 mod library;

@@ -24,7 +24,7 @@ fn selftest(libraries: &[&Path], kernels: &Path, more: &[&str]) -> Command {
 /// A folder of kernels, as far as the emulated driver looks.
 fn kernels() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    for name in ["topk_prune", "strided_compress"] {
+    for name in ["topk_prune", "strided_compress", "append_rows"] {
         std::fs::write(folder.path().join(format!("{name}.sm_90.cubin")), b"\x7fELF").unwrap();
     }
     folder

@@ -1,8 +1,8 @@
 //! What travels between host and device while a context is compressed: ids, positions and expected scores there, logits and a
 //! tree's positions back, and nothing between the graphs. Under the emulated driver, as in [`super::execution`].
 
-use super::double::{Build, Copied, Machine, build, portable};
-use super::execution::{since, workload};
+use super::double::{Build, Counts, Machine, build, portable};
+use super::execution::workload;
 use super::goldens;
 use accordion::bundle::Bundle;
 use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
@@ -34,13 +34,13 @@ fn copied(
     lengths: PromptLengths,
     what: &str,
     compute: impl Fn(&mut Engines<'_>) -> ContextState,
-) -> Copied {
+) -> Counts {
     let machine = Machine::open();
     build(bundle, Build { workload: workload(lengths), taps: false, any_length: true });
     let expected = compute(&mut Engines::new(bundle, Box::new(portable(bundle))));
-    let before = machine.copied();
+    let before = machine.counts();
     let found = compute(&mut machine.engines(bundle));
-    let copied = since(&machine, before);
+    let copied = machine.counts() - before;
     assert!(found.logits == expected.logits, "{what}");
     assert!(keys_and_values(&found) == keys_and_values(&expected), "{what}");
     drop(found);

@@ -30,6 +30,8 @@ struct DoubleCallbacks {
   // Computes; the shapes of outputs are written, and their data unless it is null.
   int32_t (*run)(uint64_t handle, DoubleTensor *tensors, int32_t count);
   void (*close)(uint64_t handle);
+  // Tells of every layer of the engine, in the order of execution: what a run takes the device is the sum of their times.
+  void (*layers)(uint64_t handle, void *user, void (*layer)(void *user, const char *name, const char *metadata, float milliseconds));
 };
 
 }  // extern "C"
@@ -55,6 +57,11 @@ int refused(const std::string &why, char *message, size_t capacity) {
   return ACCORDION_RUN;
 }
 
+// The number of the buffer in which these bytes of the device lie, which is no other buffer's; 0 if they are nobody's.
+uint64_t owner(const void *address, size_t bytes) {
+  return driver<uint64_t(uint64_t, size_t)>("emulated_driver_owner")(uint64_t(address), bytes);
+}
+
 size_t bytes_of(const DoubleTensor &tensor) {
   static const size_t sizes[] = {4, 2, 1, 4, 1, 1, 1, 2, 8};
   size_t bytes = sizes[tensor.type];
@@ -66,11 +73,25 @@ size_t bytes_of(const DoubleTensor &tensor) {
 
 struct AccordionTensorRt {};
 
+struct Layer {
+  std::string name, metadata;
+  float milliseconds;
+};
+
+std::vector<Layer> layers_of(uint64_t handle) {
+  std::vector<Layer> layers;
+  callbacks.layers(handle, &layers, [](void *user, const char *name, const char *metadata, float milliseconds) {
+    static_cast<std::vector<Layer> *>(user)->push_back({name, metadata, milliseconds});
+  });
+  return layers;
+}
+
 struct AccordionEngine {
   uint64_t handle;
   std::vector<DoubleTensor> tensors;
   int profiles;
-  std::set<int> contexts;
+  // How many there are of each profile.
+  std::multiset<int> contexts;
 };
 
 struct AccordionContext {
@@ -79,9 +100,14 @@ struct AccordionContext {
   void *stream;
   std::vector<DoubleTensor> tensors;
   std::vector<bool> shaped;
-  bool inferred = false;
+  // In which buffers the tensors and the memory for intermediate values lay when their addresses were given.
+  std::vector<uint64_t> owners;
+  uint64_t memory_owner = 0;
+  bool inferred = false, has_run = false;
   void *memory = nullptr;
   int64_t memory_bytes = 0;
+  bool measures_layers = false;
+  std::vector<Layer> measured = {};
 
   int64_t needed() const { return 1024 * (profile + 1); }
 
@@ -138,10 +164,11 @@ void accordion_tensorrt_engine_close(AccordionEngine *engine) {
 
 int32_t accordion_tensorrt_context_open(AccordionEngine *engine, int32_t profile, void *stream, AccordionContext **opened,
                                         int64_t *memory_bytes, char *, size_t) {
-  if (profile < 0 || profile >= engine->profiles || !engine->contexts.insert(profile).second)
-    broken("a profile is used twice, or there is none");
-  auto *context = new AccordionContext{engine, profile, stream, engine->tensors, {}};
+  if (profile < 0 || profile >= engine->profiles) broken("there is no such profile");
+  engine->contexts.insert(profile);
+  auto *context = new AccordionContext{engine, profile, stream, engine->tensors, {}, {}};
   context->shaped.resize(context->tensors.size());
+  context->owners.resize(context->tensors.size());
   *memory_bytes = context->needed();
   return *opened = context, ACCORDION_OK;
 }
@@ -149,6 +176,7 @@ int32_t accordion_tensorrt_context_open(AccordionEngine *engine, int32_t profile
 void accordion_tensorrt_context_set_memory(AccordionContext *context, void *memory, int64_t bytes) {
   context->memory = memory;
   context->memory_bytes = bytes;
+  context->memory_owner = owner(memory, size_t(bytes));
 }
 
 int32_t accordion_tensorrt_context_set_shape(AccordionContext *context, const char *name, const int64_t *shape, int32_t rank,
@@ -166,6 +194,7 @@ int32_t accordion_tensorrt_context_set_address(AccordionContext *context, const 
   if (!address) broken(std::string("a null address for ") + name);
   if (!tensor->on_host && uint64_t(address) % 256 != 0) broken(std::string("an address that is not aligned for ") + name);
   tensor->data = address;
+  if (!tensor->on_host) context->owners[size_t(tensor - context->tensors.data())] = owner(address, 1);
   context->inferred = inferred;
   return ACCORDION_OK;
 }
@@ -199,45 +228,82 @@ int32_t accordion_tensorrt_context_shape(AccordionContext *context, const char *
   return *rank = tensor->rank, ACCORDION_OK;
 }
 
-int32_t accordion_tensorrt_context_enqueue(AccordionContext *context, void *stream, char *, size_t) {
+int32_t accordion_tensorrt_context_enqueue(AccordionContext *context, void *stream, char *message, size_t capacity) {
   if (stream != context->stream || !context->inferred) broken("another stream, or shapes that are not known");
   if (!context->memory || context->memory_bytes < context->needed()) broken("too little memory");
+  const bool records = driver<bool()>("emulated_driver_records")();
+  if (records && !context->has_run) broken("a context is recorded that has not run yet");
+  if (records && context->measures_layers) broken("a context is recorded that measures its layers");
   struct Call {
     uint64_t handle;
     std::vector<DoubleTensor> tensors;
+    std::vector<uint64_t> owners;
     std::vector<std::string> host;
     void *memory;
     size_t memory_bytes;
+    uint64_t memory_owner;
   };
-  Call call{context->engine->handle, context->tensors, {}, context->memory, size_t(context->memory_bytes)};
+  Call call{context->engine->handle, context->tensors, context->owners, {}, context->memory, size_t(context->memory_bytes),
+            context->memory_owner};
   for (DoubleTensor &tensor : call.tensors) {
     if (!tensor.data) broken(std::string("no address for ") + tensor.name);
     // What is on the host is read now, and need not stay.
     if (tensor.on_host) call.host.emplace_back(static_cast<const char *>(tensor.data), bytes_of(tensor));
   }
   const std::function<void()> work = [call]() mutable {
-    auto *owns = driver<int(uint64_t, size_t)>("emulated_driver_owns");
-    if (!owns(uint64_t(call.memory), call.memory_bytes)) broken("memory for intermediate values is gone");
+    if (!call.memory_owner || owner(call.memory, call.memory_bytes) != call.memory_owner)
+      broken("memory for intermediate values is gone");
     memset(call.memory, 0x3c, call.memory_bytes);
     size_t host = 0;
-    for (DoubleTensor &tensor : call.tensors) {
+    for (size_t i = 0; i < call.tensors.size(); i++) {
+      DoubleTensor &tensor = call.tensors[i];
       if (tensor.on_host)
         tensor.data = const_cast<char *>(call.host[host++].data());
-      else if (!owns(uint64_t(tensor.data), bytes_of(tensor)))
+      else if (!call.owners[i] || owner(tensor.data, bytes_of(tensor)) != call.owners[i])
         broken(std::string("memory is gone: ") + tensor.name);
     }
     if (callbacks.run(call.handle, call.tensors.data(), int32_t(call.tensors.size())) != 0) broken("a run failed");
+    for (const Layer &layer : layers_of(call.handle))
+      driver<void(uint64_t)>("emulated_driver_spend")(uint64_t(double(layer.milliseconds) * 1e6));
   };
-  driver<void(const std::function<void()> *)>("emulated_driver_defer")(&work);
-  // The next call says anew where everything is.
-  for (DoubleTensor &tensor : context->tensors) tensor.data = nullptr;
-  context->memory = nullptr;
+  if (!driver<bool(const std::function<void()> *)>("emulated_driver_defer")(&work))
+    return refused("a layer cannot be recorded", message, capacity);
+  context->has_run = true;
+  if (context->measures_layers) {
+    // NVIDIA's library waits here, too.
+    driver<int(void *)>("cuStreamSynchronize")(stream);
+    for (const Layer &layer : layers_of(context->engine->handle)) context->measured.push_back(layer);
+  }
+  return ACCORDION_OK;
+}
+
+void accordion_tensorrt_context_measure_layers(AccordionContext *context) { context->measures_layers = true; }
+
+void accordion_tensorrt_context_layer_times(AccordionContext *context, void *user,
+                                            void (*layer)(void *user, const char *name, float milliseconds)) {
+  for (const Layer &measured : context->measured) layer(user, measured.name.c_str(), measured.milliseconds);
+  context->measured.clear();
+}
+
+int32_t accordion_tensorrt_engine_layers(AccordionEngine *engine, AccordionBytes *json, char *, size_t) {
+  // Layers without metadata are listed by their names, as those of an engine that was built to keep no more.
+  std::string text = "{\"Layers\": [";
+  for (const Layer &layer : layers_of(engine->handle)) {
+    const std::string name = "\"" + layer.name + "\"";
+    if (text.back() != '[') text += ", ";
+    text += layer.metadata.empty() ? name
+                                   : "{\"Name\": " + name + ", \"LayerType\": \"kgen\", \"Metadata\": \"" + layer.metadata + "\"}";
+  }
+  text += "], \"Bindings\": []}";
+  json->data = malloc(text.size());
+  json->size = text.size();
+  memcpy(json->data, text.data(), text.size());
   return ACCORDION_OK;
 }
 
 void accordion_tensorrt_context_close(AccordionContext *context) {
   if (driver<int()>("emulated_driver_pending")() != 0) broken("a context is closed while its work is under way");
-  context->engine->contexts.erase(context->profile);
+  context->engine->contexts.erase(context->engine->contexts.find(context->profile));
   delete context;
 }
 

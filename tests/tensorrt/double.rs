@@ -1,7 +1,7 @@
 //! An emulated driver and a double of the shim: engines of any bundle, which compute on the CPU what ONNX Runtime does.
 
 use accordion::bundle::Bundle;
-use accordion::cuda::Device;
+use accordion::cuda::{Device, Origin};
 use accordion::pipeline::Engines;
 use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
@@ -33,7 +33,8 @@ fn compile(name: &str, source: &str, more: &[&OsStr]) -> PathBuf {
     let library = tempfile::NamedTempFile::new_in(&folder).unwrap().into_temp_path();
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
     let output = Command::new(&compiler)
-        .args(["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"])
+        .args(["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-I"])
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("plugins/cuda"))
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tensorrt").join(source))
         .arg(format!("-Wl,-Bsymbolic,-soname,{name}"))
         .args(more)
@@ -64,7 +65,8 @@ pub(crate) fn nvidia(headers: &Path) -> &'static [PathBuf; 2] {
     LIBRARIES.get_or_init(|| {
         let unused = tempfile::tempdir().unwrap();
         let classes = std::fs::read_to_string(headers.join("NvInferImpl.h")).unwrap();
-        let unused_h = ["Runtime", "CudaEngine", "ExecutionContext"].map(|class| unused_functions(&classes, class));
+        let unused_h = ["Runtime", "CudaEngine", "ExecutionContext", "EngineInspector"]
+            .map(|class| unused_functions(&classes, class));
         std::fs::write(unused.path().join("unused.h"), unused_h.concat()).unwrap();
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("plugins/tensorrt");
         let includes: [&OsStr; 7] = [
@@ -114,8 +116,11 @@ fn function<F: Copy>(library: &Path, name: &CStr) -> F {
 pub(crate) struct Machine {
     _turn: MutexGuard<'static, ()>,
     device: Device,
-    copied: unsafe extern "C" fn(*mut u64),
+    counts: unsafe extern "C" fn(*mut Counts),
     live: unsafe extern "C" fn() -> u64,
+    pending: unsafe extern "C" fn() -> i32,
+    set_unrecordable: unsafe extern "C" fn(bool),
+    kernels: tempfile::TempDir,
 }
 
 /// Tells a library with the double in it whom to ask.
@@ -125,30 +130,76 @@ fn register(library: &Path) {
     unsafe { register(&raw const CALLBACKS) };
 }
 
-/// Bytes that were copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Copied {
+/// What was done, as `driver.cpp` counts it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Counts {
+    /// Bytes copied.
     pub(crate) to_device: u64,
     pub(crate) to_host: u64,
     pub(crate) on_device: u64,
+    /// Buffers taken.
+    pub(crate) taken: u64,
+    /// What was put on the stream by itself: calls of engines, kernels, graphs.
+    pub(crate) calls: u64,
+    pub(crate) kernels: u64,
+    pub(crate) graphs: u64,
+    /// Graphs that were recorded.
+    pub(crate) records: u64,
+}
+
+impl std::ops::Sub for Counts {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            to_device: self.to_device - before.to_device,
+            to_host: self.to_host - before.to_host,
+            on_device: self.on_device - before.on_device,
+            taken: self.taken - before.taken,
+            calls: self.calls - before.calls,
+            kernels: self.kernels - before.kernels,
+            graphs: self.graphs - before.graphs,
+            records: self.records - before.records,
+        }
+    }
 }
 
 impl Machine {
     pub(crate) fn open() -> Self {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let copied = function(driver(), c"emulated_driver_copied");
+        let counts = function(driver(), c"emulated_driver_counts");
         let live = function(driver(), c"emulated_driver_live");
+        let set_unrecordable = function(driver(), c"emulated_driver_set_unrecordable");
         register(shim());
-        Self { _turn: turn, device: Device::open(0).unwrap(), copied, live }
+        let pending = function(driver(), c"emulated_driver_pending");
+        let kernels = tempfile::tempdir().unwrap();
+        // As far as the driver looks.
+        std::fs::write(kernels.path().join("append_rows.sm_90.cubin"), b"\x7fELF").unwrap();
+        let machine =
+            Self { _turn: turn, device: Device::open(0).unwrap(), counts, live, pending, set_unrecordable, kernels };
+        machine.refuse_to_record(false);
+        machine
     }
 
-    pub(crate) fn copied(&self) -> Copied {
-        let mut bytes = [0; 3];
-        // SAFETY: as many as the driver writes.
-        unsafe { (self.copied)(bytes.as_mut_ptr()) };
-        let [to_device, to_host, on_device] = bytes;
-        Copied { to_device, to_host, on_device }
+    pub(crate) fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        // SAFETY: the driver's structure.
+        unsafe { (self.counts)(&raw mut counts) };
+        counts
+    }
+
+    /// Whether calls of engines cannot be recorded from now on.
+    pub(crate) fn refuse_to_record(&self, refuse: bool) {
+        // SAFETY: it only remembers.
+        unsafe { (self.set_unrecordable)(refuse) };
+    }
+
+    /// Engines are loaded so: with the kernel that their steps need.
+    pub(crate) fn options(&self) -> ExecutionOptions {
+        let kernels = Some(Origin::Folder(self.kernels.path().to_owned()));
+        ExecutionOptions { kernels, ..ExecutionOptions::default() }
     }
 
     /// Buffers that have not been freed.
@@ -156,6 +207,17 @@ impl Machine {
         self.device.wait().unwrap();
         // SAFETY: it only counts.
         unsafe { (self.live)() }
+    }
+
+    /// Bytes of device memory that are free.
+    pub(crate) fn free_bytes(&self) -> u64 {
+        self.device.free_bytes().unwrap()
+    }
+
+    /// What is on the stream and not done.
+    pub(crate) fn pending(&self) -> i32 {
+        // SAFETY: it only counts.
+        unsafe { (self.pending)() }
     }
 
     /// What loads the engines of `bundle`.
@@ -179,16 +241,20 @@ impl Machine {
         TensorRt::new(bundle, shim, self.device.clone(), options)
     }
 
-    /// Engines of `bundle` through the shim itself, compiled with the headers of this version.
-    pub(crate) fn engines_of_nvidia<'b>(&self, bundle: &'b Bundle, headers: &Path) -> Engines<'b> {
+    /// What loads the engines of `bundle` through the shim itself, compiled with the headers of this version.
+    pub(crate) fn loader_of_nvidia<'b>(&self, bundle: &'b Bundle, headers: &Path) -> TensorRt<'b> {
         let [library, shim] = nvidia(headers);
         register(library);
-        let loader = self.loader_of(bundle, [library, shim], &ExecutionOptions::default());
-        Engines::new(bundle, Box::new(loader.unwrap()))
+        self.loader_of(bundle, [library, shim], &self.options()).unwrap()
+    }
+
+    /// Engines of `bundle` through the shim itself, compiled with the headers of this version.
+    pub(crate) fn engines_of_nvidia<'b>(&self, bundle: &'b Bundle, headers: &Path) -> Engines<'b> {
+        Engines::new(bundle, Box::new(self.loader_of_nvidia(bundle, headers)))
     }
 
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle) -> Engines<'b> {
-        Engines::new(bundle, Box::new(self.loader(bundle, &ExecutionOptions::default()).unwrap()))
+        Engines::new(bundle, Box::new(self.loader(bundle, &self.options()).unwrap()))
     }
 }
 
@@ -252,12 +318,54 @@ struct Callbacks {
     open: unsafe extern "C" fn(*const c_void, usize, *mut u64, *mut DoubleTensor, i32, *mut i32, *mut i32) -> i32,
     run: unsafe extern "C" fn(u64, *mut DoubleTensor, i32) -> i32,
     close: unsafe extern "C" fn(u64),
+    layers: unsafe extern "C" fn(u64, *mut c_void, OnLayer),
 }
 
-static CALLBACKS: Callbacks = Callbacks { open, run, close };
+type OnLayer = unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char, f32);
+
+static CALLBACKS: Callbacks = Callbacks { open, run, close, layers };
+
+/// A layer of the double's engines.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Layer {
+    pub(crate) name: &'static str,
+    /// What the parser of NVIDIA leaves in it; nothing in one that is only named.
+    pub(crate) metadata: &'static str,
+    /// What a run of it takes the device.
+    pub(crate) milliseconds: f32,
+}
+
+/// The layers of the engine of graph `name`: some fused across modules, some within a function, one of nobody's.
+pub(crate) fn layers_of(name: &str) -> Vec<Layer> {
+    let layer = |name, metadata, milliseconds| Layer { name, metadata, milliseconds };
+    let mut layers = vec![
+        layer(
+            "__mye1",
+            r"[ONNX Layer: model.layers.0.mlp.up_proj.Gemm/node]\u001f[ONNX Layer: model.layers.0.mlp.Mul/node]",
+            4.0,
+        ),
+        layer(
+            "__mye2",
+            r"[ONNX Layer: model.layers.1.mlp.up_proj.Gemm/node]\u001e[ONNX Layer: model.layers.1.mlp.Mul/node]",
+            2.0,
+        ),
+        layer("model.layers.0.self_attn.q_proj.Gemm/node", "", 1.0),
+        layer("Reformatting CopyNode for Input Tensor 0", "", 0.5),
+    ];
+    if name.starts_with("leaf") {
+        layers.push(layer("__mye3", "[ONNX Layer: Add/node | prune.TopKPrune/node (TopKPrune)]", 0.25));
+    }
+    layers
+}
+
+/// Milliseconds that a run of graph `name` takes the device.
+pub(crate) fn device_ms(name: &str) -> f64 {
+    layers_of(name).iter().map(|layer| f64::from(layer.milliseconds)).sum()
+}
 
 /// A graph behind a plan.
 struct Model {
+    name: String,
     engine: Box<dyn Engine>,
     inputs: Vec<ValueInfo>,
     outputs: Vec<ValueInfo>,
@@ -293,7 +401,7 @@ impl Model {
         let inputs = signature.inputs.clone();
         let names = inputs.iter().chain(&outputs).map(|value| CString::new(value.name.as_str()).unwrap()).collect();
         let recorded = EnginesFolder::open(EnginesFolder::dir(&bundle, Flavour::TensorRt, VERSION)).unwrap();
-        (Self { engine, inputs, outputs, names }, recorded.record().engines[name].profiles.len())
+        (Self { name: name.to_owned(), engine, inputs, outputs, names }, recorded.record().engines[name].profiles.len())
     }
 
     fn run(&mut self, tensors: &mut [DoubleTensor]) {
@@ -383,6 +491,15 @@ unsafe extern "C" fn run(handle: u64, tensors: *mut DoubleTensor, count: i32) ->
     // SAFETY: the double says so many are there.
     model.run(unsafe { std::slice::from_raw_parts_mut(tensors, count as usize) });
     0
+}
+
+unsafe extern "C" fn layers(handle: u64, user: *mut c_void, on_layer: OnLayer) {
+    let models = MODELS.lock().unwrap_or_else(PoisonError::into_inner);
+    for layer in layers_of(&models.as_ref().unwrap()[&handle].name) {
+        let [name, metadata] = [layer.name, layer.metadata].map(|text| CString::new(text).unwrap());
+        // SAFETY: the strings live over the call.
+        unsafe { on_layer(user, name.as_ptr(), metadata.as_ptr(), layer.milliseconds) };
+    }
 }
 
 unsafe extern "C" fn close(handle: u64) {

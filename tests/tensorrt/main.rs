@@ -7,6 +7,7 @@ mod double;
 mod execution;
 mod graphs;
 mod plugins;
+mod profiling;
 mod ranges;
 mod refusals;
 mod taps;

@@ -1,5 +1,7 @@
 //! Engines of TensorRT and TensorRT-RTX on the command line.
 
+use crate::cli::output::Output;
+use crate::cli::selftest::compiled_kernels;
 use accordion::bundle::Bundle;
 use accordion::cuda::Device;
 use accordion::tensorrt::shim::Shim;
@@ -24,11 +26,19 @@ pub(crate) struct TensorRtArguments {
     /// Load engines and plugins whose hash is not the recorded one. An engine is a program: do you know who built it?
     #[arg(long)]
     trust: bool,
+    /// Enqueue the steps of decoding one by one, instead of repeating one that was recorded as a CUDA graph
+    #[arg(long)]
+    no_cuda_graph: bool,
 }
 
 impl TensorRtArguments {
-    /// What loads the engines of `bundle`.
-    pub(crate) fn loader<'b>(&self, flavour: Flavour, bundle: &'b Bundle) -> anyhow::Result<TensorRt<'b>> {
+    /// What loads the engines of `bundle`, and tells `output` what is not as fast as it might be.
+    pub(crate) fn loader<'b>(
+        &self,
+        flavour: Flavour,
+        bundle: &'b Bundle,
+        output: &Output,
+    ) -> anyhow::Result<TensorRt<'b>> {
         ensure!(
             bundle.manifest().target == Target::Portable,
             "{}: its graphs are for ONNX Runtime on the CPU; export with --target portable, and build",
@@ -37,13 +47,24 @@ impl TensorRtArguments {
         // Before NVIDIA's library is asked for anything: it does not survive a machine without a driver.
         let device = Device::open(0)?;
         let shim = Shim::open(&Toolkit::find(flavour, &self.root)?)?;
-        let options = ExecutionOptions { plugins: self.plugins.clone(), trusted: self.trust };
-        Ok(TensorRt::new(bundle, shim, device, &options)?)
+        let options = ExecutionOptions {
+            plugins: self.plugins.clone(),
+            trusted: self.trust,
+            cuda_graphs: !self.no_cuda_graph,
+            kernels: Some(compiled_kernels()?),
+        };
+        let output = output.clone();
+        Ok(TensorRt::new(bundle, shim, device, &options)?.telling(move |notice| output.warning(notice)))
     }
 
     /// Refuses what would be ignored.
     pub(crate) fn check_unused(&self) -> anyhow::Result<()> {
-        let given = [("--root", !self.root.is_empty()), ("--plugins", self.plugins.is_some()), ("--trust", self.trust)];
+        let given = [
+            ("--root", !self.root.is_empty()),
+            ("--plugins", self.plugins.is_some()),
+            ("--trust", self.trust),
+            ("--no-cuda-graph", self.no_cuda_graph),
+        ];
         match given.iter().find(|(_, given)| *given) {
             Some((flag, _)) => anyhow::bail!("{flag} is for --engine tensorrt and tensorrt-rtx"),
             None => Ok(()),
@@ -56,6 +77,7 @@ impl TensorRtArguments {
         let mut flags: Vec<OsString> = self.root.iter().flat_map(|root| named("--root", root)).collect();
         flags.extend(self.plugins.iter().flat_map(|path| named("--plugins", path)));
         flags.extend(self.trust.then(|| "--trust".into()));
+        flags.extend(self.no_cuda_graph.then(|| "--no-cuda-graph".into()));
         flags
     }
 }

@@ -9,13 +9,15 @@ use accordion::pipeline::Engines;
 use accordion::pipeline::compress::Compression;
 use accordion::pipeline::prompt::PromptIds;
 use accordion::profile::ceilings::Ceilings;
-use accordion::profile::measure::{Effort, Step, measure, record, work};
+use accordion::profile::measure::{Effort, Step, measure, record, record_layers, work};
 use accordion::profile::schema::Measurement;
+use accordion::tensorrt::layers::LayerRecord;
 use anyhow::{Context, bail};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What a process is asked for that holds one side of a comparison.
@@ -49,6 +51,7 @@ impl Arguments {
         if let Some(text) = &self.text {
             command.arg("--text").arg(text);
         }
+        command.args(self.gpu.flags());
         command.args(engine.flags()).args(output.is_quiet().then_some("--quiet"));
         command.stdout(Stdio::piped()).stderr(Stdio::inherit());
         Ok(command)
@@ -91,7 +94,8 @@ impl Arguments {
         let mut out = std::io::stdout().lock();
         if let Some(turns) = self.turns {
             let min_time = Duration::from_secs_f64(self.protocol.min_time / turns.max(1) as f64);
-            let effort = Effort::turn(min_time, self.new_tokens.last().copied().unwrap_or(1));
+            let effort =
+                Effort::turn(min_time, self.new_tokens.last().copied().unwrap_or(1), self.gpu.cuda_graph(&self.engine));
             for line in std::io::stdin().lock().lines() {
                 if line?.as_str() == RATES {
                     serde_json::to_writer(&mut out, &self.rates(case, output)?)?;
@@ -131,6 +135,12 @@ impl Arguments {
             let trace = record(Engines::new(bundle, Box::new(loader)), &case.compression, &prompt, folder.path())?;
             write_aside(path, &serde_json::to_vec(&trace.events)?)?;
             measured.operators = trace.operators;
+        }
+        if self.gpu.layers() {
+            let layers = Arc::new(LayerRecord::default());
+            let loader = self.engine.tensorrt("--layers", bundle, output)?.measuring_layers(Arc::clone(&layers));
+            let engines = Engines::new(bundle, Box::new(loader));
+            measured.operators = record_layers(engines, &layers, &case.compression, &prompt)?;
         }
         serde_json::to_writer(&mut out, &measured)?;
         Ok(())
