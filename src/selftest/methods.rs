@@ -81,7 +81,8 @@ pub fn run(
         let own = wanted.methods.contains(&method);
         // Without HOMER its bundle has the decoder that plain runs; RCC's plain is only what RCC is compared with.
         let plain = method != "sharedllm" && wanted.methods.contains(&BASELINE);
-        if !own && !(plain && method == "homer") {
+        let needed = own || (plain && method == "homer");
+        if !needed {
             continue;
         }
         on_step(&format!("writing {method}'s model"));

@@ -66,7 +66,7 @@ const PYTHIA_1_4B: DecoderSize = pythia(24, 2048, 16, VOCAB);
 /// For trying a machine rather than measuring it.
 const PYTHIA_TINY: DecoderSize = pythia(4, 64, 4, 320);
 const LLAMA_TINY: DecoderSize = DecoderSize::Llama(LlamaSize {
-    layers: 4,
+    layers: 8,
     hidden: 64,
     intermediate: 128,
     heads: 4,
