@@ -218,6 +218,10 @@ fn rewrite_weights(
     let mut described = WeightFile::describe(&path, WEIGHTS_FILE.to_owned())?;
     described.sha256 = Some(file_sha256(&path)?);
     manifest.weights.push(described);
+    let aliases = staging.path(ALIASES);
+    if aliases.is_file() {
+        manifest.aliases = Some(FileEntry { file: ALIASES.to_owned(), sha256: file_sha256(&aliases)? });
+    }
     Ok(vec![WEIGHTS_FILE.to_owned()])
 }
 

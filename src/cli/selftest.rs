@@ -1,17 +1,25 @@
 //! `accordion selftest`.
 
+mod child;
+mod show;
+
+use self::child::Effort;
 use super::Outcome;
+use super::method::MethodName;
 use super::output::Output;
-use super::text::{bytes, table};
-use accordion::cuda::Origin;
+use accordion::cuda::{Device, Origin};
 use accordion::fetch::Cache;
+use accordion::selftest::methods::{self, Wanted};
+use accordion::selftest::models::{Maker, Scale};
 use accordion::selftest::{Options, Report, run as run_selftest};
-use anyhow::Context as _;
-use clap::{Args, Subcommand};
+use accordion_graphs::precision::Precision;
+use anyhow::{Context as _, ensure};
+use clap::{Args, Subcommand, ValueEnum};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-/// Try the kernels on this machine's hardware
+/// Try kernels and methods on this machine's hardware
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
@@ -23,29 +31,88 @@ enum Hardware {
     Gpu(Gpu),
 }
 
-/// Compare the CUDA kernels' results with the CPU's, and their times with a copy's
+/// Compare the CUDA kernels' results with the CPU's, and what they and the methods cost
 ///
 /// Needs an NVIDIA GPU and its driver, and for products cuBLASLt; no model, no network and no CUDA toolkit, if compiled
-/// kernels are at hand. Ends in a minute or two: with 0 if all results are the same, with 1 if not.
+/// kernels are at hand. With ONNX Runtime's CUDA provider also compares the fused operators with the standard ones they stand
+/// for, and every method with plain, in fp16 over random weights. Ends in minutes: with 0 if all results are the same, with 1 if
+/// not. What cannot be tried is listed.
 #[derive(Debug, Args)]
 struct Gpu {
     /// Number of the GPU, as nvidia-smi counts them
     #[arg(long, value_name = "N", default_value_t = 0)]
     device: usize,
     /// Folder of compiled kernels [default: "kernels" beside this program; without one, NVRTC compiles them]
+    ///
+    /// Methods are measured in processes of their own, which take the default.
     #[arg(long, value_name = "FOLDER")]
     kernels: Option<PathBuf>,
-    /// Compare results only
-    #[arg(long)]
+    /// Compare results with the CPU's only
+    #[arg(long, conflicts_with_all = ["methods", "shape", "context", "quick"])]
     no_times: bool,
+    #[command(flatten)]
+    methods: MethodsArguments,
     /// Write the results as JSON to a file, too
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }
 
+/// What is measured of methods.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Methods")]
+struct MethodsArguments {
+    /// Methods to measure; others are compared with plain
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "METHOD,METHOD",
+          default_values_t = [MethodName::Plain, MethodName::Homer, MethodName::SharedLlm, MethodName::Rcc])]
+    methods: Vec<MethodName>,
+    /// Measure no method
+    #[arg(long, conflicts_with_all = ["methods", "shape", "context", "quick"])]
+    no_methods: bool,
+    /// Sizes of the models
+    #[arg(long, value_enum, default_value_t = ShapeName::Large)]
+    shape: ShapeName,
+    /// Tokens of the context that methods are compared at [default: 32768; tiny, 4096]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
+    /// Build every prefix once, decode a few tokens, and leave out RCC's longest context
+    #[arg(long)]
+    quick: bool,
+    /// Most time for all methods together, in seconds: what is left then is left out
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    budget: u64,
+    /// Folder for models and bundles, which are removed in the end; up to 6 GB [default: the system's for temporary files]
+    #[arg(long, value_name = "FOLDER")]
+    work_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ShapeName {
+    /// Llama-2-7B with HOMER's M = 4096, and RCC's pair of Pythia-1.4b, also at a million tokens
+    #[value(name = "7b")]
+    Large,
+    /// SmolLM2-135M with HOMER's M = 2048, and RCC's pair of Pythia-70m
+    #[value(name = "smollm2")]
+    Small,
+    /// Models of kilobytes: whether everything runs
+    Tiny,
+}
+
+impl From<ShapeName> for Scale {
+    fn from(name: ShapeName) -> Self {
+        match name {
+            ShapeName::Large => Self::Large,
+            ShapeName::Small => Self::Small,
+            ShapeName::Tiny => Self::Tiny,
+        }
+    }
+}
+
 /// Runs the command.
 pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outcome> {
     let Hardware::Gpu(gpu) = &arguments.hardware;
+    if let Some(folder) = &gpu.methods.work_dir {
+        ensure!(folder.is_dir(), "--work-dir {}: there is no such folder", folder.display());
+    }
     let kernels = gpu.kernels.clone().map_or_else(compiled_kernels, |folder| Ok(Origin::Folder(folder)))?;
     let options = Options { device: gpu.device, kernels, times: !gpu.no_times };
     let bar = output.bar("opening the GPU", 0);
@@ -55,12 +122,48 @@ pub(crate) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
         bar.set_message(step.what.to_owned());
     });
     bar.finish_and_clear();
-    let report = report?;
+    let mut report = report?;
+    if report.runtime.is_some() && !gpu.methods.no_methods {
+        gpu.measure_methods(&mut report, output)?;
+    }
     if let Some(path) = &gpu.output {
         write(path, &report).with_context(|| path.display().to_string())?;
     }
-    output.result(&report, || in_words(&report))?;
+    output.result(&report, || show::text(&report))?;
     Ok(if report.passed { Outcome::Done } else { Outcome::CheckFailed })
+}
+
+impl Gpu {
+    /// Adds what methods cost, and what of them could not be measured.
+    fn measure_methods(&self, report: &mut Report, output: &Output) -> anyhow::Result<()> {
+        let MethodsArguments { methods, shape, context, quick, budget, work_dir, .. } = &self.methods;
+        let sizes = Scale::from(*shape).sizes();
+        let context = context.map_or(sizes.context, |context| context as usize);
+        let folder = match work_dir {
+            Some(folder) => tempfile::tempdir_in(folder)?,
+            None => tempfile::tempdir()?,
+        };
+        let device = Device::open(self.device)?;
+        let wanted = Wanted {
+            methods: methods.iter().map(|method| method.name()).collect(),
+            context,
+            longest: (!quick).then_some(sizes.longest.max(context)),
+            free_bytes: Some(device.facts()?.free_bytes),
+            budget: Duration::from_secs(*budget),
+        };
+        let maker = Maker { folder: folder.path(), sizes, precision: Precision::Fp16, context };
+        let effort = if *quick { Effort::QUICK } else { Effort::USUAL };
+        let bar = output.bar("methods", 0);
+        report.methods = methods::run(
+            &maker,
+            &wanted,
+            &mut |case, left| child::measure(case, effort, self.device, &device, left).map_err(|e| format!("{e:#}")),
+            &mut report.missing,
+            &mut |what| bar.set_message(what.to_owned()),
+        );
+        bar.finish_and_clear();
+        Ok(())
+    }
 }
 
 /// Where compiled kernels come from, unless somebody says: the folder beside this program, or NVRTC.
@@ -80,89 +183,4 @@ fn write(path: &Path, report: &Report) -> anyhow::Result<()> {
     writeln!(aside)?;
     aside.persist(path)?;
     Ok(())
-}
-
-fn in_words(report: &Report) -> String {
-    let device = &report.device;
-    let per_second = |bandwidth: f64| format!("{}/s", bytes(bandwidth as u64));
-    let mut lines = vec![
-        format!("{}, compute capability {}, {}", device.name, device.compute_capability, bytes(device.memory_bytes)),
-        format!("driver {}, CUDA up to {}; kernels {}", report.driver, report.cuda, report.kernels),
-        String::new(),
-    ];
-    let failed: Vec<_> = report.checks.iter().filter(|check| !check.passed).collect();
-    lines.push(format!("{} of {} results are the CPU's", report.checks.len() - failed.len(), report.checks.len()));
-    lines.extend(failed.iter().map(|check| format!("  {}, {}: {}", check.operator, check.case, check.difference)));
-    if let Some(copy) = report.copy_bandwidth {
-        lines.push(String::new());
-        lines.push(format!("A copy on the device moves {}, read and written together", per_second(copy)));
-        let row = |time: &accordion::selftest::Time| {
-            let share =
-                format!("{:.0} %{}", 100.0 * time.of_copy, if time.fits_l2 { " (fits the L2 cache)" } else { "" });
-            let took = format!("{:.3}", time.median_ms);
-            [time.name.clone(), time.shape.clone(), took, bytes(time.bytes), per_second(time.bandwidth), share]
-        };
-        let rows: Vec<_> = report.times.iter().map(row).collect();
-        lines.push(table(["kernel", "lengths", ">ms", ">bytes", ">rate", "of the copy"], &rows));
-    }
-    if !report.missing.is_empty() {
-        lines.push("Not done:".to_owned());
-        lines.extend(report.missing.iter().map(|missing| format!("  {missing}")));
-    }
-    lines.join("\n")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use accordion::cuda::DeviceFacts;
-    use accordion::selftest::{Check, Time};
-
-    #[test]
-    fn a_difference_and_a_time_are_shown() {
-        let check = |case: &str, difference: &str| Check {
-            operator: "TopKPrune".to_owned(),
-            case: case.to_owned(),
-            passed: difference.is_empty(),
-            difference: difference.to_owned(),
-        };
-        let report = Report {
-            schema: String::new(),
-            accordion: String::new(),
-            unix_time: 0,
-            driver: "580.1".to_owned(),
-            cuda: "13.0".to_owned(),
-            device: DeviceFacts {
-                name: "a GPU".to_owned(),
-                compute_capability: "9.0".to_owned(),
-                memory_bytes: 140_000_000_000,
-                free_bytes: 0,
-                multiprocessors: 132,
-                l2_bytes: 0,
-                clock_mhz: 0.0,
-                memory_bandwidth: 0.0,
-            },
-            kernels: "compiled, from kernels".to_owned(),
-            passed: false,
-            checks: vec![check("one", ""), check("other", "keep_idx[3] is 4, expected 5")],
-            copy_bandwidth: Some(4e12),
-            times: vec![Time {
-                name: "TopKPrune: gathering".to_owned(),
-                shape: "7B".to_owned(),
-                runs: 10,
-                median_ms: 0.5,
-                best_ms: 0.4,
-                bytes: 1_600_000_000,
-                bandwidth: 3.2e12,
-                of_copy: 0.8,
-                fits_l2: false,
-            }],
-            missing: vec!["products: no cuBLASLt".to_owned()],
-        };
-        let text = in_words(&report);
-        for part in ["1 of 2 results", "other: keep_idx[3] is 4", "4.00 TB/s", "0.500", "80 %", "Not done:\n  products"]
-        {
-            assert!(text.contains(part), "{part}: {text}");
-        }
-    }
 }

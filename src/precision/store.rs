@@ -2,7 +2,9 @@
 
 use super::choose::{Chosen, Matrix};
 use super::{PrecisionError, WEIGHTS_FILE};
-use crate::checkpoint::{Checkpoint, NamedShape, read_index, safetensors_mixed_header};
+use crate::checkpoint::{
+    ALIASES, Checkpoint, NamedShape, add_aliases, aliases_json, read_index, safetensors_mixed_header,
+};
 use crate::staging::Staging;
 use crate::tensor::Tensor;
 use accordion_calibration::quantize::{
@@ -13,7 +15,7 @@ use accordion_graphs::fp8;
 use accordion_graphs::precision::{MatrixForm, MatrixPart};
 use accordion_graphs::weights::WeightIndex;
 use half::{bf16, f16};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufWriter, Write};
 
 const BUFFER: usize = 1 << 20;
@@ -36,14 +38,15 @@ enum Source {
     Part { matrix: String, part: MatrixPart },
 }
 
-/// Writes `tensors`, those that are `chosen` by their parts, and returns where they are.
+/// Writes `tensors`, those that are `chosen` by their parts, and returns where they are. What is the same tensor in the checkpoint
+/// by another name is written once, and `aliases.json` has the other names.
 pub(super) fn write(
     checkpoint: &Checkpoint,
     tensors: &[NamedShape],
     chosen: &Chosen,
     staging: &mut Staging,
 ) -> Result<WeightIndex, PrecisionError> {
-    let entries = entries(checkpoint, tensors, chosen)?;
+    let (entries, aliases) = without_aliases(entries(checkpoint, tensors, chosen)?, checkpoint.weights().aliases());
     let total = entries.iter().filter_map(|entry| entry.dtype.bytes_of_shape(&entry.shape)).sum::<usize>();
     staging.check_room(total as u64)?;
     let header =
@@ -70,7 +73,33 @@ pub(super) fn write(
     if let Some(from) = checkpoint.weights().files().first() {
         staging.date_like(WEIGHTS_FILE, from)?;
     }
-    Ok(read_index(&[staging.path(WEIGHTS_FILE)]).map_err(Box::new)?)
+    let mut index = read_index(&[staging.path(WEIGHTS_FILE)]).map_err(Box::new)?;
+    if !aliases.is_empty() {
+        staging.write_json(ALIASES, &aliases_json(&aliases))?;
+        add_aliases(&staging.path(ALIASES), &mut index).map_err(Box::new)?;
+    }
+    Ok(index)
+}
+
+/// The entries without those of a tensor that is there by another name and in the same form, and the names of these.
+fn without_aliases(
+    mut entries: Vec<Entry>,
+    known: &BTreeMap<String, String>,
+) -> (Vec<Entry>, BTreeMap<String, String>) {
+    let mut written: HashMap<(String, DType), String> = HashMap::new();
+    let mut aliases = BTreeMap::new();
+    entries.retain(|entry| {
+        if let Source::Part { .. } = entry.source {
+            return true;
+        }
+        let tensor = known.get(&entry.name).unwrap_or(&entry.name).clone();
+        let first = written.entry((tensor, entry.dtype)).or_insert_with(|| entry.name.clone());
+        if *first != entry.name {
+            aliases.insert(entry.name.clone(), first.clone());
+        }
+        *first == entry.name
+    });
+    (entries, aliases)
 }
 
 /// What the file holds, in its order: entries first, whose lengths are multiples of a vector in every model of use, so that

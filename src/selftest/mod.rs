@@ -1,21 +1,34 @@
 //! Tries the CUDA kernels on a real device: their results against the CPU's, and their times against a copy's. Needs the
 //! driver, and for products cuBLASLt; no model, no network.
 //!
+//! With ONNX Runtime's CUDA provider also the fused operators against the standard ones that they stand for ([`unfused`]), and all
+//! methods against plain ([`methods`]).
+//!
 //! The same cases run in this project's tests, by an emulator of the device.
 
 pub mod compress;
 mod host;
+pub mod methods;
+pub mod models;
 mod numbers;
 pub mod prune;
 mod schema;
+mod shapes;
 mod times;
+pub mod unfused;
 
 pub use host::Host;
 pub use numbers::{encode, identities};
-pub use schema::{Check, Report, SCHEMA, Time};
+pub use schema::{AgainstPlain, Check, MethodCost, Report, SCHEMA, SpeedUp, Time, Unfused};
+pub use shapes::{CompressShape, PruneShape};
 
+use crate::checkpoint::WeightMaps;
 use crate::cuda::{CublasLt, CudaError, Device, Kernels, Origin};
 use crate::environment::Nvidia;
+use crate::runtime::bound::Bound;
+use crate::runtime::locate::{LoadOptions, load};
+use crate::runtime::ort_cuda::{self, OrtCudaOptions};
+use accordion_graphs::weights::WeightIndex;
 use accordion_plugins::topk_prune::PruneError;
 use host::{Gpu, Recorded};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -27,7 +40,7 @@ pub struct Options {
     pub device: usize,
     /// Where the kernels come from.
     pub kernels: Origin,
-    /// Whether to measure times.
+    /// Whether to measure times, and to compare with unfused operators.
     pub times: bool,
 }
 
@@ -72,10 +85,7 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<R
     let device = Device::open(options.device)?;
     let facts = device.facts()?;
     let kernels = Kernels::load(&device, &options.kernels)?;
-    let mut missing = vec![
-        "TopKPrune against TopK and Gather: it takes a runtime that has them, ONNX Runtime with CUDA or TensorRT"
-            .to_owned(),
-    ];
+    let mut missing = Vec::new();
     let cublaslt = CublasLt::open(&device).map_err(|error| missing.push(format!("products: {error}"))).ok();
     let gpu = Gpu { device, kernels, cublaslt };
 
@@ -100,6 +110,17 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<R
         copy_bandwidth = Some(meter.copy_bandwidth);
         times = meter.all(&mut missing)?;
     }
+    let (mut runtime, mut unfused) = (None, Vec::new());
+    if options.times {
+        match onnx_runtime(options) {
+            Ok((name, loader)) => {
+                on_step(Progress { what: "against unfused operators", done: of - 1, of });
+                unfused = unfused::all(&loader, facts.free_bytes, &mut missing);
+                runtime = Some(name);
+            }
+            Err(reason) => missing.push(format!("fused operators against unfused ones, and methods: {reason}")),
+        }
+    }
     let (driver, cuda) = match Nvidia::probe() {
         Nvidia::Present { driver, cuda, .. } => (driver, cuda),
         Nvidia::Absent { .. } => (String::new(), String::new()),
@@ -115,12 +136,25 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<R
             Origin::Folder(folder) => format!("compiled, from {}", folder.display()),
             Origin::Compiler(_) => "compiled here by NVRTC".to_owned(),
         },
-        passed: checks.iter().all(|check| check.passed),
+        runtime,
+        passed: checks.iter().all(|check| check.passed) && unfused.iter().all(|compared| compared.passed),
         checks,
         copy_bandwidth,
         times,
+        unfused,
+        methods: Vec::new(),
         missing,
     })
+}
+
+/// ONNX Runtime on the device, with our kernels and no weights, and what it is called.
+fn onnx_runtime(options: &Options) -> Result<(String, Bound<ort_cuda::Gpu>), String> {
+    let runtime = load(LoadOptions::default()).map_err(|error| error.to_string())?;
+    let weights = WeightMaps::open(WeightIndex::default()).map_err(|error| error.to_string())?;
+    let cuda = OrtCudaOptions { device: options.device, kernels: Some(options.kernels.clone()), allow_fallback: false };
+    let loader = ort_cuda::open(runtime, weights, &cuda).map_err(|error| error.to_string())?;
+    let library = runtime.library();
+    Ok((format!("ONNX Runtime {}, {}", library.version, library.path.display()), loader))
 }
 
 /// One case of each operator, recorded as a CUDA graph.

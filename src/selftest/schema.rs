@@ -23,7 +23,10 @@ pub struct Report {
     pub device: DeviceFacts,
     /// Where the kernels come from.
     pub kernels: String,
-    /// Whether every check passed.
+    /// The ONNX Runtime with CUDA that runs chains and methods; none where there is none that works.
+    #[serde(default)]
+    pub runtime: Option<String>,
+    /// Whether every check passed, and every comparison with an unfused chain.
     pub passed: bool,
     /// The kernels' results against the CPU's.
     pub checks: Vec<Check>,
@@ -31,6 +34,12 @@ pub struct Report {
     pub copy_bandwidth: Option<f64>,
     /// The kernels' times.
     pub times: Vec<Time>,
+    /// The fused operators against the standard operators that they stand for, both run by ONNX Runtime on the device.
+    #[serde(default)]
+    pub unfused: Vec<Unfused>,
+    /// What methods cost in that runtime.
+    #[serde(default)]
+    pub methods: Vec<MethodCost>,
     /// What was not done, and why.
     pub missing: Vec<String>,
 }
@@ -69,4 +78,79 @@ pub struct Time {
     pub of_copy: f64,
     /// Whether all of it fits into the second-level cache: the share then says nothing about the memory.
     pub fits_l2: bool,
+}
+
+/// A fused operator against the chain of standard operators of its function body.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Unfused {
+    /// `TopKPrune`, `StridedCompress`, `StridedCompressMean`.
+    pub operator: String,
+    /// With which lengths.
+    pub shape: String,
+    /// Element type: `f16`.
+    pub element: String,
+    /// Measured runs of each side, in turns.
+    pub runs: usize,
+    /// Median time of the fused operator in milliseconds, from the call of the runtime to the end of the work.
+    pub fused_ms: f64,
+    /// The same of the chain.
+    pub unfused_ms: f64,
+    /// The chain's time over the operator's: how many times faster the operator is.
+    pub ratio: f64,
+    /// Whether both compute the same bits.
+    pub passed: bool,
+    /// The first difference; empty if there is none.
+    pub difference: String,
+}
+
+/// What one method costs at one context.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MethodCost {
+    /// The shape of the model, whose weights are random.
+    pub model: String,
+    /// `plain`, `homer`, `rcc`, `sharedllm`.
+    pub method: String,
+    /// The engine, with its precision: `ort-cuda fp16`.
+    pub engine: String,
+    /// Tokens of the context.
+    pub context: usize,
+    /// Tokens in the context state.
+    pub tokens_kept: usize,
+    /// How often the prefix was built.
+    pub runs: usize,
+    /// Median time from token ids to context state, in milliseconds.
+    pub prefix_ms: f64,
+    /// Median time from there to the first new token.
+    pub first_token_ms: f64,
+    /// Median time of each further token.
+    pub per_token_ms: f64,
+    /// Size of the context state.
+    pub state_bytes: u64,
+    /// The most that was taken of the device's memory while it was measured, weights and libraries included; none where
+    /// that is not known.
+    pub peak_device_bytes: Option<u64>,
+    /// Peak resident memory of the process.
+    pub peak_resident_bytes: u64,
+    /// What follows from plain on the same model at the same context; none for plain, and where it was not measured.
+    pub against_plain: Option<AgainstPlain>,
+}
+
+/// A method beside plain.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AgainstPlain {
+    /// Plain's prefix time over the method's.
+    pub prefix_ratio: f64,
+    /// By the number of new tokens.
+    pub speed_up: Vec<SpeedUp>,
+    /// `100 (1 - peak / plain's peak)` of the device's memory.
+    pub memory_saving_percent: Option<f64>,
+}
+
+/// How much sooner so many tokens are there.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct SpeedUp {
+    /// New tokens, n.
+    pub new_tokens: usize,
+    /// `100 (t(plain) / t(method) - 1)`, where t is the prefix, the first token and n - 1 further ones.
+    pub percent: f64,
 }

@@ -3,6 +3,7 @@
 use super::host::Gpu;
 use super::numbers::{encode, integers};
 use super::schema::Time;
+use super::shapes::{COMPRESSED, CompressShape, PRUNED, PruneShape};
 use crate::cuda::{
     Buffer, CublasLt, CudaError, Device, DeviceFacts, Element, Kernel, StridedCompress, StridedRows, TopKPrune,
 };
@@ -16,6 +17,10 @@ const WARM_UP: usize = 3;
 const FEWEST: usize = 10;
 const MOST: usize = 200;
 const LONG_ENOUGH: Duration = Duration::from_millis(500);
+
+/// Element types that the operators are timed in: HOMER's and RCC's at their sizes.
+const PRUNE_ELEMENT: Element = Element::F16;
+const COMPRESS_ELEMENT: Element = Element::Bf16;
 
 /// What times are measured on: a device, and what a copy there moves in bytes per second.
 pub(super) struct Meter<'a> {
@@ -82,12 +87,12 @@ impl<'a> Meter<'a> {
     pub(super) fn all(&self, missing: &mut Vec<String>) -> Result<Vec<Time>, CudaError> {
         let mut times = Vec::new();
         for shape in PRUNED {
-            if self.fits(shape.bytes(), shape.name, missing) {
+            if self.fits(shape.bytes(PRUNE_ELEMENT), shape.name, missing) {
                 self.prune(&shape, &mut times)?;
             }
         }
         for shape in COMPRESSED {
-            if self.fits(shape.bytes(), shape.name, missing) {
+            if self.fits(shape.bytes(COMPRESS_ELEMENT), shape.name, missing) {
                 self.compress(&shape, &mut times)?;
             }
         }
@@ -104,12 +109,12 @@ impl<'a> Meter<'a> {
 
     fn prune(&self, shape: &PruneShape, times: &mut Vec<Time>) -> Result<(), CudaError> {
         let PruneShape { heads, kv_heads, head_dim, length, hidden, layers, keep, .. } = *shape;
-        let (gpu, device, size) = (self.gpu, &self.gpu.device, PruneShape::ELEMENT.bytes());
+        let (gpu, device, size) = (self.gpu, &self.gpu.device, PRUNE_ELEMENT.bytes());
         let mut random = ChaCha8Rng::seed_from_u64(7);
         let mut numbers = |count: usize| {
             let numbers: Vec<f32> =
                 (0..count).map(|_| (random.next_u32() >> 8) as f32 / (1 << 23) as f32 - 1.0).collect();
-            device.upload(&encode(&numbers, PruneShape::ELEMENT))
+            device.upload(&encode(&numbers, PRUNE_ELEMENT))
         };
         let kept = |rows: usize, width: usize| device.zeros(rows * width * size);
         let planes = layers * 2 * kv_heads;
@@ -144,12 +149,16 @@ impl<'a> Meter<'a> {
             suffix_length: shape.affix as i64,
             bias_length: length as i64,
             scale: 1.0 / (head_dim as f32).sqrt(),
-            element: PruneShape::ELEMENT,
-            hidden_element: PruneShape::ELEMENT,
+            element: PRUNE_ELEMENT,
+            hidden_element: PRUNE_ELEMENT,
             ..TopKPrune::default()
         };
         // SAFETY: every tensor has the elements that the lengths say, and lives until all times are taken: each one waits.
-        times.push(self.time("TopKPrune", shape.name, shape.moved(), || unsafe { gpu.kernels.topk_prune(&call) })?);
+        times.push(
+            self.time("TopKPrune", shape.name, shape.moved(PRUNE_ELEMENT), || unsafe {
+                gpu.kernels.topk_prune(&call)
+            })?,
+        );
         for launch in call.launches()? {
             let (name, bytes) = match launch.kernel {
                 Kernel::Select => ("TopKPrune: selection", (length * 4 + keep * 24) as u64),
@@ -161,13 +170,13 @@ impl<'a> Meter<'a> {
         }
         // SAFETY: as above.
         let graph = device.capture(|| unsafe { gpu.kernels.topk_prune(&call) })?;
-        times.push(self.time("TopKPrune, as a CUDA graph", shape.name, shape.moved(), || graph.launch())?);
+        times.push(self.time("TopKPrune, as a CUDA graph", shape.name, shape.moved(PRUNE_ELEMENT), || graph.launch())?);
         device.wait()
     }
 
     fn compress(&self, shape: &CompressShape, times: &mut Vec<Time>) -> Result<(), CudaError> {
         let CompressShape { segments, window, ratio, width, .. } = *shape;
-        let (gpu, device, element) = (self.gpu, &self.gpu.device, Element::Bf16);
+        let (gpu, device, element) = (self.gpu, &self.gpu.device, COMPRESS_ELEMENT);
         let kept = segments * window / ratio;
         let tensor = |rows: usize| device.zeros(rows * width * element.bytes());
         let (x, x2, weight) = (tensor(segments * window)?, tensor(segments * window)?, tensor(width)?);
@@ -226,109 +235,3 @@ impl<'a> Meter<'a> {
 fn bandwidth(bytes: u64, milliseconds: f64) -> f64 {
     bytes as f64 / (milliseconds / 1e3)
 }
-
-/// A call of `TopKPrune` in `float16`, one sequence.
-struct PruneShape {
-    name: &'static str,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    length: usize,
-    hidden: usize,
-    layers: usize,
-    keep: usize,
-    affix: usize,
-}
-
-impl PruneShape {
-    const ELEMENT: Element = Element::F16;
-
-    /// Bytes per token of what is gathered.
-    fn row_bytes(&self) -> usize {
-        (self.hidden + self.layers * 2 * self.kv_heads * self.head_dim) * Self::ELEMENT.bytes()
-    }
-
-    /// Bytes that it takes on the device.
-    fn bytes(&self) -> u64 {
-        (self.row_bytes() * (self.length + self.keep)) as u64 + self.key_bytes()
-    }
-
-    fn key_bytes(&self) -> u64 {
-        (self.kv_heads * self.length * self.head_dim * Self::ELEMENT.bytes()) as u64
-    }
-
-    /// Bytes that must be read and written once.
-    fn moved(&self) -> u64 {
-        self.key_bytes() + 2 * (self.row_bytes() * self.keep) as u64
-    }
-}
-
-/// HOMER's prunings: chunks of M tokens down to half of the context and the affixes.
-const PRUNED: [PruneShape; 4] = [
-    PruneShape {
-        name: "SmolLM2, M 2048, 30 layers",
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-        length: 2048,
-        hidden: 576,
-        layers: 30,
-        keep: 1074,
-        affix: 50,
-    },
-    PruneShape {
-        name: "7B, M 4096, 14 layers",
-        heads: 32,
-        kv_heads: 32,
-        head_dim: 128,
-        length: 4096,
-        hidden: 4096,
-        layers: 14,
-        keep: 2098,
-        affix: 50,
-    },
-    PruneShape {
-        name: "7B, M 4096, 32 layers",
-        heads: 32,
-        kv_heads: 32,
-        head_dim: 128,
-        length: 4096,
-        hidden: 4096,
-        layers: 32,
-        keep: 2098,
-        affix: 50,
-    },
-    PruneShape {
-        name: "8B with 8 key heads, M 16384, 32 layers",
-        heads: 32,
-        kv_heads: 8,
-        head_dim: 128,
-        length: 16_384,
-        hidden: 4096,
-        layers: 32,
-        keep: 8242,
-        affix: 50,
-    },
-];
-
-/// A call of `StridedCompress` in `bfloat16`, from a width to the same width.
-struct CompressShape {
-    name: &'static str,
-    segments: usize,
-    window: usize,
-    ratio: usize,
-    width: usize,
-}
-
-impl CompressShape {
-    fn bytes(&self) -> u64 {
-        let rows = self.segments * self.window;
-        ((2 * rows + 3 * rows / self.ratio + self.width) * self.width * 2) as u64
-    }
-}
-
-/// RCC's encoder at the width of Pythia-1.4b.
-const COMPRESSED: [CompressShape; 2] = [
-    CompressShape { name: "Pythia-1.4b, 16 windows, ratio 32", segments: 16, window: 2048, ratio: 32, width: 2048 },
-    CompressShape { name: "Pythia-1.4b, 256 windows, ratio 8", segments: 256, window: 2048, ratio: 8, width: 2048 },
-];

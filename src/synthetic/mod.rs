@@ -11,9 +11,10 @@ mod shapes;
 pub use noise::NumberType;
 pub use shapes::Shape;
 
-use crate::checkpoint::{CONFIG, INDEX, NamedShape, SINGLE, index_json, safetensors_header};
+use crate::checkpoint::{ALIASES, CONFIG, INDEX, NamedShape, SINGLE, aliases_json, index_json, safetensors_header};
 use crate::staging::{Kind, Staging, StagingError};
 use noise::Noise;
+use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
@@ -53,11 +54,44 @@ pub fn write_random(
     options: RandomOptions,
     progress: impl FnMut(u64, u64),
 ) -> Result<Written, StagingError> {
-    write_sharded(shape, out, options, SHARD_BYTES, progress)
+    write_tensors(shape, (shape.tensors(), BTreeMap::new()), out, options, SHARD_BYTES, progress)
 }
 
-fn write_sharded(
+/// The same with one layer's numbers for all layers: `aliases.json` gives the tensors of the first one the names of those of the
+/// others. What runs takes as much memory and time, and the folder a fraction of the disk.
+///
+/// # Errors
+///
+/// As [`write_random`].
+pub fn write_repeating(
     shape: &Shape,
+    out: &Path,
+    options: RandomOptions,
+    progress: impl FnMut(u64, u64),
+) -> Result<Written, StagingError> {
+    write_tensors(shape, repeating(shape.tensors()), out, options, SHARD_BYTES, progress)
+}
+
+/// The first of the tensors that differ only by the numbers in their names, and what the others are further names of.
+fn repeating(tensors: Vec<NamedShape>) -> (Vec<NamedShape>, BTreeMap<String, String>) {
+    let mut kinds: BTreeMap<(String, Vec<usize>), String> = BTreeMap::new();
+    let (mut first, mut others) = (Vec::new(), BTreeMap::new());
+    for (name, shape) in tensors {
+        let parts = name.split('.').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
+        let kind = (parts.collect::<Vec<_>>().join("."), shape.clone());
+        if let Some(same) = kinds.get(&kind) {
+            others.insert(name, same.clone());
+        } else {
+            kinds.insert(kind, name.clone());
+            first.push((name, shape));
+        }
+    }
+    (first, others)
+}
+
+fn write_tensors(
+    shape: &Shape,
+    (tensors, aliases): (Vec<NamedShape>, BTreeMap<String, String>),
     out: &Path,
     options: RandomOptions,
     shard_bytes: u64,
@@ -66,7 +100,7 @@ fn write_sharded(
     const BUFFER: usize = 1 << 20;
     let RandomOptions { seed, dtype } = options;
     let mut staging = Staging::create(out, RANDOM, false)?;
-    let shards = shards(shape.tensors(), dtype, shard_bytes);
+    let shards = shards(tensors, dtype, shard_bytes);
     let count = shards.len();
     let total = shards.iter().flatten().map(|tensor| bytes_of(tensor, dtype)).sum();
     staging.check_room(total)?;
@@ -93,6 +127,9 @@ fn write_sharded(
     if count > 1 {
         let places = places.iter().map(|(name, file)| (name.as_str(), file.as_str()));
         staging.write_json(INDEX, &index_json(places, total))?;
+    }
+    if !aliases.is_empty() {
+        staging.write_json(ALIASES, &aliases_json(&aliases))?;
     }
     for (name, content) in shape.descriptions(options) {
         staging.write_json(name, &content)?;
@@ -135,7 +172,7 @@ mod tests {
     const SMALL: &Shape = &shapes::tests::SMALL;
 
     fn write(out: &Path, options: RandomOptions, shard_bytes: u64) -> Written {
-        write_sharded(SMALL, out, options, shard_bytes, |_, _| {}).unwrap()
+        write_tensors(SMALL, (SMALL.tensors(), BTreeMap::new()), out, options, shard_bytes, |_, _| {}).unwrap()
     }
 
     fn values(tensor: &Tensor) -> Vec<f32> {
@@ -210,6 +247,23 @@ mod tests {
         for (full, half) in full.as_chunks::<4>().0.iter().zip(half.as_chunks::<2>().0) {
             assert_eq!(half::bf16::from_f32(f32::from_le_bytes(*full)).to_le_bytes(), *half);
         }
+    }
+
+    #[test]
+    fn layers_that_repeat_take_the_room_of_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = write(&dir.path().join("own"), RandomOptions::default(), SHARD_BYTES);
+        let out = dir.path().join("repeating");
+        let repeating = write_repeating(SMALL, &out, RandomOptions::default(), |_, _| {}).unwrap();
+        assert!(repeating.parameters < own.parameters * 3 / 4, "{repeating:?} {own:?}");
+        let model = Checkpoint::open(&out).unwrap();
+        assert_eq!(model.weights().parameter_count(), own.parameters);
+        let layer = |i: usize| values(&model.tensor(&format!("gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight")).unwrap());
+        assert_eq!(layer(0), layer(1));
+        assert_ne!(
+            layer(0)[..1024],
+            values(&model.tensor("gpt_neox.layers.0.mlp.dense_4h_to_h.weight").unwrap())[..1024]
+        );
     }
 
     #[test]

@@ -415,6 +415,21 @@ fn a_bundle_of_aliased_weights_runs_without_its_checkpoint() {
 }
 
 #[test]
+fn a_tensor_of_two_names_is_stored_once_in_16_bits() {
+    let tiny = Tiny::new();
+    let [copied, aliased] = [("copied", false), ("aliased", true)].map(|(name, aliased)| {
+        repeated(&tiny, name, aliased);
+        let bundle = format!("{name}-bundle");
+        tiny.succeed(&["export", "plain", name, &bundle, "--target", "portable", "--precision", "fp16"]);
+        fs::remove_dir_all(tiny.path(name)).unwrap();
+        tiny.succeed(&["verify", &bundle]);
+        fs::metadata(tiny.path(&bundle).join("weights.safetensors")).unwrap().len()
+    });
+    assert!(aliased < copied, "{aliased} bytes, and {copied}");
+    assert!(!Bundle::open(tiny.path("aliased-bundle")).unwrap().weights().index().aliases().is_empty());
+}
+
+#[test]
 fn an_alias_that_lies_is_refused_by_name() {
     let workspace = Workspace::new();
     let model = sparse::tiny_model();

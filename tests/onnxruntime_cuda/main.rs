@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod operators;
+mod selftest;
 
 use accordion::bundle::Bundle;
 use accordion::cuda::Origin;
