@@ -156,9 +156,9 @@ fn decoding_copies_ids_and_logits_and_nothing_else() {
         let (arch, prompt) = (&subject.case.architecture, subject.prompt());
         let mut engines = machine.engines(&subject.bundle);
         let logits = 4 * arch.vocab_size as u64;
-        let before = machine.copied();
+        let before = machine.counts();
         let state = subject.compression().compress(&mut engines, &prompt, &mut |_, _| {}).unwrap();
-        let compressed = since(&machine, before);
+        let compressed = machine.counts() - before;
         // HOMER reads the positions of the root, too.
         let positions =
             if subject.bundle.manifest().method.name() == "homer" { 8 * state.tokens_kept() as u64 } else { 0 };
@@ -167,9 +167,9 @@ fn decoding_copies_ids_and_logits_and_nothing_else() {
         let mut sequence = Sequence::continue_from(&engines, &state, 0, Continuation::Next).unwrap();
         let row = 2 * 4 * (arch.num_layers * arch.num_kv_heads * arch.head_dim) as u64;
         for step in 0..8 {
-            let before = machine.copied();
+            let before = machine.counts();
             sequence.forward(&mut engines, &[step + 1], 1).unwrap();
-            let copied = since(&machine, before);
+            let copied = machine.counts() - before;
             assert_eq!((copied.to_device, copied.to_host), (16, logits), "step {step}");
             // Layers of a tree's cache may begin anywhere in it; those of the decoder's own cache do not.
             let moved = row * state.tokens_kept() as u64;
