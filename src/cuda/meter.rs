@@ -33,6 +33,8 @@ pub struct Meter {
 struct Record {
     pending: Vec<(String, [Moment; 2])>,
     times: DeviceTimes,
+    /// All of the waiting that was ever recorded.
+    waited: Duration,
 }
 
 impl Record {
@@ -89,9 +91,18 @@ impl Meter {
         let start = Instant::now();
         let done = wait();
         if self.started.load(Ordering::Relaxed) {
-            self.record().times.waiting += start.elapsed();
+            let took = start.elapsed();
+            let mut record = self.record();
+            record.times.waiting += took;
+            record.waited += took;
         }
         done
+    }
+
+    /// Time that the host has waited since this was started, whatever has been taken: what waits within other work is known by
+    /// the difference.
+    pub fn waited(&self) -> Duration {
+        self.record().waited
     }
 
     /// What was recorded, once all of it is done, and starts over.

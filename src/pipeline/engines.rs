@@ -46,7 +46,7 @@ impl<'b> Engines<'b> {
 
     /// Whether the engine of graph `name`, if there is such a graph, may have a use for [`Engine::steps`]. One that is observed
     /// has none: every value of it is looked at on its own.
-    pub(super) fn may_step(&self, name: &str) -> bool {
+    pub(crate) fn may_step(&self, name: &str) -> bool {
         self.observer.is_none() && self.bundle.signature(name).is_some() && self.loader.steps(name)
     }
 

@@ -78,6 +78,55 @@ impl StageTime {
     }
 }
 
+/// One time of a run, and what it consists of, in milliseconds: the host enqueues the work of graphs, waits for results and
+/// does what is left, while the device computes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DeviceShare {
+    /// The host's time for putting work on the stream.
+    pub enqueue_ms: f64,
+    /// The host's time for waiting and copying.
+    pub wait_ms: f64,
+    /// What else the host did.
+    pub host_ms: f64,
+    /// The device's time for the work.
+    pub compute_ms: f64,
+}
+
+impl DeviceShare {
+    /// What the host's parts make up.
+    pub fn total_ms(&self) -> f64 {
+        self.enqueue_ms + self.wait_ms + self.host_ms
+    }
+
+    /// The part of the time in which the device computes.
+    pub fn busy(&self) -> f64 {
+        if self.total_ms() > 0.0 { self.compute_ms / self.total_ms() } else { 0.0 }
+    }
+}
+
+impl Details {
+    /// What the prefix of the median time consists of; `None` where engines have no device.
+    pub fn prefix_on_device(&self) -> Option<DeviceShare> {
+        let compute: Option<f64> = self.stages.iter().map(|stage| stage.compute_ms).sum();
+        Some(DeviceShare {
+            enqueue_ms: self.stages.iter().map(|stage| stage.total_ms).sum(),
+            wait_ms: self.wait_ms?,
+            host_ms: self.host_ms?,
+            compute_ms: compute?,
+        })
+    }
+
+    /// What a decoded token consists of, on average; `None` where engines have no device.
+    pub fn token_on_device(&self) -> Option<DeviceShare> {
+        Some(DeviceShare {
+            enqueue_ms: self.token_run_ms?,
+            wait_ms: self.token_wait_ms?,
+            host_ms: self.token_host_ms?,
+            compute_ms: self.token_compute_ms?,
+        })
+    }
+}
+
 /// Decoded tokens that follow each other.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DecodedSpan {

@@ -16,7 +16,7 @@ use super::trace::{OperatorTime, Trace};
 use crate::bundle::Bundle;
 use crate::environment::{peak_resident_bytes, reset_peak_resident};
 use crate::pipeline::compress::Compression;
-use crate::pipeline::decode::{Continuation, Sequence};
+use crate::pipeline::decode::{Continuation, DECODER_STEP, Sequence};
 use crate::pipeline::prompt::PromptIds;
 use crate::pipeline::question::with_suffix;
 use crate::pipeline::{ContextState, Engines, plain};
@@ -219,6 +219,10 @@ fn measure_state(
     let watch = Watch::start();
     let stopwatch = &runner.stopwatch;
     stopwatch.take()?;
+    let has_steps = engines.may_step(DECODER_STEP);
+    if effort.cuda_graph == Some(CudaGraph::Both) && !has_steps {
+        return Err(ProfileError::NoSteps);
+    }
     engines.record_steps(effort.cuda_graph != Some(CudaGraph::Off));
 
     let mut built: Option<ContextState> = None;
@@ -254,7 +258,7 @@ fn measure_state(
 
     let Subject { method, mut settings, lengths, operations } = subject;
     if let Some(graph) = effort.cuda_graph {
-        let word = if graph == CudaGraph::Off { "off" } else { "on" };
+        let word = if graph == CudaGraph::Off || !has_steps { "off" } else { "on" };
         settings.push(("CUDA graph".to_owned(), word.to_owned()));
     }
     let bundle = engines.bundle();

@@ -66,6 +66,12 @@ pub enum ProfileError {
         /// What is wrong with it.
         problem: String,
     },
+    /// Nothing can be recorded as a CUDA graph.
+    #[error(
+        "--cuda-graph both: no decoding step can be recorded: there is no engine of one (export the bundle again, and build it \
+         again), or no kernel that appends its rows"
+    )]
+    NoSteps,
     /// Engines that were to measure their layers told of none.
     #[error("the engines told the time of no layer: NVIDIA's library has no profiler, or does not call it")]
     NoLayers,

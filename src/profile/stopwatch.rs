@@ -36,7 +36,7 @@ pub struct Record {
 pub struct GraphTime {
     /// How many.
     pub calls: usize,
-    /// The host's time: where engines have a device, that of putting the work on its stream.
+    /// The host's time: where engines have a device, that of putting the work on its stream, without waiting for it.
     pub host: Duration,
     /// The device's time, where engines have one.
     pub device: Option<Duration>,
@@ -93,6 +93,11 @@ impl Stopwatch {
         self.state().meter.as_ref().map(|meter| meter.used_bytes()).transpose()
     }
 
+    fn waited(&self) -> Duration {
+        let meter = self.state().meter.clone();
+        meter.map_or(Duration::ZERO, |meter| meter.waited())
+    }
+
     fn add(&self, add: impl FnOnce(&mut Record)) {
         add(&mut self.state().record);
     }
@@ -101,8 +106,17 @@ impl Stopwatch {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a run of `graph` that took so long.
-    fn add_run(&self, graph: &str, took: Duration) {
+    /// A run begins.
+    fn begin(&self) -> Begun {
+        let waited = self.waited();
+        Begun { start: Instant::now(), waited }
+    }
+
+    /// Counts a run of `graph` that began so.
+    fn end(&self, graph: &str, begun: &Begun) {
+        let took = begun.start.elapsed();
+        // A step waits for its results by itself.
+        let took = took.saturating_sub(self.waited().saturating_sub(begun.waited));
         self.add(|record| {
             // Looked up first: a name is copied once.
             let time = match record.graphs.get_mut(graph) {
@@ -113,6 +127,12 @@ impl Stopwatch {
             time.host += took;
         });
     }
+}
+
+/// When a run began, and how long the host had waited for the device until then.
+struct Begun {
+    start: Instant,
+    waited: Duration,
 }
 
 struct TimedLoader<L> {
@@ -159,9 +179,9 @@ impl Engine for TimedEngine {
         in_place: &mut [InPlace<'_>],
         outputs: &[&str],
     ) -> Result<Vec<Tensor>, EngineError> {
-        let start = Instant::now();
+        let begun = self.stopwatch.begin();
         let results = self.engine.run(inputs, in_place, outputs)?;
-        self.stopwatch.add_run(&self.graph, start.elapsed());
+        self.stopwatch.end(&self.graph, &begun);
         Ok(results)
     }
 
@@ -180,9 +200,9 @@ struct TimedSteps {
 
 impl Steps for TimedSteps {
     fn step(&mut self, values: &[i64]) -> Result<Vec<Tensor>, EngineError> {
-        let start = Instant::now();
+        let begun = self.stopwatch.begin();
         let results = self.steps.step(values)?;
-        self.stopwatch.add_run(&self.graph, start.elapsed());
+        self.stopwatch.end(&self.graph, &begun);
         Ok(results)
     }
 

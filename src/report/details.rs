@@ -2,7 +2,8 @@
 
 use super::format::{bytes, latency, percent, percent_of, significant, tokens};
 use super::table::{Cell, Column, Table};
-use crate::profile::details::DecodedSpan;
+use crate::profile::decoding::GraphComparison;
+use crate::profile::details::{DecodedSpan, DeviceShare, StageTime};
 use crate::profile::paired::{CONFIDENCE, Comparison, Difference, Verdict};
 use crate::profile::roofline::{Demand, Roofline};
 use crate::profile::schema::{Measurement, ProfileReport};
@@ -13,7 +14,7 @@ const LISTED: usize = 200;
 
 /// Tables that are short enough to stand unfolded: those that have rows.
 pub(super) fn open(profile: &ProfileReport) -> Vec<Table> {
-    [comparisons(profile), limits(profile), around(profile)].into_iter().flatten().collect()
+    [comparisons(profile), limits(profile), device(profile), around(profile)].into_iter().flatten().collect()
 }
 
 /// Tables with many rows for each measurement: those that have any.
@@ -49,8 +50,35 @@ fn listed(
     })
 }
 
+/// Two things that were measured in turns.
+struct Pair<'p> {
+    names: [String; 2],
+    context: usize,
+    pairs: usize,
+    differences: &'p [Difference],
+}
+
+impl<'p> Pair<'p> {
+    /// Two configurations, and decoding without CUDA graphs and with them.
+    fn all(profile: &'p ProfileReport) -> Vec<Self> {
+        let configurations = profile.comparisons.iter().map(|Comparison { a, b, prompt, pairs, differences }| Self {
+            names: [a.clone(), b.clone()],
+            context: prompt.context,
+            pairs: *pairs,
+            differences,
+        });
+        let graphs = profile.rows.iter().filter_map(|row| {
+            let GraphComparison { pairs, differences } = row.measured.details.cuda_graph.as_ref()?;
+            let name = |which| format!("{}, tokens {which}", row.measured.configuration.method);
+            let names = ["without a CUDA graph", "with a CUDA graph"].map(name);
+            Some(Self { names, context: row.measured.prompt.context, pairs: *pairs, differences })
+        });
+        configurations.chain(graphs).collect()
+    }
+}
+
 fn comparisons(profile: &ProfileReport) -> Option<Table> {
-    let row = |pair: &Comparison, found: &Difference| {
+    let row = |pair: &Pair<'_>, found: &Difference| {
         let class = match found.verdict {
             Verdict::Faster => "better",
             Verdict::Slower => "worse",
@@ -58,8 +86,11 @@ fn comparisons(profile: &ProfileReport) -> Option<Table> {
         };
         let interval = format!("{:.3} to {:.3}", found.low, found.high);
         vec![
-            Cell { class: "pair", ..Cell::text(format!("A: {}", pair.a)).with_detail(format!("B: {}", pair.b)) },
-            Cell::number(Some(pair.prompt.context as f64), |_| tokens(pair.prompt.context)),
+            Cell {
+                class: "pair",
+                ..Cell::text(format!("A: {}", pair.names[0])).with_detail(format!("B: {}", pair.names[1]))
+            },
+            Cell::number(Some(pair.context as f64), |_| tokens(pair.context)),
             Cell::text(&found.quantity),
             Cell::number(Some(found.a_ms), latency),
             Cell::number(Some(found.b_ms), latency),
@@ -68,8 +99,7 @@ fn comparisons(profile: &ProfileReport) -> Option<Table> {
             Cell::number(Some(pair.pairs as f64), |_| tokens(pair.pairs)),
         ]
     };
-    let rows: Vec<Vec<Cell>> = profile
-        .comparisons
+    let rows: Vec<Vec<Cell>> = Pair::all(profile)
         .iter()
         .flat_map(|pair| pair.differences.iter().map(move |found| row(pair, found)))
         .take(LISTED)
@@ -128,6 +158,34 @@ fn operations(count: f64) -> String {
     format!("{} {unit}", significant(count / size))
 }
 
+fn device(profile: &ProfileReport) -> Option<Table> {
+    let columns = vec![
+        Column::text("Time"),
+        Column::number("Takes", ""),
+        Column::number("Enqueue", "of the host"),
+        Column::number("Waiting", "of the host"),
+        Column::number("Between graphs", "of the host"),
+        Column::number("Compute", "of the device"),
+        Column::number("Device busy", "compute / takes"),
+    ];
+    listed("Host and device", columns, profile, |measured| {
+        let details = &measured.details;
+        let parts = [
+            ("context state, median run", details.prefix_on_device()),
+            ("each token, mean", details.token_on_device()),
+        ];
+        let row = |(what, share): (&str, Option<DeviceShare>)| {
+            let share = share?;
+            let DeviceShare { enqueue_ms, wait_ms, host_ms, compute_ms } = share;
+            let times = [share.total_ms(), enqueue_ms, wait_ms, host_ms, compute_ms];
+            let times = times.map(|time| Cell::number(Some(time), latency));
+            let busy = Cell { bar: Some(share.busy()), ..Cell::number(Some(share.busy()), percent) };
+            Some(std::iter::once(Cell::text(what)).chain(times).chain([busy]).collect())
+        };
+        parts.into_iter().filter_map(row).collect()
+    })
+}
+
 fn around(profile: &ProfileReport) -> Option<Table> {
     let columns = vec![
         Column::number("Loading", "all graphs"),
@@ -150,28 +208,43 @@ fn around(profile: &ProfileReport) -> Option<Table> {
 }
 
 fn stages(profile: &ProfileReport) -> Option<Table> {
-    let columns = vec![
+    let all = profile.rows.iter().flat_map(|row| &row.measured.details.stages);
+    // Engines have a device or not; a column that nobody fills is left out.
+    let has_device = all.clone().any(|stage| stage.compute_ms.is_some());
+    let mut columns = vec![
         Column::text("Graph"),
         Column::number("Runs", ""),
-        Column::number("Time", ""),
+        Column::number("Time", if has_device { "of the host" } else { "" }),
         Column::number("Share", "of the run"),
     ];
+    if has_device {
+        columns.push(Column::number("Compute", "of the device"));
+    }
     listed("Where the time of a context state goes, by graph", columns, profile, |measured| {
         let details = &measured.details;
         if details.stages.is_empty() {
             return Vec::new();
         }
-        let graphs = details.stages.iter().map(|stage| (stage.graph.as_str(), Some(stage.calls), stage.total_ms));
-        let parts: Vec<_> = graphs.chain(details.host_ms.map(|host| ("(between the graphs)", None, host))).collect();
-        let total: f64 = parts.iter().map(|(_, _, time)| time).sum();
-        let row = |(graph, calls, time): (&str, Option<usize>, f64)| {
-            let share = if total > 0.0 { time / total } else { 0.0 };
-            vec![
-                Cell::text(graph),
+        let rest = |name: &str, time: Option<f64>| {
+            let rest = StageTime { graph: name.to_owned(), calls: 0, total_ms: time?, compute_ms: None };
+            Some((rest, None))
+        };
+        let graphs = details.stages.iter().map(|stage| (stage.clone(), Some(stage.calls)));
+        let parts: Vec<_> = graphs
+            .chain(rest("(waiting for the device)", details.wait_ms))
+            .chain(rest("(between the graphs)", details.host_ms))
+            .collect();
+        let total: f64 = parts.iter().map(|(part, _)| part.total_ms).sum();
+        let row = |(part, calls): (StageTime, Option<usize>)| {
+            let share = if total > 0.0 { part.total_ms / total } else { 0.0 };
+            let mut cells = vec![
+                Cell::text(part.graph),
                 Cell::number(calls.map(|calls| calls as f64), |_| tokens(calls.unwrap_or_default())),
-                Cell::number(Some(time), latency),
+                Cell::number(Some(part.total_ms), latency),
                 Cell { bar: Some(share), ..Cell::number(Some(share), percent) },
-            ]
+            ];
+            cells.extend(has_device.then(|| Cell::number(part.compute_ms, latency)));
+            cells
         };
         parts.into_iter().map(row).collect()
     })

@@ -31,6 +31,8 @@ struct DoubleCallbacks {
   // Computes; the shapes of outputs are written, and their data unless it is null.
   int32_t (*run)(uint64_t handle, DoubleTensor *tensors, int32_t count);
   void (*close)(uint64_t handle);
+  // Tells of every layer of the engine, in the order of execution: what a run takes the device is the sum of their times.
+  void (*layers)(uint64_t handle, void *user, void (*layer)(void *user, const char *name, const char *metadata, float milliseconds));
 };
 
 }  // extern "C"
@@ -72,6 +74,19 @@ size_t bytes_of(const DoubleTensor &tensor) {
 
 struct AccordionTensorRt {};
 
+struct Layer {
+  std::string name, metadata;
+  float milliseconds;
+};
+
+std::vector<Layer> layers_of(uint64_t handle) {
+  std::vector<Layer> layers;
+  callbacks.layers(handle, &layers, [](void *user, const char *name, const char *metadata, float milliseconds) {
+    static_cast<std::vector<Layer> *>(user)->push_back({name, metadata, milliseconds});
+  });
+  return layers;
+}
+
 struct AccordionEngine {
   uint64_t handle;
   std::vector<DoubleTensor> tensors;
@@ -89,11 +104,13 @@ struct AccordionContext {
   // In which buffers the tensors and the memory for intermediate values lay when their addresses were given.
   std::vector<uint64_t> owners;
   uint64_t memory_owner = 0;
-  bool inferred = false, has_run = false, measures = false;
+  bool inferred = false, has_run = false;
   // Whether it is still there, for work that is done later.
   std::shared_ptr<bool> open = std::make_shared<bool>(true);
   void *memory = nullptr;
   int64_t memory_bytes = 0;
+  bool measures_layers = false;
+  std::vector<Layer> measured = {};
 
   int64_t needed() const { return 1024 * (profile + 1); }
 
@@ -219,7 +236,7 @@ int32_t accordion_tensorrt_context_enqueue(AccordionContext *context, void *stre
   if (!context->memory || context->memory_bytes < context->needed()) broken("too little memory");
   const bool records = driver<bool()>("emulated_driver_records")();
   if (records && !context->has_run) broken("a context is recorded that has not run yet");
-  if (records && context->measures) broken("a context is recorded that measures its layers");
+  if (records && context->measures_layers) broken("a context is recorded that measures its layers");
   struct Call {
     uint64_t handle;
     std::vector<DoubleTensor> tensors;
@@ -251,23 +268,41 @@ int32_t accordion_tensorrt_context_enqueue(AccordionContext *context, void *stre
         broken(std::string("memory is gone: ") + tensor.name);
     }
     if (callbacks.run(call.handle, call.tensors.data(), int32_t(call.tensors.size())) != 0) broken("a run failed");
+    for (const Layer &layer : layers_of(call.handle))
+      driver<void(uint64_t)>("emulated_driver_spend")(uint64_t(double(layer.milliseconds) * 1e6));
   };
   if (!driver<bool(const std::function<void()> *)>("emulated_driver_defer")(&work))
     return refused("a layer cannot be recorded", message, capacity);
   context->has_run = true;
+  if (context->measures_layers) {
+    // NVIDIA's library waits here, too.
+    driver<int(void *)>("cuStreamSynchronize")(stream);
+    for (const Layer &layer : layers_of(context->engine->handle)) context->measured.push_back(layer);
+  }
   return ACCORDION_OK;
 }
 
-void accordion_tensorrt_context_measure_layers(AccordionContext *context) { context->measures = true; }
+void accordion_tensorrt_context_measure_layers(AccordionContext *context) { context->measures_layers = true; }
 
-void accordion_tensorrt_context_layer_times(AccordionContext *, void *user, void (*layer)(void *, const char *, float)) {
-  layer(user, "everything", 1.0f);
+void accordion_tensorrt_context_layer_times(AccordionContext *context, void *user,
+                                            void (*layer)(void *user, const char *name, float milliseconds)) {
+  for (const Layer &measured : context->measured) layer(user, measured.name.c_str(), measured.milliseconds);
+  context->measured.clear();
 }
 
-int32_t accordion_tensorrt_engine_layers(AccordionEngine *, AccordionBytes *json, char *, size_t) {
-  const char text[] = "{\"Layers\": [\"everything\"]}";
-  *json = {malloc(sizeof(text)), sizeof(text) - 1};
-  memcpy(json->data, text, sizeof(text));
+int32_t accordion_tensorrt_engine_layers(AccordionEngine *engine, AccordionBytes *json, char *, size_t) {
+  // Layers without metadata are listed by their names, as those of an engine that was built to keep no more.
+  std::string text = "{\"Layers\": [";
+  for (const Layer &layer : layers_of(engine->handle)) {
+    const std::string name = "\"" + layer.name + "\"";
+    if (text.back() != '[') text += ", ";
+    text += layer.metadata.empty() ? name
+                                   : "{\"Name\": " + name + ", \"LayerType\": \"kgen\", \"Metadata\": \"" + layer.metadata + "\"}";
+  }
+  text += "], \"Bindings\": []}";
+  json->data = malloc(text.size());
+  json->size = text.size();
+  memcpy(json->data, text.data(), text.size());
   return ACCORDION_OK;
 }
 

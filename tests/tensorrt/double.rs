@@ -66,7 +66,8 @@ pub(crate) fn nvidia(headers: &Path) -> &'static [PathBuf; 2] {
     LIBRARIES.get_or_init(|| {
         let unused = tempfile::tempdir().unwrap();
         let classes = std::fs::read_to_string(headers.join("NvInferImpl.h")).unwrap();
-        let unused_h = ["Runtime", "CudaEngine", "ExecutionContext"].map(|class| unused_functions(&classes, class));
+        let unused_h = ["Runtime", "CudaEngine", "ExecutionContext", "EngineInspector"]
+            .map(|class| unused_functions(&classes, class));
         std::fs::write(unused.path().join("unused.h"), unused_h.concat()).unwrap();
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("plugins/tensorrt");
         let includes: [&OsStr; 7] = [
@@ -118,6 +119,7 @@ pub(crate) struct Machine {
     device: Device,
     counts: unsafe extern "C" fn(*mut Counts),
     live: unsafe extern "C" fn() -> u64,
+    pending: unsafe extern "C" fn() -> i32,
     set_unrecordable: unsafe extern "C" fn(bool),
     kernels: tempfile::TempDir,
 }
@@ -172,10 +174,12 @@ impl Machine {
         let live = function(driver(), c"emulated_driver_live");
         let set_unrecordable = function(driver(), c"emulated_driver_set_unrecordable");
         register(shim());
+        let pending = function(driver(), c"emulated_driver_pending");
         let kernels = tempfile::tempdir().unwrap();
         // As far as the driver looks.
         std::fs::write(kernels.path().join("append_rows.sm_90.cubin"), b"\x7fELF").unwrap();
-        let machine = Self { _turn: turn, device: Device::open(0).unwrap(), counts, live, set_unrecordable, kernels };
+        let machine =
+            Self { _turn: turn, device: Device::open(0).unwrap(), counts, live, pending, set_unrecordable, kernels };
         machine.refuse_to_record(false);
         machine
     }
@@ -206,6 +210,17 @@ impl Machine {
         unsafe { (self.live)() }
     }
 
+    /// Bytes of device memory that are free.
+    pub(crate) fn free_bytes(&self) -> u64 {
+        self.device.free_bytes().unwrap()
+    }
+
+    /// What is on the stream and not done.
+    pub(crate) fn pending(&self) -> i32 {
+        // SAFETY: it only counts.
+        unsafe { (self.pending)() }
+    }
+
     /// What loads the engines of `bundle`.
     pub(crate) fn loader<'b>(
         &self,
@@ -227,12 +242,16 @@ impl Machine {
         TensorRt::new(bundle, shim, self.device.clone(), options)
     }
 
-    /// Engines of `bundle` through the shim itself, compiled with the headers of this version.
-    pub(crate) fn engines_of_nvidia<'b>(&self, bundle: &'b Bundle, headers: &Path) -> Engines<'b> {
+    /// What loads the engines of `bundle` through the shim itself, compiled with the headers of this version.
+    pub(crate) fn loader_of_nvidia<'b>(&self, bundle: &'b Bundle, headers: &Path) -> TensorRt<'b> {
         let [library, shim] = nvidia(headers);
         register(library);
-        let loader = self.loader_of(bundle, [library, shim], &self.options());
-        Engines::new(bundle, Box::new(loader.unwrap()))
+        self.loader_of(bundle, [library, shim], &self.options()).unwrap()
+    }
+
+    /// Engines of `bundle` through the shim itself, compiled with the headers of this version.
+    pub(crate) fn engines_of_nvidia<'b>(&self, bundle: &'b Bundle, headers: &Path) -> Engines<'b> {
+        Engines::new(bundle, Box::new(self.loader_of_nvidia(bundle, headers)))
     }
 
     /// Engines of `bundle`, of which the one that decodes token by token keeps the rows so far.
@@ -312,12 +331,54 @@ struct Callbacks {
     open: unsafe extern "C" fn(*const c_void, usize, *mut u64, *mut DoubleTensor, i32, *mut i32, *mut i32) -> i32,
     run: unsafe extern "C" fn(u64, *mut DoubleTensor, i32) -> i32,
     close: unsafe extern "C" fn(u64),
+    layers: unsafe extern "C" fn(u64, *mut c_void, OnLayer),
 }
 
-static CALLBACKS: Callbacks = Callbacks { open, run, close };
+type OnLayer = unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char, f32);
+
+static CALLBACKS: Callbacks = Callbacks { open, run, close, layers };
+
+/// A layer of the double's engines.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Layer {
+    pub(crate) name: &'static str,
+    /// What the parser of NVIDIA leaves in it; nothing in one that is only named.
+    pub(crate) metadata: &'static str,
+    /// What a run of it takes the device.
+    pub(crate) milliseconds: f32,
+}
+
+/// The layers of the engine of graph `name`: some fused across modules, some within a function, one of nobody's.
+pub(crate) fn layers_of(name: &str) -> Vec<Layer> {
+    let layer = |name, metadata, milliseconds| Layer { name, metadata, milliseconds };
+    let mut layers = vec![
+        layer(
+            "__mye1",
+            r"[ONNX Layer: model.layers.0.mlp.up_proj.Gemm/node]\u001f[ONNX Layer: model.layers.0.mlp.Mul/node]",
+            4.0,
+        ),
+        layer(
+            "__mye2",
+            r"[ONNX Layer: model.layers.1.mlp.up_proj.Gemm/node]\u001e[ONNX Layer: model.layers.1.mlp.Mul/node]",
+            2.0,
+        ),
+        layer("model.layers.0.self_attn.q_proj.Gemm/node", "", 1.0),
+        layer("Reformatting CopyNode for Input Tensor 0", "", 0.5),
+    ];
+    if name.starts_with("leaf") {
+        layers.push(layer("__mye3", "[ONNX Layer: Add/node | prune.TopKPrune/node (TopKPrune)]", 0.25));
+    }
+    layers
+}
+
+/// Milliseconds that a run of graph `name` takes the device.
+pub(crate) fn device_ms(name: &str) -> f64 {
+    layers_of(name).iter().map(|layer| f64::from(layer.milliseconds)).sum()
+}
 
 /// A graph behind a plan.
 struct Model {
+    name: String,
     engine: Box<dyn Engine>,
     inputs: Vec<ValueInfo>,
     outputs: Vec<ValueInfo>,
@@ -353,7 +414,7 @@ impl Model {
         let inputs = signature.inputs.clone();
         let names = inputs.iter().chain(&outputs).map(|value| CString::new(value.name.as_str()).unwrap()).collect();
         let recorded = EnginesFolder::open(EnginesFolder::dir(&bundle, Flavour::TensorRt, VERSION)).unwrap();
-        (Self { engine, inputs, outputs, names }, recorded.record().engines[name].profiles.len())
+        (Self { name: name.to_owned(), engine, inputs, outputs, names }, recorded.record().engines[name].profiles.len())
     }
 
     fn run(&mut self, tensors: &mut [DoubleTensor]) {
@@ -443,6 +504,15 @@ unsafe extern "C" fn run(handle: u64, tensors: *mut DoubleTensor, count: i32) ->
     // SAFETY: the double says so many are there.
     model.run(unsafe { std::slice::from_raw_parts_mut(tensors, count as usize) });
     0
+}
+
+unsafe extern "C" fn layers(handle: u64, user: *mut c_void, on_layer: OnLayer) {
+    let models = MODELS.lock().unwrap_or_else(PoisonError::into_inner);
+    for layer in layers_of(&models.as_ref().unwrap()[&handle].name) {
+        let [name, metadata] = [layer.name, layer.metadata].map(|text| CString::new(text).unwrap());
+        // SAFETY: the strings live over the call.
+        unsafe { on_layer(user, name.as_ptr(), metadata.as_ptr(), layer.milliseconds) };
+    }
 }
 
 unsafe extern "C" fn close(handle: u64) {

@@ -37,6 +37,17 @@ std::map<uint64_t, size_t> locked_pages;
 void *current = nullptr;
 int context;
 
+// The device's own clock, in nanoseconds: only work that says what it takes moves it.
+uint64_t now = 0;
+// Most bytes that were taken at a time since the last stream was made: what has been freed is kept for the next buffers.
+size_t reserved = 0;
+
+size_t in_use() {
+  size_t bytes = 0;
+  for (const auto &buffer : live) bytes += buffer.second.bytes;
+  return bytes;
+}
+
 // What was done. As `Counts` in double.rs.
 struct {
   // Bytes copied to the device, from it, and on it.
@@ -87,6 +98,7 @@ int take(uint64_t *address, size_t bytes) {
   memset(memory, 0xa5, bytes);
   *address = uint64_t(memory);
   live[*address] = {bytes, ++counts.taken};
+  if (in_use() > reserved) reserved = in_use();
   return 0;
 }
 
@@ -159,6 +171,15 @@ uint64_t emulated_driver_owner(uint64_t address, size_t bytes) {
   return owner(address, bytes);
 }
 
+// Takes the device so long.
+void emulated_driver_spend(uint64_t nanoseconds) {
+  locked([=] { return now += nanoseconds, 0; });
+}
+
+int emulated_driver_pending() {
+  return locked([] { return int(pending.size()); });
+}
+
 // For tests.
 void emulated_driver_counts(void *copy) {
   locked([&] { return memcpy(copy, &counts, sizeof(counts)), 0; });
@@ -183,7 +204,9 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
   return *value = attribute == 75 ? 9 : attribute == 115, 0;
 }
 int cuDeviceTotalMem_v2(size_t *bytes, int) { return *bytes = size_t(1) << 30, 0; }
-int cuMemGetInfo_v2(size_t *free, size_t *total) { return *free = *total = size_t(1) << 30, 0; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) {
+  return locked([=] { return *total = size_t(1) << 30, *free = *total - reserved, 0; });
+}
 int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &context, 0; }
 int cuMemPoolSetAttribute(void *pool, int attribute, void *) { return pool == &context && attribute == 4 ? 0 : INVALID_VALUE; }
 
@@ -260,7 +283,9 @@ int cuMemcpy2DAsync_v2(const Copy2D *c, void *) {
   return locked([=] { return copy(kind, to, c->to_pitch, from, c->from_pitch, c->height, c->width); });
 }
 
-int cuStreamCreate(void **stream, unsigned) { return *stream = new int(0), 0; }
+int cuStreamCreate(void **stream, unsigned) {
+  return locked([=] { return *stream = new int(0), reserved = in_use(), 0; });
+}
 int cuStreamDestroy_v2(void *stream) {
   return locked([=] { return finish(), delete static_cast<int *>(stream), 0; });
 }
@@ -328,23 +353,35 @@ int cuLaunchKernel(const void *, unsigned x, unsigned y, unsigned, unsigned thre
   });
 }
 
-// Moments are places in the order of what is done, a millisecond apart.
-int cuEventCreate(uint64_t **event, unsigned) { return *event = new uint64_t(0), 0; }
-int cuEventDestroy_v2(uint64_t *event) {
-  return locked([=] { return finish(), delete event, 0; });
-}
-int cuEventRecord(uint64_t *event, void *) {
-  static uint64_t moment = 0;
+struct Event {
+  bool recorded = false, reached = false;
+  uint64_t time = 0;
+};
+
+int cuEventCreate(void **event, unsigned) { return *event = new Event, 0; }
+int cuEventRecord(void *event, void *) {
   return locked([=] {
     if (recorded) fail("a moment is recorded as a part of a graph");
-    return put([=] { *event = ++moment; }), 0;
+    auto *moment = static_cast<Event *>(event);
+    moment->recorded = true;
+    moment->reached = false;
+    return put([=] { moment->reached = true, moment->time = now; }), 0;
   });
 }
-int cuEventSynchronize(uint64_t *) {
-  return locked([] { return finish(), 0; });
+int cuEventSynchronize(void *event) {
+  return locked([=] { return finish(), static_cast<Event *>(event)->recorded ? 0 : INVALID_VALUE; });
 }
-int cuEventElapsedTime_v2(float *milliseconds, const uint64_t *from, const uint64_t *to) {
-  return *milliseconds = float(*to - *from), 0;
+int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
+  const auto *begin = static_cast<Event *>(from), *end = static_cast<Event *>(to);
+  if (!begin->reached || !end->reached) return INVALID_VALUE;
+  return *milliseconds = float(double(end->time - begin->time) / 1e6), 0;
+}
+int cuEventDestroy_v2(void *event) {
+  return locked([=] {
+    auto *moment = static_cast<Event *>(event);
+    if (moment->recorded && !moment->reached) return pending.push_back([=] { delete moment; }), 0;
+    return delete moment, 0;
+  });
 }
 
 int cuGetErrorName(int status, const char **name) { return *name = status ? "CUDA_ERROR" : "CUDA_SUCCESS", 0; }

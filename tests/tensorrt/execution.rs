@@ -97,21 +97,21 @@ fn sharedllms_injections_are_those_of_onnx_runtime() {
 }
 
 /// A case of HOMER with a bundle of its model.
-struct Subject {
-    case: HomerCase,
-    bundle: Bundle,
+pub(crate) struct Subject {
+    pub(crate) case: HomerCase,
+    pub(crate) bundle: Bundle,
     folder: tempfile::TempDir,
 }
 
 impl Subject {
-    fn homer() -> Self {
+    pub(crate) fn homer() -> Self {
         let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
         let (plan, folder) = (golden::homer::plan(&case).unwrap(), tempfile::tempdir().unwrap());
         let bundle = golden::homer::bundle(&case, &plan, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
         Self { case, bundle, folder }
     }
 
-    fn plain() -> Self {
+    pub(crate) fn plain() -> Self {
         let case = HomerCase::open(&goldens().join("homer/homer_E.json")).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let files = [("config.json", config_json(&case.architecture))];
@@ -120,22 +120,22 @@ impl Subject {
         Self { case, bundle, folder }
     }
 
-    fn built(self) -> Self {
+    pub(crate) fn built(self) -> Self {
         self.build();
         self
     }
 
-    fn build(&self) {
+    pub(crate) fn build(&self) {
         let workload = Workload { plain: true, ..workload(self.case.lengths()) };
         build(&self.bundle, Build { workload, taps: false, any_length: false });
     }
 
-    fn prompt(&self) -> PromptIds {
+    pub(crate) fn prompt(&self) -> PromptIds {
         let (prefix, context) = (self.case.prefix_ids.clone(), self.case.context_ids.clone());
         PromptIds { prefix, context, suffix: self.case.suffix_ids.clone() }
     }
 
-    fn compression(&self) -> Compression {
+    pub(crate) fn compression(&self) -> Compression {
         match self.bundle.manifest().method.name() {
             "plain" => Compression::Plain { allow_overlong: true },
             _ => Compression::Homer(Homer {

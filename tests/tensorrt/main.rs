@@ -10,6 +10,7 @@ mod graphs;
 #[path = "../precision/host_steps.rs"]
 mod host_steps;
 mod plugins;
+mod profiling;
 mod ranges;
 mod refusals;
 mod steps;

@@ -36,6 +36,7 @@ struct ContextImpl : UnusedExecutionContext {
   nvinfer1::ILogger &logger;
   AccordionEngine *engine;
   AccordionContext *context = nullptr;
+  nvinfer1::IProfiler *profiler = nullptr;
   Text text{};
 
   ContextImpl(nvinfer1::ILogger &logger, AccordionEngine *engine) : logger(logger), engine(engine) {}
@@ -67,13 +68,42 @@ struct ContextImpl : UnusedExecutionContext {
     return dims(shape, rank);
   }
   bool enqueueV3(cudaStream_t stream) noexcept override {
-    return told(logger, accordion_tensorrt_context_enqueue(context, stream, text, sizeof(text)), text);
+    const bool done = told(logger, accordion_tensorrt_context_enqueue(context, stream, text, sizeof(text)), text);
+    if (profiler)
+      accordion_tensorrt_context_layer_times(context, profiler, [](void *user, const char *layer, float milliseconds) {
+        static_cast<nvinfer1::IProfiler *>(user)->reportLayerTime(layer, milliseconds);
+      });
+    return done;
+  }
+  void setProfiler(nvinfer1::IProfiler *set) noexcept override {
+    profiler = set;
+    accordion_tensorrt_context_measure_layers(context);
   }
 };
 
 struct Context : nvinfer1::IExecutionContext {
   ContextImpl impl;
   Context(nvinfer1::ILogger &logger, AccordionEngine *engine) : impl(logger, engine) { mImpl = &impl; }
+};
+
+struct InspectorImpl : UnusedEngineInspector {
+  std::string json;
+
+  const char *getEngineInformation(nvinfer1::LayerInformationFormat format) const noexcept override {
+    if (format != nvinfer1::LayerInformationFormat::kJSON) broken("layers are asked for in another format");
+    return json.c_str();
+  }
+};
+
+struct Inspector : nvinfer1::IEngineInspector {
+  InspectorImpl impl;
+  explicit Inspector(AccordionEngine *engine) {
+    AccordionBytes json{};
+    accordion_tensorrt_engine_layers(engine, &json, nullptr, 0);
+    impl.json.assign(static_cast<const char *>(json.data), json.size);
+    accordion_tensorrt_free(json);
+    mImpl = &impl;
+  }
 };
 
 struct EngineImpl : UnusedCudaEngine {
@@ -110,6 +140,7 @@ struct EngineImpl : UnusedCudaEngine {
     if (strategy != nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED) broken("memory is the caller's to give");
     return new Context(logger, engine);
   }
+  nvinfer1::IEngineInspector *createEngineInspector() const noexcept override { return new Inspector(engine); }
 };
 
 struct Engine : nvinfer1::ICudaEngine {

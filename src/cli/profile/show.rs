@@ -2,7 +2,8 @@
 
 use super::super::text::{bytes, grouped, operations as operations_in_words, table};
 use accordion::profile::ceilings::Ceilings;
-use accordion::profile::details::{DecodedSpan, Details};
+use accordion::profile::decoding::GraphComparison;
+use accordion::profile::details::{DecodedSpan, Details, DeviceShare, StageTime};
 use accordion::profile::paired::{CONFIDENCE, Comparison, Difference};
 use accordion::profile::roofline::Bound;
 use accordion::profile::schema::{Measurement, ProfileReport, ProfileRow};
@@ -14,6 +15,7 @@ pub(super) fn text(profile: &ProfileReport) -> String {
     for row in &profile.rows {
         text.push_str(&stages(&row.measured));
         text.push_str(&decoded(&row.measured));
+        text.push_str(&cuda_graph(&row.measured));
         if !row.measured.operators.is_empty() {
             text.push_str(&operators(&row.measured));
         }
@@ -74,20 +76,64 @@ fn percent(share: f64) -> String {
 fn stages(measured: &Measurement) -> String {
     const SHOWN: usize = 8;
     let Details { stages, host_ms: Some(host), .. } = &measured.details else { return String::new() };
-    let in_graphs: f64 = stages.iter().map(|stage| stage.total_ms).sum();
-    let total = in_graphs + host;
-    let row = |name: &str, calls: Option<usize>, ms: f64| {
-        let calls = calls.map_or_else(String::new, |calls| grouped(calls as u64));
+    let (shown, others) = stages.split_at(stages.len().min(SHOWN));
+    let mut parts = shown.to_vec();
+    if !others.is_empty() {
+        parts.push(StageTime {
+            graph: format!("{} other graphs", others.len()),
+            calls: others.iter().map(|stage| stage.calls).sum(),
+            total_ms: others.iter().map(|stage| stage.total_ms).sum(),
+            compute_ms: others.iter().map(|stage| stage.compute_ms).sum(),
+        });
+    }
+    let table = match measured.details.prefix_on_device() {
+        Some(share) => on_device(&parts, share),
+        None => on_host(&parts, *host),
+    };
+    format!("\n{}:\n{table}", facts(measured)) + &token(measured)
+}
+
+/// Graphs whose work the host does, or waits for.
+fn on_host(stages: &[StageTime], host_ms: f64) -> String {
+    let total = stages.iter().map(|stage| stage.total_ms).sum::<f64>() + host_ms;
+    let row = |name: &str, calls: String, ms: f64| {
         [format!("  {name}"), calls, format!("{ms:.1}"), format!("{:.1} %", ms / total * 100.0)]
     };
-    let mut rows: Vec<_> =
-        stages.iter().take(SHOWN).map(|stage| row(&stage.graph, Some(stage.calls), stage.total_ms)).collect();
-    if let Some(others) = stages.get(SHOWN..).filter(|others| !others.is_empty()) {
-        let (calls, ms) = (others.iter().map(|s| s.calls).sum(), others.iter().map(|s| s.total_ms).sum());
-        rows.push(row(&format!("{} other graphs", others.len()), Some(calls), ms));
-    }
-    rows.push(row("between graphs", None, *host));
-    format!("\n{}:\n{}", facts(measured), table(["  GRAPH", ">CALLS", ">MS", ">SHARE"], &rows))
+    let graph = |stage: &StageTime| row(&stage.graph, grouped(stage.calls as u64), stage.total_ms);
+    let mut rows: Vec<_> = stages.iter().map(graph).collect();
+    rows.push(row("between graphs", String::new(), host_ms));
+    table(["  GRAPH", ">CALLS", ">MS", ">SHARE"], &rows)
+}
+
+/// Graphs whose work the host puts on a device's stream. The host's times make up the run; the device computes meanwhile.
+fn on_device(stages: &[StageTime], share: DeviceShare) -> String {
+    let graph = |stage: &StageTime| {
+        let busy = |ms: f64| format!("{:.1} %", ms / share.total_ms() * 100.0);
+        [
+            format!("  {}", stage.graph),
+            grouped(stage.calls as u64),
+            format!("{:.2}", stage.total_ms),
+            stage.compute_ms.map_or_else(String::new, |ms| format!("{ms:.2}")),
+            stage.compute_ms.map_or_else(String::new, busy),
+        ]
+    };
+    let rest =
+        |name: &str, ms: f64| [format!("  {name}"), String::new(), format!("{ms:.2}"), String::new(), String::new()];
+    let mut rows: Vec<_> = stages.iter().map(graph).collect();
+    rows.push(rest("waiting for the device", share.wait_ms));
+    rows.push(rest("between graphs", share.host_ms));
+    table(["  GRAPH", ">CALLS", ">HOST MS", ">DEVICE MS", ">OF THE RUN"], &rows)
+}
+
+/// What a token consists of, in a line.
+fn token(measured: &Measurement) -> String {
+    let Some(share) = measured.details.token_on_device() else { return String::new() };
+    let DeviceShare { enqueue_ms, wait_ms, host_ms, compute_ms } = share;
+    let (total, busy) = (share.total_ms(), percent(share.busy()));
+    format!(
+        "  each token {total:.2} ms: {enqueue_ms:.2} putting it on the stream, {wait_ms:.2} waiting, {host_ms:.2} between; \
+         the device computes for {compute_ms:.2} ms ({busy})\n"
+    )
 }
 
 /// Row, first run, loading, limits in a line.
@@ -98,6 +144,7 @@ fn facts(measured: &Measurement) -> String {
     if let (Some(first), Some(load)) = (first_run_ms, load_ms) {
         facts.push(format!("first run {first:.1} ms, loading graphs {load:.1} ms"));
     }
+    facts.extend(measured.details.peak_device_bytes.map(|size| format!("{} of device memory", bytes(size))));
     for (what, limit, demand) in [("prefix", prefix_limit, prefix_demand), ("token", token_limit, token_demand)] {
         if let (Some(limit), Some(demand)) = (limit, demand) {
             let work = match limit.bound {
@@ -134,6 +181,23 @@ fn decoded(measured: &Measurement) -> String {
 
 /// What came of pairs.
 fn pairs(comparison: &Comparison) -> String {
+    let Comparison { a, b, pairs, differences, .. } = comparison;
+    let context = grouped(comparison.prompt.context as u64);
+    format!("\nA: {a}\nB: {b}\n{context} context tokens, {pairs} pairs:\n{}", compared(differences))
+}
+
+/// What came of decoding with and without CUDA graphs.
+fn cuda_graph(measured: &Measurement) -> String {
+    let Some(GraphComparison { pairs, differences }) = &measured.details.cuda_graph else { return String::new() };
+    let subject = subject(measured);
+    format!(
+        "\n{subject}, decoding without a CUDA graph (A) and with one (B), {pairs} pairs:\n{}",
+        compared(differences)
+    )
+}
+
+/// Differences, as a table.
+fn compared(differences: &[Difference]) -> String {
     let row = |difference: &Difference| {
         [
             format!("  {}", difference.quantity),
@@ -144,12 +208,10 @@ fn pairs(comparison: &Comparison) -> String {
             difference.verdict.words().to_owned(),
         ]
     };
-    let rows: Vec<_> = comparison.differences.iter().map(row).collect();
+    let rows: Vec<_> = differences.iter().map(row).collect();
     let interval = format!("{:.0} % INTERVAL", CONFIDENCE * 100.0);
     let header = ["  QUANTITY", ">A MS", ">B MS", ">B / A", interval.as_str(), "B IS"];
-    let context = grouped(comparison.prompt.context as u64);
-    let Comparison { a, b, pairs, .. } = comparison;
-    format!("\nA: {a}\nB: {b}\n{context} context tokens, {pairs} pairs:\n{}", table(header, &rows))
+    table(header, &rows)
 }
 
 /// Rates in a line.
