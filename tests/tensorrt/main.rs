@@ -10,6 +10,7 @@ mod graphs;
 #[allow(dead_code)]
 #[path = "../precision/host_steps.rs"]
 mod host_steps;
+mod methods;
 mod plugins;
 mod profiling;
 mod ranges;

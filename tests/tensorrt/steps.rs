@@ -3,117 +3,16 @@
 
 use super::double::{Build, Counts, Machine, build, portable, stepping};
 use super::execution::workload;
-use super::goldens;
-use accordion::bundle::{Bundle, MethodSettings};
-use accordion::checkpoint::config_json;
+use super::methods::Subject;
 use accordion::cuda::Origin;
-use accordion::goldens::{HomerCase, RccCase, SharedLlmCase};
-use accordion::pipeline::compress::{Compression, Homer, Significance};
-use accordion::pipeline::decode::{Continuation, DECODER_STEP, Sequence};
-use accordion::pipeline::prompt::PromptIds;
-use accordion::pipeline::rcc::Rcc;
-use accordion::pipeline::sharedllm::SharedLlm;
-use accordion::pipeline::{ContextState, Engines};
-use accordion::precision::Recipe;
+use accordion::pipeline::Engines;
+use accordion::pipeline::decode::{DECODER_STEP, Sequence};
 use accordion::runtime::Loader;
 use accordion::runtime::steps::{StepCache, StepCall};
 use accordion::tensor::Tensor;
 use accordion::tensorrt::ExecutionOptions;
-use accordion::verify::golden;
-use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::PromptLengths;
-use accordion_graphs::plan::sharedllm::{ChunkPolicy, Quirks};
 use std::sync::{Arc, Mutex};
-
-/// A method with a model and a prompt, and engines for any length.
-struct Subject {
-    name: String,
-    bundle: Bundle,
-    compression: Compression,
-    prompt: PromptIds,
-    _folder: tempfile::TempDir,
-}
-
-impl Subject {
-    fn plain() -> Self {
-        let case = HomerCase::open(&goldens().join("homer/homer_C.json")).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let files = [("config.json", config_json(&case.architecture))];
-        let checkpoint = golden::checkpoint(folder.path(), case.weights_path(), &files).unwrap();
-        let bundle = golden::exported(&checkpoint, MethodSettings::Plain, Target::Portable, &Recipe::fp32()).unwrap();
-        let context = case.context_ids.iter().copied().take(24).collect();
-        let prompt = PromptIds { prefix: Vec::new(), context, suffix: Vec::new() };
-        Self::built("plain", bundle, Compression::Plain { allow_overlong: true }, prompt, folder)
-    }
-
-    fn homer() -> Self {
-        let case = HomerCase::open(&goldens().join("homer/homer_C.json")).unwrap();
-        let (plan, folder) = (golden::homer::plan(&case).unwrap(), tempfile::tempdir().unwrap());
-        let bundle = golden::homer::bundle(&case, &plan, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
-        let significance = Some(Significance::Uncalibrated);
-        let compression = Compression::Homer(Homer { settings: case.settings, significance, width: 1 });
-        let (prefix, context) = (case.prefix_ids.clone(), case.context_ids.clone());
-        let prompt = PromptIds { prefix, context, suffix: case.suffix_ids.clone() };
-        Self::built("homer", bundle, compression, prompt, folder)
-    }
-
-    fn rcc(name: &str) -> Self {
-        let case = RccCase::open(&goldens().join(format!("rcc/{name}.cases.safetensors"))).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let bundle = golden::rcc::bundle(&case, Target::Portable, &Recipe::fp32(), folder.path()).unwrap();
-        let run = case.runs.iter().max_by_key(|run| run.text_ids.len()).unwrap();
-        let (context, suffix) = (run.text_ids.clone(), run.prompt_ids.clone());
-        let prompt = PromptIds { prefix: Vec::new(), context, suffix };
-        let compression = Compression::Rcc(Rcc { settings: case.settings, width: 1 });
-        Self::built(name, bundle, compression, prompt, folder)
-    }
-
-    fn sharedllm(name: &str) -> Self {
-        let case = SharedLlmCase::open(&goldens().join(format!("sharedllm/case_{name}.json"))).unwrap();
-        let (folder, quirks) = (tempfile::tempdir().unwrap(), Quirks::Faithful);
-        let (weights, recipe) = (case.weights_path(), Recipe::fp32());
-        let bundle =
-            golden::sharedllm::bundle(&case, weights, quirks, Target::Portable, &recipe, folder.path()).unwrap();
-        let policy = ChunkPolicy::Chunks(golden::sharedllm::plan(&case, quirks).unwrap().chunks);
-        let compression = Compression::SharedLlm(SharedLlm { settings: case.settings(quirks), policy, width: 1 });
-        let (context, suffix) = (case.context_ids.clone(), case.running_ids.clone());
-        let prompt = PromptIds { prefix: Vec::new(), context, suffix };
-        Self::built(name, bundle, compression, prompt, folder)
-    }
-
-    fn all() -> Vec<Self> {
-        let rcc = ["neox_r32", "qwen2_r8", "mamba_pairs"].map(Self::rcc).into_iter();
-        let sharedllm = ["q4", "far10"].map(Self::sharedllm).into_iter();
-        [Self::plain(), Self::homer()].into_iter().chain(rcc).chain(sharedllm).collect()
-    }
-
-    fn built(
-        name: &str,
-        bundle: Bundle,
-        compression: Compression,
-        prompt: PromptIds,
-        folder: tempfile::TempDir,
-    ) -> Self {
-        let lengths =
-            PromptLengths { prefix: prompt.prefix.len(), context: prompt.context.len(), suffix: prompt.suffix.len() };
-        build(&bundle, Build { workload: workload(lengths), taps: false, any_length: true });
-        Self { name: name.to_owned(), bundle, compression, prompt, _folder: folder }
-    }
-
-    fn state(&self, engines: &mut Engines<'_>) -> ContextState {
-        self.compression.compress(engines, &self.prompt, &mut |_, _| {}).unwrap()
-    }
-
-    /// A sequence behind the prompt, with no room for more rows.
-    fn sequence(&self, engines: &mut Engines<'_>) -> Sequence {
-        let state = self.state(engines);
-        Sequence::continue_from(engines, &state, 0, Continuation::Next).unwrap()
-    }
-
-    fn logits_bytes(&self) -> u64 {
-        4 * self.bundle.architecture().vocab_size() as u64
-    }
-}
 
 /// What a sequence was fed, each the most likely behind the one before, what came of it, and the rows that were left.
 #[derive(Debug, PartialEq)]
@@ -330,15 +229,9 @@ fn caches_grow_where_nothing_can_append() {
     let [notice] = notices.as_slice() else { panic!("{notices:?}") };
     assert!(notice.contains("caches are copied for every token") && notice.contains("append_rows.sm_90"), "{notice}");
 
-    // Nor are there steps where no engine was built for them.
+    // Nor is any other graph made for steps.
     let loader = machine.loader(&subject.bundle, &machine.options()).unwrap();
     assert!(loader.steps(DECODER_STEP) && !loader.steps("decoder") && !loader.steps("nothing"));
-    let record = subject.bundle.dir().join("engines/tensorrt-11.4.0/engines.json");
-    let text = std::fs::read_to_string(&record).unwrap();
-    std::fs::write(&record, text.replacen("\"decoder_step\"", "\"another\"", 1)).unwrap();
-    if let Ok(loader) = machine.loader(&subject.bundle, &machine.options()) {
-        assert!(!loader.steps(DECODER_STEP));
-    }
 }
 
 /// Room that was not built for says which flag of `build` to raise.
@@ -349,8 +242,6 @@ fn room_that_was_not_built_for_says_which_flag_to_raise() {
     let lengths = PromptLengths { prefix: 0, context: 20, suffix: 0 };
     build(&subject.bundle, Build { workload: workload(lengths), taps: false, any_length: false });
     let mut engines = machine.engines(&subject.bundle);
-    let error = Sequence::new(&engines, 100_000).unwrap();
-    drop(error);
     let mut sequence = Sequence::new(&engines, 0).unwrap();
     let error = (0..5000).find_map(|_| sequence.forward(&mut engines, &[1], 1).err()).unwrap().to_string();
     assert!(error.contains("(capacity) of input 'past_key_values.0.key'"), "{error}");
@@ -361,68 +252,56 @@ fn room_that_was_not_built_for_says_which_flag_to_raise() {
 #[test]
 #[ignore = "needs a C++ compiler"]
 fn calls_that_do_not_fit_are_refused() {
+    const ALL: [&str; 3] = ["input_ids", "position_ids", "past_length"];
     let (machine, subject) = (Machine::open(), Subject::plain());
     let mut engines = machine.engines(&subject.bundle);
     let state = subject.state(&mut engines);
+    let rows: Vec<&Tensor> = state.cache.iter().flatten().collect();
     let names = |what: &str| -> Vec<String> {
-        let layers = 0..state.cache.len();
-        layers.flat_map(|l| ["key", "value"].map(|part| format!("{what}.{l}.{part}"))).collect()
+        (0..state.cache.len()).flat_map(|l| ["key", "value"].map(|part| format!("{what}.{l}.{part}"))).collect()
     };
     let (past, new) = (names("past_key_values"), names("new"));
-    let caches = |new: &'static [&'static str]| -> Vec<(String, String)> {
-        let outputs = names("new").into_iter().enumerate();
-        let outputs = outputs.map(|(i, name)| new.get(i).map_or(name, |name| (*name).to_owned()));
-        past.iter().cloned().zip(outputs).collect()
-    };
-    let rows: Vec<&Tensor> = state.cache.iter().flatten().collect();
-    let all = ["input_ids", "position_ids", "past_length"];
-    let mut refused = |changing: &[&str], length: &str, outputs: &[&str], new: &'static [&'static str], room: usize| {
-        let names = caches(new);
-        let caches: Vec<StepCache<'_>> =
-            names.iter().zip(&rows).map(|((input, output), &rows)| StepCache { input, output, rows }).collect();
-        let call = StepCall { changing, length, fixed: &[], caches: &caches, capacity: room, outputs };
-        let steps = engines.get(DECODER_STEP, &[]).unwrap().steps(&call);
-        steps.map(|steps| steps.is_some()).map_err(|error| error.to_string())
-    };
-    assert_eq!(refused(&all, "past_length", &["logits"], &[], 64), Ok(true));
-    for (found, expected) in [
-        (refused(&all[..2], "past_length", &["logits"], &[], 64), "past_length"),
-        (refused(&all, "length", &["logits"], &[], 64), "no input 'length'"),
-        (refused(&["ids"], "ids", &["logits"], &[], 64), "no input 'ids'"),
-        (refused(&all, "past_length", &["scores"], &[], 64), "no output 'scores'"),
-        (refused(&all, "past_length", &["logits"], &["logits"], 64), "output 'logits' is"),
-        (refused(&all, "past_length", &["logits"], &[], 3), "at most 3 rows"),
-    ] {
-        let found = found.unwrap_err();
-        assert!(found.contains(expected), "{found}");
-    }
-    let _ = new;
-    let call_names = caches(&[]);
-    let caches: Vec<StepCache<'_>> =
-        call_names.iter().zip(&rows).map(|((input, output), &rows)| StepCache { input, output, rows }).collect();
-    let length = state.len() as i64;
-    let call = StepCall {
-        changing: &all,
+    let pairs = past.iter().zip(&new).zip(&rows);
+    let caches: Vec<StepCache<'_>> = pairs.map(|((input, output), rows)| StepCache { input, output, rows }).collect();
+    let pairs = past.iter().zip(&new).zip(&rows).enumerate();
+    let output = |i: usize, new| if i == 0 { "logits" } else { new };
+    let wrong: Vec<StepCache<'_>> =
+        pairs.map(|(i, ((input, new), rows))| StepCache { input, output: output(i, new), rows }).collect();
+    let call = |caches| StepCall {
+        changing: &ALL,
         length: "past_length",
         fixed: &[],
-        caches: &caches,
+        caches,
         capacity: state.len() + 1,
         outputs: &["logits"],
     };
-    let mut steps = engines.get(DECODER_STEP, &[]).unwrap().steps(&call).unwrap().unwrap();
-    for (values, expected) in [
-        (vec![1, length], "2 values, expected 3"),
-        (vec![1, length, length + 1], "with room for"),
-        (vec![1, length, -1], "with room for"),
+    let right = || call(&caches);
+    let engine = engines.get(DECODER_STEP, &[]).unwrap();
+    for (call, expected) in [
+        (StepCall { changing: &ALL[..2], ..right() }, "past_length"),
+        (StepCall { length: "length", ..right() }, "no input 'length'"),
+        (StepCall { changing: &["ids"], ..right() }, "no input 'ids'"),
+        (StepCall { outputs: &["scores"], ..right() }, "no output 'scores'"),
+        (StepCall { capacity: state.len() - 1, ..right() }, "at most"),
+        (call(&wrong), "output 'logits' is"),
+        (call(&[]), "no cache"),
     ] {
-        let error = steps.step(&values).map(|_| ()).unwrap_err().to_string();
+        let error = engine.steps(&call).map(|steps| steps.is_some()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    let mut steps = engine.steps(&right()).unwrap().unwrap();
+    let length = state.len() as i64;
+    for (values, expected) in [
+        (&[1, length][..], "2 values, expected 3"),
+        (&[1, length, length + 1], "with room for"),
+        (&[1, length, -1], "with room for"),
+    ] {
+        let error = steps.step(values).map(|results| results.len()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
     assert!(steps.rows(state.len() + 2).is_err());
     steps.step(&[1, length, length]).unwrap();
-    let taken = steps.rows(state.len()).unwrap();
-    for (taken, rows) in taken.iter().zip(&rows) {
+    for (taken, rows) in steps.rows(state.len()).unwrap().iter().zip(&rows) {
         assert_eq!(taken.to_f32(), rows.to_f32());
     }
-    drop((steps, taken));
 }
