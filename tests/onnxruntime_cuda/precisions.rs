@@ -176,7 +176,7 @@ fn precisions_child() {
                 for graph in bundle.manifest().graphs.keys() {
                     let signature = bundle.signature(graph).unwrap();
                     let loaded = loader.load(graph, &bundle.graph(graph).unwrap(), &signature.weights);
-                    loaded.map(drop).unwrap_or_else(|error| panic!("{what}: {error}"));
+                    loaded.map_or_else(|error| panic!("{what}: {error}"), drop);
                 }
             }
             let attempt = |keep: Vec<String>| {
