@@ -16,6 +16,20 @@ fn an_engine_that_is_not_there_says_what_is_missing() {
 }
 
 #[test]
+fn matrices_that_the_cuda_provider_does_not_take_are_named() {
+    let tiny = Tiny::new();
+    let profile = ["profile", "quantized", "--context", "32", "--engine", "ort-cuda"];
+    let export = ["export", "plain", "checkpoint", "quantized", "--target", "portable", "--precision", "weight-int8"];
+    tiny.succeed(&export);
+    let error = tiny.refuse(&profile);
+    assert!(error.contains("is in blocks of int8") && error.contains("--keep-float"), "{error}");
+
+    tiny.succeed(&[&export[..6], &["--precision", "fp16", "--force"]].concat());
+    let error = tiny.refuse(&profile);
+    assert!(error.contains("ort-cuda: ") && !error.contains("blocks of int8"), "{error}");
+}
+
+#[test]
 fn what_an_engine_would_ignore_is_refused() {
     let tiny = Tiny::new();
     tiny.succeed(&["export", "plain", "checkpoint", "portable", "--target", "portable"]);

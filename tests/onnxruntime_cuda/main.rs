@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod operators;
+mod precisions;
 mod selftest;
 
 use accordion::bundle::Bundle;
@@ -15,8 +16,9 @@ use accordion::pipeline::decode::{Continuation, Sequence};
 use accordion::pipeline::{Engines, plain};
 use accordion::precision::Recipe;
 use accordion::runtime::Loader as _;
-use accordion::runtime::locate::{LoadOptions, load};
-use accordion::runtime::ort_cuda::{self, OrtCudaOptions};
+use accordion::runtime::bound::Bound;
+use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
+use accordion::runtime::ort_cuda::{self, Gpu, OrtCudaOptions};
 use accordion::verify::golden;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::sharedllm::Quirks;
@@ -78,9 +80,13 @@ fn runtime() -> &'static Path {
     FOLDER.get_or_init(made).path()
 }
 
+fn goldens(method: &str) -> PathBuf {
+    root().join("tests/goldens").join(method)
+}
+
 /// A bundle of `method` of a golden case, in `folder`.
 fn bundle(method: &str, folder: &Path) -> PathBuf {
-    let goldens = root().join("tests/goldens").join(method);
+    let goldens = goldens(method);
     let (target, recipe) = (Target::Portable, Recipe::fp32());
     let bundle = match method {
         "homer" => {
@@ -162,18 +168,29 @@ fn every_graph_is_the_gpus_with_one_copy_of_the_weights_and_caches_stay_there() 
         let made = bundle(method, &out);
         std::os::unix::fs::symlink(made, folder.path().join(format!("{method}-bundle"))).unwrap();
     }
-    // ONNX Runtime is loaded once per process, and the linker reads its variable at the start.
-    let log = folder.path().join("log");
+    child_process("child", folder.path());
+}
+
+/// Runs the test `name` where the libraries are replaced: ONNX Runtime is loaded once per process, and the linker reads its variable
+/// at the start.
+fn child_process(name: &str, folder: &Path) {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child", "--include-ignored", "--nocapture"])
-        .env(CHILD, folder.path())
+        .args(["--exact", name, "--include-ignored", "--nocapture"])
+        .env(CHILD, folder)
         .env("ORT_DYLIB_PATH", prepared())
         .env("LD_LIBRARY_PATH", std::env::join_paths([driver(), runtime()]).unwrap())
-        .env("ACCORDION_EMULATOR_LOG", &log)
+        .env("ACCORDION_EMULATOR_LOG", folder.join("log"))
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.contains("1 passed"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    println!("{said}");
+}
+
+/// What loads graphs of `bundle` into the provider.
+fn open(runtime: &'static LoadedRuntime, bundle: &Bundle, kernels: Option<Origin>) -> Bound<Gpu> {
+    let options = OrtCudaOptions { device: 0, kernels, allow_fallback: false };
+    ort_cuda::open(runtime, bundle.weights().clone(), &options).unwrap()
 }
 
 /// What runs where the libraries are replaced.
@@ -187,8 +204,7 @@ fn child() {
         let bundle = Bundle::open(folder.join(format!("{method}-bundle"))).unwrap();
         for kernels in [None, Some(Origin::Folder(folder.join("kernels")))] {
             let what = format!("{method}, fused {}", kernels.is_some());
-            let options = OrtCudaOptions { device: 0, kernels, allow_fallback: false };
-            let loader = ort_cuda::open(runtime, bundle.weights().clone(), &options).unwrap();
+            let loader = open(runtime, &bundle, kernels);
             let before: usize = recorded(&log, "memory").iter().sum();
             let mut weights = 0;
             for (name, signature) in bundle.manifest().graphs.keys().map(|name| (name, bundle.signature(name).unwrap()))
@@ -206,9 +222,7 @@ fn child() {
     let bundle = Bundle::open(folder.join("rcc-bundle")).unwrap();
     operators::check(runtime, bundle.weights(), &folder.join("kernels"));
     // A cache that grows: lengths go to the host between the nodes, and nothing else does.
-    let options = OrtCudaOptions { device: 0, kernels: None, allow_fallback: false };
-    let loader = ort_cuda::open(runtime, bundle.weights().clone(), &options).unwrap();
-    let mut engines = Engines::new(&bundle, Box::new(loader));
+    let mut engines = Engines::new(&bundle, Box::new(open(runtime, &bundle, None)));
     let before = recorded(&log, "to the host").len();
     let state = plain::prefill(&mut engines, &(0..40).collect::<Vec<u32>>(), |_| {}).unwrap();
     let mut sequence = Sequence::continue_from(&engines, &state, 3, Continuation::Next).unwrap();

@@ -5,7 +5,8 @@ use accordion::runtime::Loader;
 use accordion::runtime::locate::LoadedRuntime;
 use accordion::runtime::ort_cuda::{self, OrtCudaOptions};
 use accordion_graphs::blocks::Target;
-use anyhow::ensure;
+use accordion_graphs::precision::MatrixForm;
+use anyhow::{bail, ensure};
 use clap::Args;
 use std::ffi::OsString;
 
@@ -34,6 +35,14 @@ impl OrtCudaArguments {
             "{}: exported for a CPU; --engine ort-cuda runs bundles of --target portable",
             bundle.dir().display()
         );
+        if let Some(matrix) = in_blocks_of_int8(bundle) {
+            bail!(
+                "{}: matrix '{matrix}' is in blocks of int8, which DequantizeLinear of ONNX Runtime's CUDA provider does not \
+                 take; export with --keep-float for matrices that are (the tokens' in int8, int8-per-token and weight-int4), \
+                 or in another precision",
+                bundle.dir().display()
+            );
+        }
         let kernels = fused.then(crate::cli::selftest::compiled_kernels).transpose()?;
         let options =
             OrtCudaOptions { device: self.gpu.unwrap_or_default(), kernels, allow_fallback: self.allow_fallback };
@@ -56,4 +65,11 @@ impl OrtCudaArguments {
         flags.extend(self.allow_fallback.then(|| "--allow-fallback".into()));
         flags
     }
+}
+
+/// A matrix of a form that the provider places on the GPU and fails to run.
+fn in_blocks_of_int8(bundle: &Bundle) -> Option<&str> {
+    let mut matrices = bundle.manifest().quantization.iter().flat_map(|quantization| &quantization.matrices);
+    let found = matrices.find(|(_, form)| matches!(form, MatrixForm::Block { bits: 8, .. }));
+    found.map(|(matrix, _)| matrix.as_str())
 }
