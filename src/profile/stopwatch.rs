@@ -224,6 +224,10 @@ mod tests {
             Ok(Box::new(Self(self.0)))
         }
 
+        fn steps(&self, name: &str) -> bool {
+            name == "step"
+        }
+
         fn name(&self) -> &'static str {
             "idle"
         }
@@ -239,6 +243,44 @@ mod tests {
             let failed = || EngineError::Runtime { graph: "idle".into(), message: "broken".into() };
             if self.0 { Ok(Vec::new()) } else { Err(failed()) }
         }
+
+        fn steps(&mut self, _: &StepCall<'_>) -> MaybeSteps {
+            Ok(self.0.then(|| Box::new(IdleSteps) as Box<dyn Steps>))
+        }
+    }
+
+    /// Steps that do nothing, until the third.
+    struct IdleSteps;
+
+    impl Steps for IdleSteps {
+        fn step(&mut self, values: &[i64]) -> Result<Vec<Tensor>, EngineError> {
+            let failed = || EngineError::Runtime { graph: "idle".into(), message: "broken".into() };
+            if values == [2] { Err(failed()) } else { Ok(Vec::new()) }
+        }
+
+        fn rows(&self, length: usize) -> Result<Vec<Tensor>, EngineError> {
+            Ok(vec![Tensor::from_f32([length], vec![0.0; length]).unwrap()])
+        }
+    }
+
+    #[test]
+    fn every_step_is_counted_under_its_graph() {
+        let stopwatch = Stopwatch::default();
+        let loader = stopwatch.watch(Idle(true));
+        assert!(loader.steps("step") && !loader.steps("leaf"));
+        let mut engine = loader.load("step", &[], &[]).unwrap();
+        let call =
+            StepCall { changing: &["length"], length: "length", fixed: &[], caches: &[], capacity: 3, outputs: &[] };
+        let mut steps = engine.steps(&call).unwrap().unwrap();
+        assert!((0..2).all(|length| steps.step(&[length]).is_ok()) && steps.step(&[2]).is_err());
+        assert_eq!(steps.rows(2).unwrap()[0].shape(), [2]);
+        let record = stopwatch.take();
+        assert_eq!(
+            record.graphs.iter().map(|(name, (calls, _))| (name.as_str(), *calls)).collect::<Vec<_>>(),
+            [("step", 2)]
+        );
+        // One that has no use for steps has none with a stopwatch either.
+        assert!(stopwatch.watch(Idle(false)).load("step", &[], &[]).unwrap().steps(&call).unwrap().is_none());
     }
 
     #[test]

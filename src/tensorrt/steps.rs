@@ -51,16 +51,17 @@ enum Recorded {
 /// The work of one step.
 struct Work {
     context: Context,
-    /// The integers on the host, one behind the other, and on the device, each in a slot of its own.
+    /// The integers on the host, one behind the other, and below on the device, each in a slot of its own.
     staged: HostBuffer,
+    /// What is asked for on the host.
+    host: HostBuffer,
+    copies: Vec<Copy>,
     slots: Buffer,
+    /// All outputs of the engine, each from a slot of its own on.
+    outputs: Buffer,
     kernels: Arc<Kernels>,
     append: AppendRows,
     _pairs: Buffer,
-    /// All outputs of the engine, each in slots of its own, and those that are asked for on the host.
-    outputs: Buffer,
-    host: HostBuffer,
-    copies: Vec<Copy>,
     _scratch: Buffer,
     memory: Arc<Memory>,
 }

@@ -17,7 +17,7 @@ struct Case {
 
 /// Bytes that differ from one another, and from one `seed` to the next.
 fn noise(bytes: usize, seed: usize) -> Vec<u8> {
-    (0..bytes).map(|i| ((i + 1) * (2 * seed + 1) * 151 >> 3) as u8).collect()
+    (0..bytes).map(|i| ((i + 1) * (2 * seed + 1) * 151 / 8) as u8).collect()
 }
 
 impl Case {

@@ -10,6 +10,7 @@ mod numbers;
 mod ranges;
 mod resident;
 mod steps;
+mod stepwise;
 mod subject;
 
 use accordion::bundle::Bundle;

@@ -1,5 +1,4 @@
-//! The decoder's step over a cache that stays where it is, against the decoder whose cache grows: the graph alone, and the
-//! pipeline over an engine that keeps the rows.
+//! The decoder's step over a cache that stays where it is, against the decoder whose cache grows.
 
 use super::host_steps::{Log, Manner, Stepping};
 use super::subject::{Subject, one_of_each, subjects};
@@ -10,8 +9,7 @@ use accordion::pipeline::{ContextState, Engines};
 use accordion::precision::Recipe;
 use accordion::runtime::steps::{StepCache, StepCall, Steps};
 use accordion::tensor::Tensor;
-use accordion::verify::linears::LinearCheck;
-use accordion::verify::quantized::{bounds_of, weights_of};
+use accordion::verify::quantized::bounds_of;
 use accordion::verify::verdict::{Bounds, TapKind, Verdict, judge};
 use accordion_graphs::blocks::Target;
 use accordion_graphs::dtype::DType;
@@ -19,18 +17,18 @@ use accordion_graphs::precision::{KvCache, Precision};
 use std::sync::{Arc, Mutex};
 
 /// Tokens that are fed one by one.
-const FED: [u32; 5] = [3, 9, 1, 7, 7];
+pub(super) const FED: [u32; 5] = [3, 9, 1, 7, 7];
 
 /// What an engine is given for the cache, by layer and part.
 type Named = Vec<[String; 2]>;
 
-fn stepping<'b>(bundle: &'b Bundle, manner: Manner) -> (Engines<'b>, Arc<Mutex<Log>>) {
+pub(super) fn stepping(bundle: &Bundle, manner: Manner) -> (Engines<'_>, Arc<Mutex<Log>>) {
     let log = Arc::new(Mutex::new(Log::default()));
     let loader = Stepping { loader: loader(bundle, false), manner, log: Arc::clone(&log) };
     (Engines::new(bundle, Box::new(loader)), log)
 }
 
-fn state_of(engines: &mut Engines<'_>, subject: &Subject) -> ContextState {
+pub(super) fn state_of(engines: &mut Engines<'_>, subject: &Subject) -> ContextState {
     let (compression, prompt) = subject.compression();
     compression.compress(engines, &prompt, &mut |_, _| {}).unwrap()
 }
@@ -78,9 +76,9 @@ fn steps(engines: &mut Engines<'_>, state: &ContextState, capacity: usize) -> Bo
 }
 
 /// What [`FED`] gives behind `state`: the logits of every token, and all rows.
-struct Decoded {
-    logits: Vec<Tensor>,
-    rows: Vec<Tensor>,
+pub(super) struct Decoded {
+    pub(super) logits: Vec<Tensor>,
+    pub(super) rows: Vec<Tensor>,
 }
 
 impl Decoded {
@@ -103,7 +101,7 @@ impl Decoded {
     }
 
     /// Why it is not what `expected` is.
-    fn problems(&self, expected: &Self, bounds: impl Fn(&str) -> Bounds) -> Vec<String> {
+    pub(super) fn problems(&self, expected: &Self, bounds: impl Fn(&str) -> Bounds) -> Vec<String> {
         assert_eq!((self.logits.len(), self.rows.len()), (expected.logits.len(), expected.rows.len()));
         let named = |found: &Self, expected: &Self| -> Vec<(&'static str, Tensor, Tensor)> {
             let pairs = |name, a: &[Tensor], b: &[Tensor]| -> Vec<_> {
@@ -123,7 +121,7 @@ impl Decoded {
 }
 
 /// Small models of well-conditioned numbers agree to 1e-4 in fp32.
-fn single(name: &str) -> Bounds {
+pub(super) fn single(name: &str) -> Bounds {
     Bounds::golden(TapKind::of(name), DType::F32)
 }
 
@@ -184,129 +182,6 @@ fn every_precision_has_the_step() {
         }
     }
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
-}
-
-/// The likeliest tokens behind `state`, and what the sequence is then.
-fn greedy(engines: &mut Engines<'_>, state: &ContextState, expected: usize, count: usize) -> (Vec<u32>, Sequence) {
-    let mut sequence = Sequence::continue_from(engines, state, expected, Continuation::Next).unwrap();
-    let mut logits = state.logits.clone();
-    let mut tokens = Vec::new();
-    for _ in 0..count {
-        let likeliest = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
-        tokens.push(u32::try_from(likeliest).unwrap());
-        logits = sequence.forward(engines, &tokens[tokens.len() - 1..], 1).unwrap().to_f32();
-    }
-    (tokens, sequence)
-}
-
-/// Both sequences go on with several tokens and one, and end in the same state.
-fn same_end<'b>(growing: (&mut Engines<'b>, Sequence), stepwise: (&mut Engines<'b>, Sequence)) -> Vec<String> {
-    let [expected, found] = [growing, stepwise].map(|(engines, mut sequence)| {
-        let several = sequence.forward(engines, &FED, 2).unwrap();
-        let one = sequence.forward(engines, &FED[..1], 1).unwrap();
-        let next = sequence.next_position();
-        let in_between = sequence.cache().unwrap().into_flattened();
-        let state = sequence.into_state(Vec::new()).unwrap();
-        assert_eq!((state.len(), state.last_position), (state.cache[0][0].shape()[2], next - 1));
-        Decoded { logits: vec![several, one], rows: [state.cache.into_flattened(), in_between].concat() }
-    });
-    found.problems(&expected, single)
-}
-
-#[test]
-fn single_tokens_go_to_the_engine_that_keeps_the_rows() {
-    const COUNT: usize = 70;
-    for subject in one_of_each() {
-        let bundle = subject.exported(Recipe::fp32(), Target::Portable);
-        let mut growing = engines(&bundle, false);
-        let state = state_of(&mut growing, &subject);
-        let (expected, sequence) = greedy(&mut growing, &state, 0, COUNT);
-        // More than were expected.
-        let (mut stepwise, log) = stepping(&bundle, Manner::Keeps);
-        let (tokens, kept) = greedy(&mut stepwise, &state, 3, COUNT);
-        assert_eq!(tokens, expected, "{}", subject.name);
-        let problems = same_end((&mut growing, sequence), (&mut stepwise, kept));
-        assert!(problems.is_empty(), "{}: {problems:?}", subject.name);
-        let log = log.lock().unwrap();
-        let rows = state.len();
-        assert_eq!((log.loaded, log.steps), (1, COUNT + 1), "{}", subject.name);
-        assert!(log.capacities.len() >= 3, "{}: {:?} behind {rows}", subject.name, log.capacities);
-        assert_eq!(log.capacities[0], (rows + 3).next_multiple_of(64));
-        // Where the room was used up, before several tokens, and twice in the end.
-        assert_eq!(log.taken, log.capacities.len() + 1, "{}: {:?}", subject.name, log.capacities);
-        assert!(log.capacities.windows(2).all(|pair| pair[0] <= pair[1]), "{:?}", log.capacities);
-    }
-}
-
-#[test]
-fn room_for_all_that_is_expected_is_made_at_once() {
-    let [plain, ..] = one_of_each();
-    let bundle = plain.exported(Recipe::fp32(), Target::Portable);
-    let (mut engines, log) = stepping(&bundle, Manner::Keeps);
-    let state = state_of(&mut engines, &plain);
-    greedy(&mut engines, &state, 100, 100);
-    assert_eq!(log.lock().unwrap().capacities, [(state.len() + 100).next_multiple_of(64)]);
-}
-
-#[test]
-fn an_engine_that_has_no_use_for_it_is_asked_once() {
-    let [plain, ..] = one_of_each();
-    let bundle = plain.exported(Recipe::fp32(), Target::Portable);
-    let mut growing = engines(&bundle, false);
-    let state = state_of(&mut growing, &plain);
-    let (expected, _) = greedy(&mut growing, &state, 0, 10);
-    let (mut refusing, log) = stepping(&bundle, Manner::Refuses);
-    let (tokens, _) = greedy(&mut refusing, &state, 0, 10);
-    assert_eq!(tokens, expected);
-    let log = log.lock().unwrap();
-    assert_eq!((log.loaded, log.capacities.len(), log.steps), (1, 1, 0));
-}
-
-#[test]
-fn a_sequence_whose_engine_failed_is_lost() {
-    let [plain, ..] = one_of_each();
-    let bundle = plain.exported(Recipe::fp32(), Target::Portable);
-    let (mut engines, log) = stepping(&bundle, Manner::FailsAt(2));
-    let state = state_of(&mut engines, &plain);
-    let (_, mut sequence) = greedy(&mut engines, &state, 10, 2);
-    let message =
-        |result: Result<Tensor, _>| result.map_err(|error: accordion::pipeline::PipelineError| error.to_string());
-    assert!(message(sequence.forward(&mut engines, &[1], 1)).unwrap_err().contains("broken"));
-    for ids in [&[1][..], &[1, 2]] {
-        assert!(message(sequence.forward(&mut engines, ids, 1)).unwrap_err().contains("an earlier step failed"));
-    }
-    assert!(sequence.cache().is_err());
-    assert!(sequence.into_state(Vec::new()).is_err());
-    assert_eq!(log.lock().unwrap().steps, 2);
-}
-
-/// Where nobody can have a use for it the graph is not loaded.
-#[test]
-fn the_graph_is_loaded_only_where_an_engine_may_keep_rows() {
-    let [plain, ..] = one_of_each();
-    let fp32 = plain.exported(Recipe::fp32(), Target::Portable);
-    // Values are looked at.
-    let (mut observed, log) = stepping(&fp32, Manner::Keeps);
-    let state = state_of(&mut observed, &plain);
-    let check = LinearCheck::watch(&mut observed, weights_of(&fp32));
-    let (expected, mut sequence) = greedy(&mut observed, &state, 0, 3);
-    assert_eq!(sequence.step_graph(&observed), sequence.graph());
-    check.finish().unwrap();
-    assert_eq!(log.lock().unwrap().loaded, 0);
-    // A tap is wanted, or the loader says no.
-    let (mut tapped, log) = stepping(&fp32, Manner::Keeps);
-    let tap = fp32.signature("decoder").unwrap().taps["layers.0.attn.out"].name.clone();
-    sequence.forward_tapped(&mut tapped, &[1], 1, &[tap.as_str()]).unwrap();
-    assert_eq!(log.lock().unwrap().loaded, 0);
-    // A bundle of an earlier version has no such graph.
-    let manifest = fp32.dir().join("bundle.json");
-    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
-    json["graphs"].as_object_mut().unwrap().remove(DECODER_STEP).unwrap();
-    std::fs::write(&manifest, json.to_string()).unwrap();
-    let before = Bundle::open(fp32.dir()).unwrap();
-    let (mut engines, log) = stepping(&before, Manner::Keeps);
-    assert_eq!(greedy(&mut engines, &state, 0, 3).0, expected);
-    assert_eq!(log.lock().unwrap().loaded, 0);
 }
 
 #[test]

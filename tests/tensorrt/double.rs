@@ -1,5 +1,6 @@
 //! An emulated driver and a double of the shim: engines of any bundle, which compute on the CPU what ONNX Runtime does.
 
+use super::host_steps::{Manner, Stepping};
 use accordion::bundle::Bundle;
 use accordion::cuda::{Device, Origin};
 use accordion::pipeline::Engines;
@@ -18,7 +19,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, OsStr, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The version that the double says it is.
 pub(crate) const VERSION: &str = "11.4.0";
@@ -253,14 +254,26 @@ impl Machine {
         Engines::new(bundle, Box::new(self.loader_of_nvidia(bundle, headers)))
     }
 
+    /// Engines of `bundle`, of which the one that decodes token by token keeps the rows so far.
     pub(crate) fn engines<'b>(&self, bundle: &'b Bundle) -> Engines<'b> {
         Engines::new(bundle, Box::new(self.loader(bundle, &self.options()).unwrap()))
+    }
+
+    /// Engines of `bundle` whose caches grow.
+    pub(crate) fn growing<'b>(&self, bundle: &'b Bundle) -> Engines<'b> {
+        Engines::new(bundle, Box::new(self.loader(bundle, &ExecutionOptions::default()).unwrap()))
     }
 }
 
 /// ONNX Runtime with nothing of ours: what the double computes with, and what it is held to.
 pub(crate) fn portable(bundle: &Bundle) -> OrtCpu {
     OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions { fused_operators: false }).unwrap()
+}
+
+/// The same graphs as engines with steps run, with the caches on the host.
+pub(crate) fn stepping(bundle: &Bundle) -> Engines<'_> {
+    let (loader, log) = (portable(bundle), Arc::default());
+    Engines::new(bundle, Box::new(Stepping { loader, manner: Manner::Keeps, log }))
 }
 
 fn runtime() -> &'static LoadedRuntime {

@@ -114,13 +114,16 @@ void release(uint64_t address) {
 int copy(int kind, void *to, size_t to_stride, const void *from, size_t from_stride, size_t count, size_t bytes) {
   if (count == 0 || bytes == 0 || (count > 1 && (to_stride < bytes || from_stride < bytes))) return INVALID_VALUE;
   const size_t to_bytes = (count - 1) * to_stride + bytes, from_bytes = (count - 1) * from_stride + bytes;
-  const bool recorded_now = recorded != nullptr;
-  // Pageable memory is read when a copy is recorded or not: nobody should rely on either.
+  const auto locked_pages_are_used = [=] {
+    return kind == 2 || (kind == 0 ? is_locked(uint64_t(from), from_bytes) : is_locked(uint64_t(to), to_bytes));
+  };
+  const bool locked_pages_were_used = locked_pages_are_used();
+  // A record would read or write it whenever it is launched.
+  if (recorded && !locked_pages_were_used) fail("a recorded copy uses pageable memory");
   const auto check = [=] {
     if (kind != 1 && !owner(uint64_t(to), to_bytes)) fail("a copy goes where nothing was taken");
     if (kind != 0 && !owner(uint64_t(from), from_bytes)) fail("a copy comes from where nothing was taken");
-    if (recorded_now && kind == 0 && !is_locked(uint64_t(from), from_bytes)) fail("a recorded copy reads pageable memory");
-    if (recorded_now && kind == 1 && !is_locked(uint64_t(to), to_bytes)) fail("a recorded copy writes pageable memory");
+    if (locked_pages_were_used && !locked_pages_are_used()) fail("page-locked memory is gone");
   };
   put([=] {
     check();
@@ -237,7 +240,6 @@ int cuMemHostAlloc(void **address, size_t bytes, unsigned) {
 }
 int cuMemFreeHost(void *address) {
   return locked([=] {
-    if (!pending.empty()) fail("page-locked memory is freed while work is under way");
     if (locked_pages.erase(uint64_t(address)) != 1) fail("page-locked memory is freed that was not taken");
     return free(address), 0;
   });

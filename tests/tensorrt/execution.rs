@@ -5,7 +5,7 @@
 //! cargo test --release --test tensorrt execution -- --ignored
 //! ```
 
-use super::double::{Build, Machine, build, driver, portable, shim};
+use super::double::{Build, Machine, build, driver, shim, stepping};
 use super::{goldens, prepared};
 use accordion::bundle::{Bundle, MethodSettings};
 use accordion::checkpoint::config_json;
@@ -26,7 +26,7 @@ use accordion_graphs::plan::sharedllm::{ChunkPolicy, Quirks};
 use std::path::Path;
 use std::process::{Command, Output};
 
-fn workload(lengths: PromptLengths) -> Workload {
+pub(super) fn workload(lengths: PromptLengths) -> Workload {
     Workload { lengths, new_tokens: 16, width: 4, policy: ChunkPolicy::FineTuning, plain: false }
 }
 
@@ -34,7 +34,7 @@ fn workload(lengths: PromptLengths) -> Workload {
 fn assert_same(bundle: &Bundle, name: &str, lengths: PromptLengths, compute: impl Fn(&mut Engines<'_>) -> Tensors) {
     let machine = Machine::open();
     build(bundle, Build { workload: workload(lengths), taps: true, any_length: true });
-    let expected = compute(&mut Engines::new(bundle, Box::new(portable(bundle))));
+    let expected = compute(&mut stepping(bundle));
     let found = compute(&mut machine.engines(bundle));
     assert!(expected.keys().eq(found.keys()), "{name}");
     for (tensor, expected) in &expected {
@@ -147,14 +147,15 @@ impl Subject {
     }
 }
 
-/// The cache never leaves the device: a token costs its id and position on the way there, and its logits on the way back.
+/// The cache never leaves the device, where it grows, too: a token costs its id and position on the way there, and its logits on the
+/// way back.
 #[test]
 #[ignore = "needs a C++ compiler"]
 fn decoding_copies_ids_and_logits_and_nothing_else() {
     let machine = Machine::open();
     for subject in [Subject::plain().built(), Subject::homer().built()] {
         let (arch, prompt) = (&subject.case.architecture, subject.prompt());
-        let mut engines = machine.engines(&subject.bundle);
+        let mut engines = machine.growing(&subject.bundle);
         let logits = 4 * arch.vocab_size as u64;
         let before = machine.counts();
         let state = subject.compression().compress(&mut engines, &prompt, &mut |_, _| {}).unwrap();
@@ -200,7 +201,7 @@ fn a_prompt_of_the_built_lengths_is_served() {
                 sequence.cache().unwrap().iter().flatten().map(|tensor| tensor.bytes().to_vec()).collect();
             (logits, cache)
         };
-        let expected = run(&mut Engines::new(&subject.bundle, Box::new(portable(&subject.bundle))));
+        let expected = run(&mut stepping(&subject.bundle));
         assert!(run(&mut machine.engines(&subject.bundle)) == expected);
     }
 }
@@ -218,7 +219,7 @@ fn the_shim_hands_on_what_it_is_given() {
             let mut sequence = Sequence::continue_from(engines, &state, 0, Continuation::Next).unwrap();
             (0..4).map(|id| sequence.forward(engines, &[id], 1).unwrap().to_f32()).collect::<Vec<_>>()
         };
-        let expected = run(&mut Engines::new(&subject.bundle, Box::new(portable(&subject.bundle))));
+        let expected = run(&mut stepping(&subject.bundle));
         assert!(run(&mut machine.engines_of_nvidia(&subject.bundle, &headers)) == expected);
         assert_eq!(machine.live(), 0);
     }
@@ -247,7 +248,7 @@ fn a_prompt_that_is_too_long_says_which_flag_of_build_to_raise() {
     let subject = Subject::plain();
     let lengths = PromptLengths { prefix: 0, context: 20, suffix: 0 };
     build(&subject.bundle, Build { workload: workload(lengths), taps: false, any_length: false });
-    let mut engines = machine.engines(&subject.bundle);
+    let mut engines = machine.growing(&subject.bundle);
     assert!(read(&mut engines, 20).is_ok());
     let error = read(&mut engines, 21).unwrap_err();
     let expected = "graph 'decoder': dimension 1 (sequence) of input 'input_ids' is 21, and the engine was built for 1 to 20: \

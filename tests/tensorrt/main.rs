@@ -5,10 +5,16 @@
 mod double;
 mod execution;
 mod graphs;
+// Of which a part is needed here.
+#[allow(dead_code)]
+#[path = "../precision/host_steps.rs"]
+mod host_steps;
+mod methods;
 mod plugins;
 mod profiling;
 mod ranges;
 mod refusals;
+mod steps;
 mod taps;
 
 use std::path::{Path, PathBuf};

@@ -2,6 +2,7 @@
 
 use super::goldens;
 use accordion::goldens::HomerCase;
+use accordion::pipeline::stepwise::{EXPECTED_ROWS, room_for};
 use accordion::precision::Recipe;
 use accordion::tensorrt::ranges::{Extent, InputRange, Workload, profiles};
 use accordion::verify::golden;
@@ -63,6 +64,13 @@ fn homers_profiles_hold_every_node_of_the_plan() {
         }
         assert!(holds(of(read, "input_ids").shape[1], lengths.suffix), "{name}");
         assert_eq!(of(step, "input_ids").shape[1], Extent { min: 1, opt: 1, max: 1 });
+        // Room for whatever is expected behind whatever was decoded, and for half as much more.
+        let [step] = &ranges("decoder_step")[..] else { panic!("one profile") };
+        for length in [past, past + lengths.suffix + 4] {
+            for capacity in [room_for(length), room_for(length + EXPECTED_ROWS), room_for(length + length / 2)] {
+                assert!(holds(of(step, "past_key_values.0.key").shape[2], capacity), "{name}: {capacity}");
+            }
+        }
     }
     assert!(nodes > 20, "{nodes}");
 }
