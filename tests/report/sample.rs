@@ -8,6 +8,7 @@ use accordion::eval::schema::{
 };
 use accordion::eval::stats::{Interval, Mean, wilson};
 use accordion::profile::ceilings::Ceilings;
+use accordion::profile::decoding::GraphComparison;
 use accordion::profile::details::{DecodedSpan, Details, StageTime};
 use accordion::profile::paired::{Comparison as Paired, Difference};
 use accordion::profile::roofline::Demand;
@@ -168,9 +169,70 @@ fn profile() -> ProfileReport {
     .with_comparisons(comparisons())
 }
 
+/// As engines on a device leave it, with layers and CUDA graphs.
+fn profile_on_device() -> ProfileReport {
+    let stage = |graph: &str, calls, total_ms, compute_ms| StageTime {
+        graph: graph.into(),
+        calls,
+        total_ms,
+        compute_ms: Some(compute_ms),
+    };
+    let mut measurements = Vec::new();
+    for (context, compute) in [(8192, 61.0), (32_768, 244.0)] {
+        let of = |quantity: &str, a: f64, ratio: f64| {
+            let pair = |i: usize| [a, a * ratio * (1.0 + 0.02 * f64::from(noise(i) - 0.5))];
+            Difference::of(quantity, &(0..10).map(pair).collect::<Vec<_>>()).unwrap()
+        };
+        let differences = vec![
+            of("each further token", 3.1, 0.71),
+            of("putting one on the stream", 1.9, 0.04),
+            of("computing one", 2.1, 1.0),
+        ];
+        measurements.push(Measurement {
+            configuration: Configuration {
+                method: "homer".into(),
+                decoder: "llama, 30 layers of 576, 9/3 heads of 64".into(),
+                engine: "tensorrt fp16".into(),
+                threads: 2,
+                settings: pairs(&[("width", "1"), ("CUDA graph", "on")]),
+            },
+            prompt: PromptLengths { prefix: 5, context, suffix: 17 },
+            tokens_kept: 2048,
+            prefix: latency(compute * 1.1, 0.02),
+            first_token: latency(1.2, 0.02),
+            per_token: latency(2.25, 0.02),
+            peak_resident_bytes: 1_900_000_000,
+            state_bytes: 46_080 * 2048,
+            plain_state_bytes: 46_080 * (context as u64 + 22),
+            operations: None,
+            floor_fraction: None,
+            operators: if context == 8192 { operators() } else { Vec::new() },
+            details: Details {
+                stages: vec![
+                    stage("leaf", context / 1024, 4.1, 0.7 * compute),
+                    stage("merge", 3, 1.4, 0.2 * compute),
+                    stage(HOSTILE, 1, 0.3, 0.1 * compute),
+                ],
+                host_ms: Some(1.6),
+                wait_ms: Some(compute * 1.1 - 7.4),
+                token_host_ms: Some(0.07),
+                token_run_ms: Some(0.08),
+                token_wait_ms: Some(2.1),
+                token_compute_ms: Some(2.08),
+                peak_device_bytes: Some(1_240_000_000),
+                cuda_graph: Some(GraphComparison { pairs: 10, differences }),
+                load_ms: Some(310.0),
+                first_run_ms: Some(900.0),
+                ..Details::default()
+            },
+        });
+    }
+    ProfileReport::new("SmolLM2-135M".into(), pairs(&[("GPU", "emulated")]), &measurements, Vec::new())
+}
+
 /// As a run with several `--new-tokens` leaves them.
 fn details(context: usize) -> Details {
-    let stage = |graph: &str, calls, total_ms| StageTime { graph: graph.into(), calls, total_ms };
+    let stage = |graph: &str, calls, total_ms| StageTime { graph: graph.into(), calls, total_ms, compute_ms: None };
     let span = |from, to| DecodedSpan { from, to, cache_rows: 2048 + to, per_token: latency(26.0, 0.04) };
     Details {
         stages: vec![stage("leaf", context / 1024, 1900.0), stage("merge", 3, 500.0), stage(HOSTILE, 1, 80.0)],
@@ -443,7 +505,7 @@ pub(crate) fn report() -> Report {
             ("Hostile", HOSTILE),
         ]),
         verifications: verifications(),
-        profiles: vec![profile()],
+        profiles: vec![profile(), profile_on_device()],
         qualities: vec![quality()],
         evaluations: evaluations(),
         kept: kept(),

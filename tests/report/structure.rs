@@ -233,6 +233,35 @@ fn a_profile_shows_what_bounds_it_and_where_the_time_went() {
 }
 
 #[test]
+fn a_profile_on_a_device_shows_what_the_host_and_what_the_device_did() {
+    let mut report = report();
+    let device = report.profiles.pop().unwrap();
+    // Columns of a device are those of profiles that have one.
+    assert!(!render(&report).contains("of the device") && !render(&report).contains("Device memory"));
+    report.profiles = vec![device];
+    let page = render(&report);
+    for (caption, rows, said) in [
+        ("Which of two is faster, measured in turns", 6, "tokens without a CUDA graph"),
+        ("Host and device", 4, "each token, mean"),
+        ("Where the time of a context state goes, by graph", 10, "(waiting for the device)"),
+        ("Measurements", 2, "1.24 GB"),
+    ] {
+        let body = table(&page, caption);
+        assert_eq!(body.matches("<tr>").count(), rows, "{caption}");
+        assert!(body.contains(said), "{caption}: {said} is not in {body}");
+    }
+    // 2.08 ms of computing in 2.25 ms, of which 0.08 ms are those of the host that puts it there.
+    let shares = table(&page, "Host and device");
+    for said in ["92.4 %", "2.08 ms", "2.25 ms"] {
+        assert!(shares.contains(said), "{said} is not in {shares}");
+    }
+    let text = markdown(&report);
+    for said in ["Host and device", "Device memory", "computing one", "Where the time goes: homer"] {
+        assert!(text.contains(said), "{said}");
+    }
+}
+
+#[test]
 fn precisions_are_read_from_what_verify_writes() {
     let [found] = &report().qualities[..] else { panic!("one of them") };
     let mut read = Report::default();
