@@ -67,7 +67,7 @@ fn everything_but_the_times_follows_from_the_plan() {
         min_runs: 3,
         max_time: None,
     };
-    let effort = Effort { prefix: protocol, first_token: protocol, new_tokens: vec![1, 4] };
+    let effort = Effort { prefix: protocol, first_token: protocol, new_tokens: vec![1, 4], cuda_graph: None };
 
     let significance = Some(Significance::Uncalibrated);
     let plain_operations = OperationCount::plain_prefill(arch, case.lengths().total()).total();

@@ -11,8 +11,8 @@ use accordion::profile::schema::Measurement;
 use accordion::profile::stats::Protocol;
 use accordion::profile::stopwatch::Stopwatch;
 use accordion::runtime::Loader;
-use accordion::tensorrt::ExecutionOptions;
 use accordion::tensorrt::layers::LayerRecord;
+use accordion::tensorrt::{ExecutionOptions, TensorRt};
 use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Arc;
@@ -61,7 +61,8 @@ fn enqueue_and_compute_are_told_apart() {
         assert!(close(token.compute_ms, device_ms("decoder")), "{token:?}");
         assert!(close(token.total_ms(), found.per_token.mean_ms), "{token:?} of {:?}", found.per_token);
         assert_eq!(details.peak_device_bytes.unwrap(), free - machine.free_bytes());
-        assert!(details.peak_device_bytes.unwrap() >= found.state_bytes);
+        let (peak, state) = (details.peak_device_bytes.unwrap(), found.state_bytes);
+        assert!(peak >= state, "{peak} of {state}");
     }
 }
 
@@ -149,7 +150,7 @@ fn moments_that_nobody_takes_are_settled() {
 }
 
 /// What layers take, under the modules that their nodes belong to, in every graph that ran as often as it ran.
-fn assert_layers(subject: &Subject, machine: &Machine, loader: accordion::tensorrt::TensorRt<'_>) {
+fn assert_layers(subject: &Subject, machine: &Machine, loader: TensorRt<'_>) {
     let layers = Arc::new(LayerRecord::default());
     let engines = Engines::new(&subject.bundle, Box::new(loader.measuring_layers(Arc::clone(&layers))));
     let found = record_layers(engines, &layers, &subject.compression(), &subject.prompt()).unwrap();
