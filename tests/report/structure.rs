@@ -241,10 +241,10 @@ fn a_profile_on_a_device_shows_what_the_host_and_what_the_device_did() {
     report.profiles = vec![device];
     let page = render(&report);
     for (caption, rows, said) in [
-        ("Which of two is faster, measured in turns", 6, "tokens without a CUDA graph"),
+        ("Which of two is faster, measured in turns", 6, "homer, CUDA graph off"),
         ("Host and device", 4, "each token, mean"),
         ("Where the time of a context state goes, by graph", 10, "(waiting for the device)"),
-        ("Measurements", 2, "1.24 GB"),
+        ("Before, between and beside the graphs", 2, "1.24 GB"),
     ] {
         let body = table(&page, caption);
         assert_eq!(body.matches("<tr>").count(), rows, "{caption}");
