@@ -69,8 +69,8 @@ impl<'p> Pair<'p> {
         });
         let graphs = profile.rows.iter().filter_map(|row| {
             let GraphComparison { pairs, differences } = row.measured.details.cuda_graph.as_ref()?;
-            let name = |which| format!("{}, tokens {which}", row.measured.configuration.method);
-            let names = ["without a CUDA graph", "with a CUDA graph"].map(name);
+            let name = |which| format!("{}, CUDA graph {which}", row.measured.configuration.method);
+            let names = ["off", "on"].map(name);
             Some(Self { names, context: row.measured.prompt.context, pairs: *pairs, differences })
         });
         configurations.chain(graphs).collect()
@@ -187,7 +187,9 @@ fn device(profile: &ProfileReport) -> Option<Table> {
 }
 
 fn around(profile: &ProfileReport) -> Option<Table> {
-    let columns = vec![
+    // Of engines that have a device; a column that nobody fills is left out.
+    let has_device = profile.rows.iter().any(|row| row.measured.details.peak_device_bytes.is_some());
+    let mut columns = vec![
         Column::number("Loading", "all graphs"),
         Column::number("First run", "of the process"),
         Column::number("Warm run", "median"),
@@ -195,6 +197,7 @@ fn around(profile: &ProfileReport) -> Option<Table> {
         Column::number("Between graphs", "each token"),
         Column::number("Other programs", "of the processors"),
     ];
+    columns.extend(has_device.then(|| Column::number("Device memory", "in use at the end")));
     listed("Before, between and beside the graphs", columns, profile, |measured| {
         let details = &measured.details;
         let times = [details.load_ms, details.first_run_ms, details.host_ms, details.token_host_ms];
@@ -203,7 +206,9 @@ fn around(profile: &ProfileReport) -> Option<Table> {
         }
         let [load, first, host, token] = times.map(|time| Cell::number(time, latency));
         let warm = Cell::number(Some(measured.prefix.median_ms), latency);
-        vec![vec![load, first, warm, host, token, Cell::number(details.others_busy, percent)]]
+        let mut cells = vec![load, first, warm, host, token, Cell::number(details.others_busy, percent)];
+        cells.extend(has_device.then(|| Cell::number(details.peak_device_bytes.map(|size| size as f64), bytes)));
+        vec![cells]
     })
 }
 

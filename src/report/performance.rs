@@ -166,15 +166,10 @@ pub(super) fn measurements(profile: &ProfileReport) -> Table {
         ("Of the limit", "floor / median"),
     ];
     let columns = columns.map(|(name, detail)| Column::number(name, detail));
-    // Of engines that have a device.
-    let on_device = |row: &ProfileRow| row.measured.details.peak_device_bytes;
-    let memory = profile.rows.iter().any(|row| on_device(row).is_some());
-    let device = |row: &ProfileRow| memory.then(|| Cell::number(on_device(row).map(|size| size as f64), bytes));
-    let columns = std::iter::once(Column::text("Method")).chain(columns);
     Table {
         caption: "Measurements".to_owned(),
-        columns: columns.chain(memory.then(|| Column::number("Device memory", "in use at the end"))).collect(),
-        rows: profile.rows.iter().map(|row| measurement(row).into_iter().chain(device(row)).collect()).collect(),
+        columns: std::iter::once(Column::text("Method")).chain(columns).collect(),
+        rows: profile.rows.iter().map(measurement).collect(),
         sortable: true,
     }
 }

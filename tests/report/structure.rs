@@ -25,8 +25,8 @@ fn a_full_report_is_small_balanced_and_complete() {
     let tags = tags(&page);
     assert_eq!(count(&tags, "h1"), 1);
     assert_eq!(count(&tags, "section"), 8);
-    // Five of latency and memory, one of perplexity.
-    assert_eq!(tags.iter().filter(|tag| has_class(tag, "chart")).count(), 6);
+    // Five of latency and memory of each of two profiles, one of perplexity.
+    assert_eq!(tags.iter().filter(|tag| has_class(tag, "chart")).count(), 2 * 5 + 1);
     // HOMER's tree; RCC's 16 segments, as many slots, and the decoder; SharedLLM's model, chunks, and the first one's tree of three levels.
     let chunks = report().plans[2].nodes.iter().filter(|node| node.height == 3).count();
     assert!(chunks > 10, "{chunks}");
@@ -241,10 +241,10 @@ fn a_profile_on_a_device_shows_what_the_host_and_what_the_device_did() {
     report.profiles = vec![device];
     let page = render(&report);
     for (caption, rows, said) in [
-        ("Which of two is faster, measured in turns", 6, "tokens without a CUDA graph"),
+        ("Which of two is faster, measured in turns", 6, "homer, CUDA graph off"),
         ("Host and device", 4, "each token, mean"),
         ("Where the time of a context state goes, by graph", 10, "(waiting for the device)"),
-        ("Measurements", 2, "1.24 GB"),
+        ("Before, between and beside the graphs", 2, "1.24 GB"),
     ] {
         let body = table(&page, caption);
         assert_eq!(body.matches("<tr>").count(), rows, "{caption}");

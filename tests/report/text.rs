@@ -31,9 +31,10 @@ fn every_section_has_its_tables_and_they_are_rectangular() {
         assert!(table.len() >= 3 && table[1].starts_with("|--"), "{table:#?}");
         assert!(table.iter().all(|line| cells(line) == cells(table[0])), "{table:#?}");
     }
-    // Verdicts, failures of two, measurements with 3 tables behind them and 2 folded, operators of two; precisions; 3 grids, 1 table and 1 of survival of passkey, 2 of
+    // Verdicts, failures of two, measurements with 3 tables behind them and 2 folded, operators of two; measurements on a device
+    // with 3 tables behind them and 1 folded, layers of one; precisions; 3 grids, 1 table and 1 of survival of passkey, 2 of
     // perplexity, 1 of reconstruct, 2 of the hostile task; levels of two texts; environment.
-    assert_eq!(tables, 3 + 6 + 2 + 1 + 5 + 2 + 1 + 2 + 2 + 1);
+    assert_eq!(tables, 3 + 6 + 2 + 6 + 1 + 5 + 2 + 1 + 2 + 2 + 1);
     for line in [
         "| ❌ FAIL | `SmolLM2-135M` | `homer` | `ort-cpu fp32` | `reference` |",
         "| `layers.21.attn.out` |",

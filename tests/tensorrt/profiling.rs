@@ -40,8 +40,9 @@ fn close(found: f64, expected: f64) -> bool {
 #[test]
 #[ignore = "needs a C++ compiler"]
 fn enqueue_and_compute_are_told_apart() {
-    let machine = Machine::open();
     for subject in [Subject::plain().built(), Subject::homer().built()] {
+        // With a stream of its own, which has kept nothing yet.
+        let machine = Machine::open();
         let free = machine.free_bytes();
         let loader = machine.loader(&subject.bundle, &ExecutionOptions::default()).unwrap();
         let found = profile(&subject, loader, Some(CudaGraph::Off)).unwrap();
