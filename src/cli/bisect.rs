@@ -1,7 +1,7 @@
 //! `accordion verify BUNDLE --bisect` and `--cumulative`.
 
 use super::Outcome;
-use super::common::EngineArguments;
+use super::engine::EngineArguments;
 use super::output::Output;
 use accordion::bisect::bundle::{cases, count};
 use accordion::bisect::case::Visit;

@@ -1,8 +1,8 @@
 //! `accordion compress`.
 
 use super::Outcome;
-use super::common::EngineArguments;
 use super::compression::CompressionArguments;
+use super::engine::EngineArguments;
 use super::framing::{FramingArguments, context_ids};
 use super::method::MethodName;
 use super::output::Output;

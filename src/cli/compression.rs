@@ -1,6 +1,6 @@
 //! How a context is compressed, on the command line.
 
-use super::common::{HomerArguments, parse_width};
+use super::homer::HomerArguments;
 use super::method::MethodName;
 use super::output::Output;
 use accordion::bundle::{Bundle, Method};
@@ -50,6 +50,15 @@ pub(crate) struct SplitArguments {
     /// tokens, 3584 if not given) or N chunks; at least one [default: sft]
     #[arg(long, value_name = "sft|longbench[:N]|N")]
     chunks: Option<ChunkPolicy>,
+}
+
+/// A number of leaves, or max.
+pub(crate) fn parse_width(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        _ if text == "max" => Ok(usize::MAX),
+        Ok(width @ 1..) => Ok(width),
+        _ => Err("expected a number from 1 on, or max".to_owned()),
+    }
 }
 
 /// What of HOMER a command leaves to its user.

@@ -4,7 +4,7 @@
 //! that it can be streamed and put on the page too.
 
 use super::Outcome;
-use super::common::EngineArguments;
+use super::engine::EngineArguments;
 use super::output::Output;
 use super::report::write_aside;
 use super::text::grouped;

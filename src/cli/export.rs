@@ -2,7 +2,7 @@
 
 mod precision;
 
-use super::common::HomerArguments;
+use super::homer::HomerArguments;
 use super::output::Output;
 use super::text::{bytes, grouped};
 use super::{Outcome, models};

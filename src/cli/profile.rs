@@ -4,8 +4,8 @@ mod child;
 mod show;
 mod sides;
 
-use super::common::{EngineArguments, Operators};
 use super::compression::{Pruning, SplitArguments};
+use super::engine::{EngineArguments, Operators};
 use super::method::MethodName;
 use super::output::Output;
 use super::text::grouped;

@@ -3,9 +3,10 @@
 mod start;
 
 use super::Outcome;
-use super::common::{EngineArguments, HomerArguments};
 use super::compression::CompressionArguments;
+use super::engine::EngineArguments;
 use super::framing::FramingArguments;
+use super::homer::HomerArguments;
 use super::method::MethodName;
 use super::output::Output;
 use accordion::bundle::Bundle;

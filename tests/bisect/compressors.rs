@@ -28,7 +28,8 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 /// What runs the graphs: their target, and whether by our kernels.
-const FORMS: [(Target, bool); 3] = [(Target::Portable, false), (Target::OrtCpu, true), (Target::OrtCpu, false)];
+pub(super) const FORMS: [(Target, bool); 3] =
+    [(Target::Portable, false), (Target::OrtCpu, true), (Target::OrtCpu, false)];
 
 /// A fault, and the first tap that it makes wrong.
 #[derive(Debug, Clone)]
@@ -101,11 +102,11 @@ fn check(what: &str, plant: &Plant, found: Option<&Found>) {
     assert!(culprit.modules.len() <= 10, "{what}: {plant:?}\n{summary}");
 }
 
-fn goldens(name: &str) -> PathBuf {
+pub(super) fn goldens(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
 }
 
-fn frequencies(rope: &Rope, head_dim: usize) -> Frequencies {
+pub(super) fn frequencies(rope: &Rope, head_dim: usize) -> Frequencies {
     Frequencies::new(rope.theta, head_dim)
 }
 
@@ -225,7 +226,7 @@ fn fifty_faults_in_rcc_are_found_by_name() {
 }
 
 /// An epsilon of a layer there is none of.
-fn none() -> Fault {
+pub(super) fn none() -> Fault {
     Fault::Epsilon("model.layers.99.input_layernorm".to_owned())
 }
 

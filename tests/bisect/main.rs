@@ -5,6 +5,7 @@
 mod compressors;
 mod faults;
 mod quantized;
+mod quantized_compressors;
 #[path = "../architectures/synthetic.rs"]
 mod synthetic;
 

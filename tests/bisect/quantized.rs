@@ -10,7 +10,6 @@ use accordion::bisect::rebuild::Rebuilt;
 use accordion::bisect::terms::Terms;
 use accordion::bisect::{BisectError, bundle, cumulative, reproducer};
 use accordion::bundle::{Bundle, ExportOptions, MethodSettings, WeightStorage, export};
-use accordion::checkpoint::CheckpointError;
 use accordion::pipeline::Engines;
 use accordion::precision::Recipe;
 use accordion::reference::llama::Llama as Reference;
@@ -62,7 +61,7 @@ const FORMS: [Form; 4] = [
 
 /// Something that can be wrong with the numbers of a matrix.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Damage {
+pub(super) enum Damage {
     /// All scales are off by 2 %.
     Scale,
     /// That of one row is.
@@ -75,11 +74,12 @@ enum Damage {
     InputScale,
 }
 
-const DAMAGES: [Damage; 5] = [Damage::Scale, Damage::RowScale, Damage::Transposed, Damage::Block, Damage::InputScale];
+pub(super) const DAMAGES: [Damage; 5] =
+    [Damage::Scale, Damage::RowScale, Damage::Transposed, Damage::Block, Damage::InputScale];
 
 impl Damage {
     /// `weight` with it; `None` where the matrix cannot have it.
-    fn of(self, weight: &Weight) -> Option<Weight> {
+    pub(super) fn of(self, weight: &Weight) -> Option<Weight> {
         let &[rows, columns] = weight.tensor.shape() else { return None };
         let numbers = weight.tensor.to_f32();
         let peak = |row: usize| numbers[row * columns..][..columns].iter().fold(0.0_f32, |most, w| most.max(w.abs()));
@@ -106,10 +106,20 @@ impl Damage {
 
 /// What is wrong.
 #[derive(Debug, Clone)]
-enum Plant {
+pub(super) enum Plant {
     Nothing,
     Matrix(String, Damage),
     Runtime(Fault),
+}
+
+impl Plant {
+    /// The matrix `name`, which is `weight` where nothing is wrong.
+    pub(super) fn in_matrix(&self, name: &str, weight: Weight) -> Weight {
+        match self {
+            Self::Matrix(matrix, damage) if matrix == name => damage.of(&weight).unwrap(),
+            _ => weight,
+        }
+    }
 }
 
 fn engines(bundle: &Bundle, fused_operators: bool) -> Engines<'_> {
@@ -173,13 +183,7 @@ fn with_cases<T>(
     look: impl FnOnce(&Rebuilt<'_>, &Terms<'_>, &dyn Fn(&mut Visit<'_>) -> Result<ControlFlow<()>, BisectError>) -> T,
 ) -> T {
     let sound = weights_of(bundle);
-    let planted = move |name: &str| -> Result<Weight, CheckpointError> {
-        let weight = sound(name)?;
-        Ok(match plant {
-            Plant::Matrix(matrix, damage) if matrix == name => damage.of(&weight).unwrap(),
-            _ => weight,
-        })
-    };
+    let planted = move |name: &str| sound(name).map(|weight| plant.in_matrix(name, weight));
     let reference = Reference::load(&architecture(), planted.clone()).unwrap();
     let rebuilt = Rebuilt::new(bundle).unwrap();
     let terms = Terms::over(bundle, planted);
@@ -199,7 +203,7 @@ fn find(bundle: &Bundle, form: Form, plant: &Plant) -> Option<Found> {
     with_cases(bundle, form, plant, |_, terms, cases| first_wrong(&loader, terms, &mut |_| {}, cases).unwrap())
 }
 
-fn check(what: &str, plant: &Plant, found: Option<&Found>) {
+pub(super) fn check(what: &str, plant: &Plant, found: Option<&Found>) {
     let Some(found) = found else { panic!("{what}: nothing found") };
     let culprit = &found.culprit;
     let summary = reproducer::summary(culprit);

@@ -1,8 +1,8 @@
 //! `accordion calibrate ranges`.
 
 use crate::cli::Outcome;
-use crate::cli::common::EngineArguments;
 use crate::cli::compression::{Pruning, SplitArguments};
+use crate::cli::engine::EngineArguments;
 use crate::cli::method::MethodName;
 use crate::cli::output::Output;
 use accordion::bundle::Bundle;

@@ -1,7 +1,7 @@
 //! `accordion calibrate significance`.
 
 use crate::cli::output::Output;
-use crate::cli::{Outcome, common, models};
+use crate::cli::{Outcome, engine, models};
 use accordion::pipeline::prompt::read_text;
 use accordion::pipeline::significance::{CalibrationSettings, calibrate};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
@@ -55,7 +55,7 @@ pub(super) fn run(arguments: &Arguments, output: &Output) -> anyhow::Result<Outc
     let checkpoint = models::open(&arguments.checkpoint, output)?;
     let text = read_text(&arguments.text)?;
     let options = OrtOptions { fused_operators: true };
-    let loader = OrtCpu::new(common::runtime(output)?, checkpoint.maps().clone(), &options)?;
+    let loader = OrtCpu::new(engine::runtime(output)?, checkpoint.maps().clone(), &options)?;
     let settings = CalibrationSettings {
         windows: arguments.windows,
         window_len: arguments.window_len,

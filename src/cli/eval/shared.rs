@@ -1,8 +1,9 @@
 //! What several evaluations share: who takes part, grids, framing, and the run itself.
 
 use super::super::Outcome;
-use super::super::common::{EngineArguments, HomerArguments};
 use super::super::compression::{SplitArguments, TableArguments, own_compression};
+use super::super::engine::EngineArguments;
+use super::super::homer::HomerArguments;
 use super::super::method::MethodName;
 use super::super::output::Output;
 use super::tables;

@@ -1,6 +1,6 @@
 //! One configuration in a process of its own: what a runtime's allocator once took it keeps.
 
-use super::super::common::EngineArguments;
+use super::super::engine::EngineArguments;
 use super::super::output::Output;
 use super::super::report::write_aside;
 use super::super::text::grouped;

@@ -1,7 +1,7 @@
 //! Two sides measured alternately, each in a process that lives as long as the comparison: both are warm, and each has
 //! memory of its own.
 
-use super::super::common::EngineArguments;
+use super::super::engine::EngineArguments;
 use super::super::method::MethodName;
 use super::super::output::Output;
 use super::super::text::grouped;

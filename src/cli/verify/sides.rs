@@ -1,6 +1,6 @@
 //! The sides that a bundle or a recording can be held against, sample by sample, and recording one.
 
-use super::super::common::{EngineArguments, runtime};
+use super::super::engine::{EngineArguments, runtime};
 use super::super::output::Output;
 use super::super::{Outcome, bisect};
 use super::input::Chosen;

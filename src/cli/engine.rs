@@ -1,70 +1,23 @@
-//! What several commands share: settings of the methods, opening a bundle with its engines.
+//! What runs graphs, on the command line.
 
-use super::ort_cuda::OrtCudaArguments;
+mod ort_cpu;
+mod ort_cuda;
+mod tensorrt;
+
+pub(crate) use ort_cpu::runtime;
+
 use super::output::Output;
-use super::tensorrt::TensorRtArguments;
 use accordion::bundle::Bundle;
 use accordion::pipeline::Engines;
 use accordion::runtime::Loader;
-use accordion::runtime::locate::{self, LoadOptions, LoadedRuntime};
-use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
+use accordion::runtime::ort_cpu::OrtCpu;
 use accordion::tensorrt::Flavour;
-use accordion_graphs::dtype::DType;
 use accordion_graphs::onnx::ValueInfo;
-use accordion_graphs::plan::homer::HomerSettings;
-use anyhow::{bail, ensure};
+use anyhow::ensure;
 use clap::{Args, ValueEnum};
+use ort_cuda::OrtCudaArguments;
 use std::ffi::OsString;
-
-/// HOMER's hyper-parameters on the command line.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "HOMER settings")]
-pub(crate) struct HomerArguments {
-    /// Longest chunk a node processes, prefix and suffix included [default: 2048]
-    #[arg(long, value_name = "N")]
-    max_chunk_len: Option<usize>,
-    /// Longest leaf, if leaves are to be smaller than merged chunks
-    #[arg(long, value_name = "N")]
-    max_initial_chunk_len: Option<usize>,
-    /// Length of the final cache [default: max-chunk-len]
-    #[arg(long, value_name = "N")]
-    target_len: Option<usize>,
-    /// Layers that every leaf runs before the tree's share begins [default: 12, or half the layers if there are fewer]
-    #[arg(long, value_name = "N")]
-    layers_warmup: Option<usize>,
-}
-
-impl HomerArguments {
-    /// The settings for a model of `num_layers` layers.
-    pub(crate) fn settings(&self, num_layers: usize) -> HomerSettings {
-        const MAX_CHUNK_LEN: usize = 2048;
-        self.overriding(HomerSettings {
-            max_chunk_len: MAX_CHUNK_LEN,
-            max_initial_chunk_len: None,
-            target_len: MAX_CHUNK_LEN,
-            layers_warmup: 12.min(num_layers / 2),
-        })
-    }
-
-    /// `settings` with those that were given in their place. Another chunk length is another target length too.
-    pub(crate) fn overriding(&self, settings: HomerSettings) -> HomerSettings {
-        HomerSettings {
-            max_chunk_len: self.max_chunk_len.unwrap_or(settings.max_chunk_len),
-            max_initial_chunk_len: self.max_initial_chunk_len.or(settings.max_initial_chunk_len),
-            target_len: self.target_len.or(self.max_chunk_len).unwrap_or(settings.target_len),
-            layers_warmup: self.layers_warmup.unwrap_or(settings.layers_warmup),
-        }
-    }
-}
-
-/// A number of leaves, or max.
-pub(crate) fn parse_width(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        _ if text == "max" => Ok(usize::MAX),
-        Ok(width @ 1..) => Ok(width),
-        _ => Err("expected a number from 1 on, or max".to_owned()),
-    }
-}
+use tensorrt::TensorRtArguments;
 
 /// Which kernels run the fused operators.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -152,12 +105,11 @@ impl EngineArguments {
 
     /// What loads such engines.
     pub(crate) fn loader<'b>(&self, bundle: &'b Bundle, output: &Output) -> anyhow::Result<Box<dyn Loader + 'b>> {
+        self.check_unused()?;
+        let fused = self.operators == Operators::Fused;
         Ok(match self.engine {
-            EngineName::OrtCpu => Box::new(self.ort_cpu("this", bundle, output)?),
-            EngineName::OrtCuda => {
-                let fused = self.operators == Operators::Fused;
-                self.ort_cuda.loader(bundle, runtime(output)?, fused)?
-            }
+            EngineName::OrtCpu => Box::new(ort_cpu::loader(bundle, fused, output)?),
+            EngineName::OrtCuda => self.ort_cuda.loader(bundle, runtime(output)?, fused)?,
             EngineName::TensorRt => Box::new(self.tensorrt.loader(Flavour::TensorRt, bundle)?),
             EngineName::TensorRtRtx => Box::new(self.tensorrt.loader(Flavour::TensorRtRtx, bundle)?),
         })
@@ -199,19 +151,24 @@ impl EngineArguments {
     /// What loads graphs into ONNX Runtime's CPU provider, which alone can do `what`.
     pub(crate) fn ort_cpu(&self, what: &str, bundle: &Bundle, output: &Output) -> anyhow::Result<OrtCpu> {
         ensure!(self.is_ort_cpu(), "{what} needs --engine ort-cpu, and the engine is {}", self.name());
-        self.ort_cuda.check_unused()?;
-        self.tensorrt.check_unused()?;
-        let format = bundle.manifest().float16();
-        if format == Some(DType::Bf16) {
-            bail!(
-                "{}: ONNX Runtime's CPU provider does not compute in bf16: export with --emulate to see its numbers on a \
-                 CPU, or with --target ort-cpu for weights in bf16",
-                bundle.dir().display()
-            );
+        self.check_unused()?;
+        ort_cpu::loader(bundle, self.operators == Operators::Fused, output)
+    }
+
+    /// Refuses what would be ignored.
+    fn check_unused(&self) -> anyhow::Result<()> {
+        let flavour = self.engine.flavour();
+        if self.engine != EngineName::OrtCuda {
+            self.ort_cuda.check_unused()?;
         }
-        // Our kernels take fp32.
-        let options = OrtOptions { fused_operators: self.operators == Operators::Fused && format.is_none() };
-        Ok(OrtCpu::new(runtime(output)?, bundle.weights().clone(), &options)?)
+        if flavour.is_none() {
+            self.tensorrt.check_unused()?;
+        }
+        ensure!(
+            flavour.is_none() || self.operators == Operators::Fused,
+            "--operators is for ONNX Runtime: engines have the operators that they were built with (accordion build --plugins)"
+        );
+        Ok(())
     }
 
     /// The same as arguments of another process.
@@ -221,12 +178,4 @@ impl EngineArguments {
         flags.extend(self.tensorrt.flags());
         flags
     }
-}
-
-/// ONNX Runtime, fetched into the cache if it is nowhere else.
-pub(crate) fn runtime(output: &Output) -> anyhow::Result<&'static LoadedRuntime> {
-    let mut bar = None;
-    let mut on_progress = |progress: accordion::fetch::Progress| super::fetch::show(&mut bar, output, progress);
-    let options = LoadOptions::fetching(&mut on_progress).with_threads(output.threads());
-    Ok(locate::load(options)?)
 }

@@ -34,7 +34,7 @@ impl OrtCudaArguments {
             "{}: exported for a CPU; --engine ort-cuda runs bundles of --target portable",
             bundle.dir().display()
         );
-        let kernels = fused.then(super::selftest::compiled_kernels).transpose()?;
+        let kernels = fused.then(crate::cli::selftest::compiled_kernels).transpose()?;
         let options =
             OrtCudaOptions { device: self.gpu.unwrap_or_default(), kernels, allow_fallback: self.allow_fallback };
         Ok(Box::new(ort_cuda::open(runtime, bundle.weights().clone(), &options)?))
