@@ -257,7 +257,7 @@ mod tests {
         let repeating = write_repeating(SMALL, &out, RandomOptions::default(), |_, _| {}).unwrap();
         assert!(repeating.parameters < own.parameters * 3 / 4, "{repeating:?} {own:?}");
         let model = Checkpoint::open(&out).unwrap();
-        assert_eq!(model.weights().parameter_count(), own.parameters);
+        assert_eq!(model.weights().iter().count(), SMALL.tensors().len());
         let layer = |i: usize| values(&model.tensor(&format!("gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight")).unwrap());
         assert_eq!(layer(0), layer(1));
         assert_ne!(

@@ -6,7 +6,8 @@ use accordion::environment::driver_library;
 #[test]
 fn help_says_what_it_needs() {
     let help = accordion(["selftest", "gpu", "--help"]).output();
-    for part in ["--device", "--kernels", "--no-times", "cuBLASLt"] {
+    for part in ["--device", "--kernels", "--no-times", "cuBLASLt", "--methods", "--shape", "--budget", "CUDA provider"]
+    {
         assert!(help.contains(part), "{part}: {help}");
     }
 }
