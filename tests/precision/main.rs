@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod faults;
+mod host;
 mod host_steps;
 mod kv_cache;
 mod numbers;

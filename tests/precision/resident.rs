@@ -1,6 +1,7 @@
 //! The engine whose tensors stay at a place, with the CPU as the place: the code that runs on a GPU, except for what CUDA itself
 //! does. All methods compute the very bits that the engine for the CPU computes, and only what the host reads is copied to it.
 
+use crate::host::{Host, runtime};
 use crate::subject::{self, Subject, plain, subjects};
 use accordion::bundle::Bundle;
 use accordion::pipeline::decode::{Continuation, Sequence};
@@ -9,107 +10,19 @@ use accordion::pipeline::question::with_suffix;
 use accordion::pipeline::rcc::read_slots;
 use accordion::pipeline::sharedllm::{inject, read};
 use accordion::pipeline::{ContextState, Engines, homer, sharedllm};
-use accordion::runtime::bound::{Bound, BoundOptions, Place};
-use accordion::runtime::locate::{LoadOptions, LoadedRuntime, load};
+use accordion::runtime::bound::{Bound, BoundOptions};
 use accordion::runtime::ort_cpu::{OrtCpu, OrtOptions};
 use accordion::runtime::{InPlace, Loader, Memory};
 use accordion::taps::{NoTaps, TapSink};
-use accordion::tensor::{Runs, Tensor};
+use accordion::tensor::Tensor;
 use accordion::verify::VerifyError;
 use accordion::verify::bundle::{Input, Plan, engine_parts};
 use accordion::verify::parts::Parts;
 use accordion_graphs::blocks::Target;
 use accordion_graphs::plan::sharedllm::Quirks;
 use accordion_graphs::precision::Precision;
-use ort::memory::MemoryInfo;
-use ort::session::builder::SessionBuilder;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
-
-/// The host, as if it were a device.
-struct Host {
-    memory: MemoryInfo<'static>,
-    /// Bytes of every copy to the host.
-    downloads: Arc<Mutex<Vec<usize>>>,
-    uploads: Arc<Mutex<Vec<usize>>>,
-    /// Bytes of every copy within it.
-    moved: Arc<Mutex<Vec<usize>>>,
-    provider: &'static str,
-}
-
-impl Place for Host {
-    type Block = Vec<u64>;
-
-    fn engine(&self) -> &'static str {
-        "host"
-    }
-
-    fn provider(&self) -> &'static str {
-        self.provider
-    }
-
-    fn memory(&self) -> &MemoryInfo<'static> {
-        &self.memory
-    }
-
-    fn provide(&self, builder: SessionBuilder) -> Result<SessionBuilder, ort::Error> {
-        Ok(builder)
-    }
-
-    fn upload(&self, bytes: &[u8]) -> Result<(Vec<u64>, usize), String> {
-        self.uploads.lock().unwrap().push(bytes.len());
-        let words = bytes.chunks(8).map(|word| {
-            let mut padded = [0; 8];
-            padded[..word.len()].copy_from_slice(word);
-            u64::from_ne_bytes(padded)
-        });
-        let block: Vec<u64> = words.collect();
-        let address = block.as_ptr().addr();
-        Ok((block, address))
-    }
-
-    fn allocate(&self, byte_len: usize) -> Result<(Vec<u64>, usize), String> {
-        let block = vec![0xa5a5_a5a5_a5a5_a5a5; byte_len.div_ceil(8)];
-        let address = block.as_ptr().addr();
-        Ok((block, address))
-    }
-
-    unsafe fn copy(&self, to: usize, pieces: &[(usize, Runs)]) -> Result<(), String> {
-        for (from, runs) in pieces {
-            self.moved.lock().unwrap().push(runs.count * runs.bytes);
-            for i in 0..runs.count {
-                let from = (from + runs.from + i * runs.from_pitch) as *const u8;
-                // SAFETY: the caller promises as many bytes at both ends.
-                unsafe { from.copy_to_nonoverlapping((to + runs.to + i * runs.to_pitch) as *mut u8, runs.bytes) };
-            }
-        }
-        Ok(())
-    }
-
-    unsafe fn download(&self, address: usize, bytes: &mut [u8]) -> Result<(), String> {
-        self.downloads.lock().unwrap().push(bytes.len());
-        // SAFETY: the caller promises as many bytes.
-        bytes.copy_from_slice(unsafe { std::slice::from_raw_parts(address as *const u8, bytes.len()) });
-        Ok(())
-    }
-}
-
-impl Host {
-    fn new() -> Self {
-        // The description of memory is the runtime's.
-        runtime();
-        let (downloads, uploads, moved) = Default::default();
-        Self { memory: MemoryInfo::default(), downloads, uploads, moved, provider: "CPUExecutionProvider" }
-    }
-
-    fn loader(self, bundle: &Bundle) -> Bound<Self> {
-        Bound::new(runtime(), bundle.weights().clone(), self, BoundOptions::default())
-    }
-}
-
-fn runtime() -> &'static LoadedRuntime {
-    load(LoadOptions::fetching(&mut |_| {})).unwrap()
-}
+use std::sync::Arc;
 
 fn portable(subject: &Subject) -> Bundle {
     subject.exported(subject.recipe(Precision::Fp32), Target::Portable)
@@ -158,7 +71,7 @@ fn every_tap_is_that_of_the_cpu_bit_for_bit() {
             let input = Input { width, ..subject.input() };
             let cpu = OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions::default()).unwrap();
             let expected = taps(cpu, &bundle, input);
-            let found = taps(Host::new().loader(&bundle), &bundle, input);
+            let found = taps(Host::new().loader(bundle.weights().clone(), BoundOptions::default()), &bundle, input);
             assert!(expected.len() > 20, "{what}: {} taps", expected.len());
             assert!(found.keys().eq(expected.keys()), "{what}");
             for (name, tensor) in &expected {
@@ -215,7 +128,8 @@ fn only_logits_and_the_last_positions_are_copied_to_the_host() {
             let what = format!("{}, width {width}", subject.name);
             let host = Host::new();
             let (downloads, copies) = (Arc::clone(&host.downloads), Arc::clone(&host.moved));
-            let mut engines = Engines::new(&bundle, Box::new(host.loader(&bundle)));
+            let mut engines =
+                Engines::new(&bundle, Box::new(host.loader(bundle.weights().clone(), BoundOptions::default())));
             let (state, logits) = decoded(&mut engines, &subject, width);
             let mut expected = vec![row; 1 + logits.len()];
             if matches!(subject.input().plan, Plan::Homer(..)) {
@@ -248,7 +162,7 @@ fn another_question_takes_rows_off_the_cache_where_it_lies() {
     };
     let host = Host::new();
     let downloads = Arc::clone(&host.downloads);
-    let found = ask(Box::new(host.loader(&bundle)));
+    let found = ask(Box::new(host.loader(bundle.weights().clone(), BoundOptions::default())));
     assert_eq!(*downloads.lock().unwrap(), [4 * bundle.architecture().vocab_size(); 2]);
     let cpu = OrtCpu::new(runtime(), bundle.weights().clone(), &OrtOptions::default()).unwrap();
     let expected = ask(Box::new(cpu));
@@ -262,7 +176,7 @@ fn a_weight_is_copied_to_the_place_once_for_all_graphs() {
     let bundle = portable(&subject);
     let host = Host::new();
     let uploads = Arc::clone(&host.uploads);
-    let loader = host.loader(&bundle);
+    let loader = host.loader(bundle.weights().clone(), BoundOptions::default());
     let graphs: Vec<&String> = bundle.manifest().graphs.keys().collect();
     assert!(graphs.len() > 2);
     let mut engines = Vec::new();
@@ -301,7 +215,7 @@ fn memory_of_the_host_is_not_updated_in_place() {
     let subject = plain("C");
     let bundle = portable(&subject);
     let weights = &bundle.signature("decoder").unwrap().weights;
-    let loader = Host::new().loader(&bundle);
+    let loader = Host::new().loader(bundle.weights().clone(), BoundOptions::default());
     let mut engine = loader.load("decoder", &bundle.graph("decoder").unwrap(), weights).unwrap();
     let (input, output) = ("past_key_values.0.key", "present.0.key");
     let mut slots = [InPlace { input, output, shape: &[1, 1, 1, 1], data: Memory::F32(&mut [0.0]) }];

@@ -4,6 +4,7 @@
 
 mod fault;
 mod folder;
+#[path = "../precision/host.rs"]
 mod host;
 
 use accordion::bundle::{Bundle, Method};
@@ -17,6 +18,7 @@ use accordion::pipeline::sharedllm::SharedLlm;
 use accordion::profile::measure::{Effort, Runner, measure, random_tokens};
 use accordion::profile::stopwatch::Stopwatch;
 use accordion::runtime::Loader;
+use accordion::runtime::bound::{Bound, BoundOptions};
 use accordion::selftest::methods::{self, Case, Measured, Wanted};
 use accordion::selftest::models::{Maker, Scale};
 use accordion::selftest::unfused::{compress, prune};
@@ -44,8 +46,14 @@ const PRUNE: PruneShape = PruneShape {
     affix: 7,
 };
 
+/// What loads graphs over `weights` there, with our kernels for the CPU.
+fn on_host(weights: WeightMaps) -> Bound<Host> {
+    let operators = Some(accordion_plugins::domain().unwrap());
+    Host::new().loader(weights, BoundOptions { operators, allow_fallback: false })
+}
+
 fn loader() -> impl Loader {
-    Host::loader(WeightMaps::open(WeightIndex::default()).unwrap())
+    on_host(WeightMaps::open(WeightIndex::default()).unwrap())
 }
 
 fn numbers_are_there(compared: &Unfused) {
@@ -127,8 +135,8 @@ fn in_process(case: &Case) -> Measured {
         suffix: random_tokens(vocab, 16, 3),
     };
     let runner = Runner { engine: "host fp32".to_owned(), threads: 1, stopwatch: Stopwatch::default() };
-    let mut engines = Engines::new(&bundle, Box::new(Host::loader(bundle.weights().clone())));
-    let effort = Effort::turn(Duration::ZERO, 2);
+    let mut engines = Engines::new(&bundle, Box::new(on_host(bundle.weights().clone())));
+    let effort = Effort::turn(Duration::ZERO, 2, None);
     let measurement = measure(&mut engines, &compression, &prompt, &effort, &runner, &mut |_| {}).unwrap();
     // Any number will do: a device is not there to be asked.
     let peak_device_bytes = Some(measurement.state_bytes);
