@@ -39,6 +39,8 @@ pub enum Source {
 impl Source {
     /// All of them.
     pub const ALL: [Source; 3] = [Source::TopKPrune, Source::StridedCompress, Source::AppendRows];
+    /// Those of operators in graphs.
+    pub const OPERATORS: [Source; 2] = [Source::TopKPrune, Source::StridedCompress];
 
     /// The folder in `plugins`, which is also the name of its compiled kernels.
     pub const fn name(self) -> &'static str {

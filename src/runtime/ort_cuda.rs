@@ -7,7 +7,7 @@ use super::EngineError;
 use super::bound::{Bound, BoundOptions, Place};
 use super::locate::LoadedRuntime;
 use crate::checkpoint::WeightMaps;
-use crate::cuda::{Address, Buffer, Device, Kernels, Origin};
+use crate::cuda::{Address, Buffer, Device, Kernels, Origin, Source};
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
@@ -59,7 +59,8 @@ pub fn open(
     let gpu = Gpu::open(runtime, options.device)?;
     let unavailable = |reason: String| EngineError::Unavailable { engine: NAME, reason };
     let operators = options.kernels.as_ref().map(|origin| {
-        let kernels = Kernels::load(&gpu.device, origin).map_err(|e| unavailable(e.to_string()))?;
+        let kernels =
+            Kernels::load_of(&gpu.device, origin, &Source::OPERATORS).map_err(|e| unavailable(e.to_string()))?;
         super::cuda_operators::domain(&gpu.device, Arc::new(kernels)).map_err(|e| unavailable(e.to_string()))
     });
     let options = BoundOptions { operators: operators.transpose()?, allow_fallback: options.allow_fallback };
