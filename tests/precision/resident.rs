@@ -196,7 +196,11 @@ fn nodes_that_compute_elsewhere_are_refused_unless_they_may() {
     let subject = plain("C");
     let bundle = portable(&subject);
     let weights = &bundle.signature("decoder").unwrap().weights;
-    let elsewhere = || Host { provider: "SomeExecutionProvider", ..Host::new() };
+    let elsewhere = || {
+        let mut host = Host::new();
+        host.provider = "SomeExecutionProvider";
+        host
+    };
     let load = |options: BoundOptions| {
         let loader = Bound::new(runtime(), bundle.weights().clone(), elsewhere(), options);
         loader.load("decoder", &bundle.graph("decoder").unwrap(), weights).map(drop).map_err(|e| e.to_string())
