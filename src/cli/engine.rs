@@ -145,6 +145,11 @@ impl EngineArguments {
         self.engine.flavour().is_some()
     }
 
+    /// Whether these engines record decoding steps.
+    pub(crate) fn records_steps(&self) -> bool {
+        self.is_tensorrt() && self.tensorrt.records_steps()
+    }
+
     /// What loads the engines of `bundle`, which alone can do `what`.
     pub(crate) fn tensorrt<'b>(&self, what: &str, bundle: &'b Bundle, output: &Output) -> anyhow::Result<TensorRt<'b>> {
         let needs = || anyhow!("{what} needs --engine tensorrt or tensorrt-rtx, and the engine is {}", self.name());

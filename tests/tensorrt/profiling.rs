@@ -225,6 +225,8 @@ fn other_engines_have_no_layers_and_no_cuda_graphs() {
     assert!(message.contains("--layers needs --engine tensorrt") && message.contains("--trace"), "{message}");
     let message = refused(&["--cuda-graph", "both", "--engine", "tensorrt", "--paired"]);
     assert!(message.contains("--cuda-graph both") && message.contains("--paired"), "{message}");
+    let message = refused(&["--cuda-graph", "both", "--engine", "tensorrt", "--no-cuda-graph"]);
+    assert!(message.contains("--no-cuda-graph contradicts"), "{message}");
     assert!(refused(&["--layers", "--trace", "t.json"]).contains("--trace"));
     assert!(refused(&["--cuda-graph", "maybe"]).contains("both"));
 }

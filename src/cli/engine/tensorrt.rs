@@ -57,6 +57,11 @@ impl TensorRtArguments {
         Ok(TensorRt::new(bundle, shim, device, &options)?.telling(move |notice| output.warning(notice)))
     }
 
+    /// Whether decoding steps are recorded.
+    pub(crate) fn records_steps(&self) -> bool {
+        !self.no_cuda_graph
+    }
+
     /// Refuses what would be ignored.
     pub(crate) fn check_unused(&self) -> anyhow::Result<()> {
         let given = [

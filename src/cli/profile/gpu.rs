@@ -56,6 +56,8 @@ impl GpuArguments {
         let both = self.cuda_graph == Some(CudaGraphName::Both);
         ensure!(!(both && paired), "--cuda-graph both measures in turns by itself: it does not go with --paired");
         if engine.is_tensorrt() {
+            let records = matches!(self.cuda_graph, Some(CudaGraphName::On | CudaGraphName::Both));
+            ensure!(!records || engine.records_steps(), "--no-cuda-graph contradicts --cuda-graph");
             return Ok(());
         }
         let (needs, name) = ("needs --engine tensorrt or tensorrt-rtx", engine.name());
@@ -71,7 +73,8 @@ impl GpuArguments {
 
     /// How `engine` decodes, if it has a choice.
     pub(super) fn cuda_graph(&self, engine: &EngineArguments) -> Option<CudaGraph> {
-        engine.is_tensorrt().then(|| self.cuda_graph.map_or(CudaGraph::On, CudaGraph::from))
+        let default = if engine.records_steps() { CudaGraph::On } else { CudaGraph::Off };
+        engine.is_tensorrt().then(|| self.cuda_graph.map_or(default, CudaGraph::from))
     }
 
     /// The same as arguments of another process.
