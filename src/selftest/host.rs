@@ -1,6 +1,6 @@
 //! What runs the kernels: a GPU, or in this project's own tests the emulator.
 
-use crate::cuda::{Address, CublasLt, CudaError, Device, Kernels, StridedCompress, StridedRows, TopKPrune};
+use crate::cuda::{Address, AppendRows, CublasLt, CudaError, Device, Kernels, StridedCompress, StridedRows, TopKPrune};
 
 /// Memory, and the operators on it.
 pub trait Host {
@@ -58,6 +58,17 @@ pub trait Host {
     ///
     /// As above.
     unsafe fn strided_compress(&self, call: &StridedCompress) -> Result<bool, Self::Error>;
+
+    /// A row behind those of every cache.
+    ///
+    /// # Errors
+    ///
+    /// It is refused.
+    ///
+    /// # Safety
+    ///
+    /// As above; the pairs are addresses of such memory, too.
+    unsafe fn append_rows(&self, call: &AppendRows) -> Result<(), Self::Error>;
 }
 
 /// A GPU with its kernels and, if there is one, cuBLASLt.
@@ -99,6 +110,11 @@ impl Host for Gpu {
         // SAFETY: as above.
         unsafe { cublaslt.compress(&self.kernels, call) }?;
         Ok(true)
+    }
+
+    unsafe fn append_rows(&self, call: &AppendRows) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        unsafe { self.kernels.append_rows(call) }
     }
 }
 
@@ -143,5 +159,11 @@ impl Host for Recorded<'_> {
         self.0.device.capture(|| unsafe { self.0.strided_compress(call) }.map(|_| ()))?.launch()?;
         self.0.device.wait()?;
         Ok(true)
+    }
+
+    unsafe fn append_rows(&self, call: &AppendRows) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        self.0.device.capture(|| unsafe { self.0.append_rows(call) })?.launch()?;
+        self.0.device.wait()
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! The same cases run in this project's tests, by an emulator of the device.
 
+pub mod append;
 pub mod compress;
 mod host;
 pub mod methods;
@@ -32,6 +33,9 @@ use accordion_graphs::weights::WeightIndex;
 use accordion_plugins::topk_prune::PruneError;
 use host::{Gpu, Recorded};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What checks call the kernel that appends a row to every cache, which is no operator.
+const APPEND: &str = "rows appended to caches";
 
 /// What to try.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,8 +84,8 @@ pub struct Progress<'a> {
 /// check that has not passed.
 pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<Report, SelftestError> {
     let unix_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let (pruned, compressed) = (prune::cases(), compress::cases());
-    let of = pruned.len() + compressed.len() + 1;
+    let (pruned, compressed, appended) = (prune::cases(), compress::cases(), append::cases());
+    let of = pruned.len() + compressed.len() + appended.len() + 1;
     let device = Device::open(options.device)?;
     let facts = device.facts()?;
     let kernels = Kernels::load(&device, &options.kernels)?;
@@ -101,6 +105,12 @@ pub fn run(options: &Options, on_step: &mut dyn FnMut(Progress<'_>)) -> Result<R
         let tensors = tried.tensors();
         let difference = tried.on(&gpu, &tensors)?.difference(&tried.expected(&tensors));
         checks.push(Check::of("StridedCompress", case, difference));
+    }
+    for (case, tried) in appended {
+        on_step(Progress { what: &case, done: checks.len(), of });
+        let tensors = tried.tensors();
+        let difference = tried.on(&gpu, &tensors)?.difference(&tried.expected(&tensors));
+        checks.push(Check::of(APPEND, case, difference));
     }
     checks.extend(recorded(&gpu)?);
     let (mut copy_bandwidth, mut times) = (None, Vec::new());
@@ -157,15 +167,21 @@ fn onnx_runtime(options: &Options) -> Result<(String, Bound<ort_cuda::Gpu>), Str
     Ok((format!("ONNX Runtime {}, {}", library.version, library.path.display()), loader))
 }
 
-/// One case of each operator, recorded as a CUDA graph.
-fn recorded(gpu: &Gpu) -> Result<[Check; 2], SelftestError> {
+/// One case of each operator and of the appended row, recorded as a CUDA graph.
+fn recorded(gpu: &Gpu) -> Result<[Check; 3], SelftestError> {
     let case = || "recorded as a CUDA graph".to_owned();
     let tensors = prune::SMALL.tensors();
     let expected = prune::SMALL.expected(&tensors).map_err(|source| SelftestError::Case { case: case(), source })?;
     let pruned = prune::SMALL.on(&Recorded(gpu), &tensors)?.difference(&expected);
     let tensors = compress::SMALL.tensors();
     let compressed = compress::SMALL.on(&Recorded(gpu), &tensors)?.difference(&compress::SMALL.expected(&tensors));
-    Ok([Check::of("TopKPrune", case(), pruned), Check::of("StridedCompress", case(), compressed)])
+    let tensors = append::SMALL.tensors();
+    let appended = append::SMALL.on(&Recorded(gpu), &tensors)?.difference(&append::SMALL.expected(&tensors));
+    Ok([
+        Check::of("TopKPrune", case(), pruned),
+        Check::of("StridedCompress", case(), compressed),
+        Check::of(APPEND, case(), appended),
+    ])
 }
 
 impl Check {

@@ -217,4 +217,9 @@ impl Host for Emulator {
         unsafe { kernels().strided_compress(call) }.map_err(Refused)?;
         Ok(true)
     }
+
+    unsafe fn append_rows(&self, call: &AppendRows) -> Result<(), Refused> {
+        // SAFETY: the caller's promise.
+        unsafe { kernels().append_rows(call) }.map_err(Refused)
+    }
 }

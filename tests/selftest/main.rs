@@ -48,8 +48,10 @@ const PRUNE: PruneShape = PruneShape {
 
 /// What loads graphs over `weights` there, with our kernels for the CPU.
 fn on_host(weights: WeightMaps) -> Bound<Host> {
+    // Loads the runtime, which operators are made by.
+    let host = Host::new();
     let operators = Some(accordion_plugins::domain().unwrap());
-    Host::new().loader(weights, BoundOptions { operators, allow_fallback: false })
+    host.loader(weights, BoundOptions { operators, allow_fallback: false })
 }
 
 fn loader() -> impl Loader {
