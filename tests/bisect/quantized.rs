@@ -29,6 +29,7 @@ use accordion_graphs::plan::homer::HomerPlan;
 use accordion_graphs::precision::Precision;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -74,12 +75,11 @@ pub(super) enum Damage {
     InputScale,
 }
 
-pub(super) const DAMAGES: [Damage; 5] =
-    [Damage::Scale, Damage::RowScale, Damage::Transposed, Damage::Block, Damage::InputScale];
+const DAMAGES: [Damage; 5] = [Damage::Scale, Damage::RowScale, Damage::Transposed, Damage::Block, Damage::InputScale];
 
 impl Damage {
     /// `weight` with it; `None` where the matrix cannot have it.
-    pub(super) fn of(self, weight: &Weight) -> Option<Weight> {
+    fn of(self, weight: &Weight) -> Option<Weight> {
         let &[rows, columns] = weight.tensor.shape() else { return None };
         let numbers = weight.tensor.to_f32();
         let peak = |row: usize| numbers[row * columns..][..columns].iter().fold(0.0_f32, |most, w| most.max(w.abs()));
@@ -224,6 +224,21 @@ pub(super) fn check(what: &str, plant: &Plant, found: Option<&Found>) {
     }
 }
 
+/// A fault in the matrix of one of a bundle's linear layers that are not in fp32; `pick` chooses among so many.
+pub(super) fn in_a_matrix(bundle: &Bundle, pick: &mut dyn FnMut(usize) -> usize) -> Plant {
+    let source = weights_of(bundle);
+    let layers = bundle.manifest().graphs.values().flat_map(|graph| &graph.signature.quantized);
+    let matrices: BTreeSet<&String> = layers.map(|layer| &layer.matrix).collect();
+    let mut can_have: Vec<(String, Damage)> = Vec::new();
+    for name in matrices.into_iter().filter(|name| name.contains("_proj")) {
+        let weight = source(name).unwrap();
+        let damages = DAMAGES.into_iter().filter(|damage| damage.of(&weight).is_some());
+        can_have.extend(damages.map(|damage| (name.clone(), damage)));
+    }
+    let (matrix, damage) = can_have.swap_remove(pick(can_have.len()));
+    Plant::Matrix(matrix, damage)
+}
+
 /// One of the faults that a bundle can have, at a random place of it.
 fn plant(bundle: &Bundle, kind: usize, random: &mut ChaCha8Rng) -> Plant {
     let mut pick = |n: usize| random.next_u32() as usize % n;
@@ -231,23 +246,7 @@ fn plant(bundle: &Bundle, kind: usize, random: &mut ChaCha8Rng) -> Plant {
     match kind % 7 {
         5 => Plant::Runtime(Fault::Scale(format!("model.layers.{layer}.self_attn"))),
         6 => Plant::Runtime(Fault::Epsilon(format!("model.layers.{layer}.input_layernorm"))),
-        _ => {
-            let source = weights_of(bundle);
-            let quantized: Vec<String> = match &bundle.manifest().quantization {
-                Some(quantization) if !quantization.matrices.is_empty() => {
-                    quantization.matrices.keys().cloned().collect()
-                }
-                _ => bundle.weights().index().iter().map(|(name, _)| name.to_owned()).collect(),
-            };
-            let mut can_have: Vec<(String, Damage)> = Vec::new();
-            for name in quantized.iter().filter(|name| name.contains("_proj")) {
-                let weight = source(name).unwrap();
-                let damages = DAMAGES.into_iter().filter(|damage| damage.of(&weight).is_some());
-                can_have.extend(damages.map(|damage| (name.clone(), damage)));
-            }
-            let (matrix, damage) = can_have.swap_remove(pick(can_have.len()));
-            Plant::Matrix(matrix, damage)
-        }
+        _ => in_a_matrix(bundle, &mut pick),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::compressors::{FORMS, frequencies, goldens, none};
 use super::faults::Fault;
 use super::faulty_runtime;
-use super::quantized::{DAMAGES, Damage, Plant, check};
+use super::quantized::{Plant, check, in_a_matrix};
 use accordion::bisect::by_part::first_wrong;
 use accordion::bisect::case::Visit;
 use accordion::bisect::culprit::Found;
@@ -29,7 +29,6 @@ use accordion_graphs::plan::sharedllm::Quirks;
 use accordion_graphs::precision::Precision;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use tempfile::TempDir;
 
@@ -152,18 +151,7 @@ impl<'c> Subject<'c> {
                 _ => Fault::Epsilon(format!("model.layers.{layer}.input_layernorm")),
             });
         }
-        let source = weights_of(&self.bundle);
-        let graphs = self.bundle.manifest().graphs.values();
-        let linears: BTreeSet<&String> =
-            graphs.flat_map(|graph| &graph.signature.quantized).map(|linear| &linear.matrix).collect();
-        let mut can_have: Vec<(String, Damage)> = Vec::new();
-        for name in linears.into_iter().filter(|name| name.contains("_proj")) {
-            let weight = source(name).unwrap();
-            let damages = DAMAGES.into_iter().filter(|damage| damage.of(&weight).is_some());
-            can_have.extend(damages.map(|damage| (name.clone(), damage)));
-        }
-        let (matrix, damage) = can_have.swap_remove(pick(can_have.len()));
-        Plant::Matrix(matrix, damage)
+        in_a_matrix(&self.bundle, &mut pick)
     }
 }
 
