@@ -120,8 +120,21 @@ def check_bundle(folder, library):
             values = {"input_ids": [5, 6, 7], "position_ids": [0, 1, 2], "num_logits_to_keep": [3], "past_length": [0]}
             outputs = run(path, library, signature, {"batch": 1, "sequence": 3, **capacity}, values)
             comparable["logits"] = outputs["logits"]
+            present = {name: rows for name, rows in outputs.items() if name.startswith("present.")}
             outputs = {"logits": outputs["logits"]}
             expected = {"logits": (1, 3, manifest["architecture"]["vocab_size"])}
+        elif name == "decoder_step":
+            # The last of the decoder's tokens, behind the rows of those before it.
+            values = {"input_ids": [7], "position_ids": [2], "past_length": [2]}
+            for output, rows in present.items():
+                cache = np.zeros((*rows.shape[:2], 8, rows.shape[3]), dtype=rows.dtype)
+                cache[:, :, :2] = rows[:, :, :2]
+                values[output.replace("present.", "past_key_values.")] = cache
+            outputs = run(path, library, signature, {"batch": 1, "capacity": 8, "injected": 6}, values)
+            expected = {"logits": (1, 1, manifest["architecture"]["vocab_size"])}
+            check_same(path, ["logits"], [outputs["logits"]], [comparable["logits"][:, 2:]])
+            for output, rows in present.items():
+                check_same(path, [output], [outputs[output.replace("present.", "new.")]], [rows[:, :, 2:]])
         elif name == "head":
             outputs = run(path, library, signature, {"batch": 2, "sequence": 3}, {})
             expected = {"logits": (2, 3, manifest["architecture"]["vocab_size"])}
