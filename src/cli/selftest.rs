@@ -148,7 +148,7 @@ impl Gpu {
             methods: methods.iter().map(|method| method.name()).collect(),
             context,
             longest: (!quick).then_some(sizes.longest.max(context)),
-            free_bytes: Some(device.facts()?.free_bytes),
+            free_bytes: Some(device.free_bytes()?),
             budget: Duration::from_secs(*budget),
         };
         let maker = Maker { folder: folder.path(), sizes, precision: Precision::Fp16, context };

@@ -50,7 +50,7 @@ pub(super) fn measure(
         command.args([flag, &value]);
     }
     command.stdout(out.try_clone()?).stderr(errors.try_clone()?);
-    let before = device.facts()?.free_bytes;
+    let before = device.free_bytes()?;
     let mut child = command.spawn()?;
     let watched = watch(&mut child, device, left);
     if watched.is_err() {
@@ -68,7 +68,7 @@ pub(super) fn measure(
 fn watch(child: &mut Child, device: &Device, left: Duration) -> anyhow::Result<(ExitStatus, u64)> {
     let (begin, mut least) = (Instant::now(), u64::MAX);
     loop {
-        least = least.min(device.facts()?.free_bytes);
+        least = least.min(device.free_bytes()?);
         if let Some(status) = child.try_wait()? {
             return Ok((status, least));
         }
