@@ -12,7 +12,7 @@ use crate::cuda::{Address, AppendRows, AppendedRow, Buffer, Graph, HostBuffer, K
 use crate::runtime::EngineError;
 use crate::runtime::resident::Resident;
 use crate::runtime::steps::{StepCall, Steps};
-use crate::tensor::{Tensor, TensorError};
+use crate::tensor::{HostBytes, Tensor, TensorError};
 use accordion_graphs::dtype::DType;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -304,13 +304,9 @@ impl StepResult {
     /// A copy of it: the next step comes to lie in the same place.
     fn tensor(&self, host: &[u8]) -> Result<Tensor, TensorError> {
         let Copy { to, bytes, .. } = self.copy;
-        // Aligned for every type.
-        let aligned = host[to..to + bytes].chunks(INTEGER).map(|chunk| {
-            let mut integer = [0; INTEGER];
-            integer[..chunk.len()].copy_from_slice(chunk);
-            i64::from_ne_bytes(integer)
-        });
-        Tensor::from_storage(self.dtype, self.shape.clone(), Arc::new(aligned.collect::<Vec<i64>>()), 0)
+        let mut copied = HostBytes::filled(bytes, 0);
+        copied.bytes_mut()[..bytes].copy_from_slice(&host[to..to + bytes]);
+        Tensor::from_storage(self.dtype, self.shape.clone(), Arc::new(copied), 0)
     }
 }
 
